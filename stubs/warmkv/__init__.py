@@ -1,0 +1,1 @@
+"""WarmKV's client stubs."""
