@@ -1,0 +1,169 @@
+"""mlx-lm's caches, made to quantise first and to remember what they stored.
+
+A model calls `update_and_fetch(keys, values)` and attends to what comes back. Each class here is the stock cache with
+one thing put before it: the new keys and values are quantised, the words are kept in `log` until the engine drains
+them, and the stock cache goes on with the dequantised values. Model code sees a stock cache of the class it asked for.
+
+Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be cut; they are used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+)
+
+from warmkv_server.engine.codec import Codec, Words
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.types import PartKind
+
+
+class StockCache(Protocol):
+    """The part of mlx-lm's cache protocol that the mixin stands before."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+
+
+class QuantiseFirst:
+    """Mixin over a stock cache, before it in the order of resolution."""
+
+    kind: PartKind
+    codec: Codec
+    log: list[tuple[Words, Words]]
+
+    def record_with(self, codec: Codec) -> None:
+        self.codec = codec
+        self.log = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        key_words, value_words = self.codec.encode(keys), self.codec.encode(values)
+        self.log.append((key_words, value_words))
+        stock: StockCache = super()  # type: ignore[assignment]
+        return stock.update_and_fetch(
+            self.codec.decode(key_words, keys.dtype), self.codec.decode(value_words, values.dtype)
+        )
+
+
+class AppendCache(QuantiseFirst, KVCache):
+    """Full attention: every token is kept."""
+
+    kind = PartKind.APPEND
+
+    @classmethod
+    def merge(cls, caches: Sequence[AppendCache]) -> BatchAppendCache:
+        return _recording(BatchAppendCache.merge(caches), caches[0])
+
+    def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
+        """Start from `length` tokens already there; keys and values may have room for more behind them."""
+        self.keys, self.values, self.offset = keys, values, length
+
+
+class BatchAppendCache(QuantiseFirst, BatchKVCache):
+    kind = PartKind.APPEND
+
+
+class WindowCache(QuantiseFirst, RotatingKVCache):
+    """Sliding-window attention: the last `max_size` tokens are kept."""
+
+    kind = PartKind.WINDOW
+
+    @property
+    def window(self) -> int:
+        return int(self.max_size)
+
+    @classmethod
+    def merge(cls, caches: Sequence[WindowCache]) -> BatchWindowCache:
+        return _recording(BatchWindowCache.merge(caches), caches[0])
+
+    def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
+        """Start after `length` tokens from the last of them, in temporal order."""
+        keep = min(length, self.max_size)
+        self.keys, self.values = keys[..., -keep:, :], values[..., -keep:, :]
+        self.offset, self._idx = length, keep
+
+
+class BatchWindowCache(QuantiseFirst, BatchRotatingKVCache):
+    kind = PartKind.WINDOW
+
+
+class ChunkCache(QuantiseFirst, ChunkedKVCache):
+    """Chunked attention: at least the tokens of the current chunk are kept."""
+
+    kind = PartKind.WINDOW
+
+    @property
+    def window(self) -> int:
+        return int(self.chunk_size)
+
+    def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
+        """Start after `length` tokens from the last of them."""
+        keep = min(length, self.chunk_size)
+        self.keys, self.values = keys[..., -keep:, :], values[..., -keep:, :]
+        self.offset, self.start_position = length, length - keep
+
+
+def _recording(batch: Any, source: QuantiseFirst) -> Any:
+    batch.record_with(source.codec)
+    return batch
+
+
+def quantise_first(cache: Any, codec: Codec) -> Any:
+    """The counterpart of one empty cache that a model's `make_cache` gave.
+
+    Raises:
+        OperatorError: for a kind of cache whose content can't be kept.
+    """
+    kept: Any
+    if type(cache) is KVCache:
+        kept = AppendCache()
+    elif type(cache) is RotatingKVCache and cache.keep == 0:
+        kept = WindowCache(cache.max_size)
+    elif type(cache) is ChunkedKVCache:
+        kept = ChunkCache(cache.chunk_size)
+    elif type(cache) is CacheList:
+        return CacheList(*(quantise_first(member, codec) for member in cache.caches))
+    elif type(cache) is ArraysCache:
+        return cache
+    else:
+        raise OperatorError(
+            f"the model keeps its context in a {type(cache).__name__}, which WarmKV can't store and restore; "
+            "use a model with another kind of attention"
+        )
+    kept.record_with(codec)
+    return kept
+
+
+def leaves(caches: Sequence[Any]) -> Iterator[Any]:
+    """The caches that hold something, composite ones taken apart, in the model's order."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
+
+
+def can_batch(caches: Sequence[Any]) -> bool:
+    """Whether sequences with these caches can share one decode step."""
+    return all(hasattr(leaf, "merge") for leaf in leaves(caches))
+
+
+def arrays(caches: Sequence[Any]) -> list[mx.array]:
+    """Every array the caches and their logs hold: what to evaluate so that nothing lazy is left behind."""
+    found: list[mx.array] = []
+    for leaf in leaves(caches):
+        if isinstance(leaf, ArraysCache):
+            found += [a for a in leaf.cache if a is not None]
+        else:
+            found += [a for a in (leaf.keys, leaf.values) if a is not None]
+            found += [a for keys, values in leaf.log for a in (*keys, *values)]
+    return found

@@ -1,0 +1,116 @@
+"""Choosing the next token: mlx-lm's samplers and logits processors, with a random stream of each sequence's own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from warmkv_server.engine.types import Logprobs, Sampling
+
+_MASK64 = (1 << 64) - 1
+
+
+class Chooser:
+    """Samples for one sequence.
+
+    The draw at a position depends on the seed and the position alone, so that a sequence gives the same tokens in a
+    batch and alone, wherever its logits are the same.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int, top_logprobs: int) -> None:
+        self.greedy = sampling.temperature == 0
+        self.top_logprobs = top_logprobs
+        self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed & _MASK64
+        self._draw = make_sampler(
+            temp=sampling.temperature,
+            top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
+            min_p=sampling.min_p,
+            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,
+        )
+        everything = len(prompt) + (1 << 30)
+        self._bias = make_logits_processors(logit_bias=dict(sampling.logit_bias) or None)
+        self._on_context = make_logits_processors(
+            repetition_penalty=sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+            repetition_context_size=everything,
+        )
+        self._on_answer = make_logits_processors(
+            presence_penalty=sampling.presence_penalty or None,
+            presence_context_size=everything,
+            frequency_penalty=sampling.frequency_penalty or None,
+            frequency_context_size=everything,
+        )
+        self._context = mx.array(prompt, dtype=mx.uint32) if self._on_context else None
+        self._answer = mx.array([], dtype=mx.uint32)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the choice is the largest of the model's own logits and nothing else is reported."""
+        return self.greedy and not (self._bias or self._on_context or self._on_answer or self.top_logprobs)
+
+    def choose(self, logits: mx.array, position: int, last: mx.array | None) -> Choice:
+        """Choose from logits of shape (1, vocabulary).
+
+        Args:
+            position: length of the context that the token will follow.
+            last: the token of the answer that the logits follow, shape (1,); None for the first.
+        """
+        if last is not None and self._on_answer:
+            self._answer = mx.concatenate([self._answer, last.astype(mx.uint32)])
+        if last is not None and self._context is not None:
+            self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
+        for process in self._bias:
+            logits = process(self._answer, logits)
+        for process in self._on_context:
+            logits = process(self._context, logits)
+        for process in self._on_answer:
+            logits = process(self._answer, logits)
+        if self.greedy and not self.top_logprobs:
+            return Choice(mx.argmax(logits, axis=-1))
+        logits = logits.astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if not self.greedy:
+            # One call of the generator seeds it; what is drawn here touches no other sequence's stream.
+            mx.random.seed((self._seed + position * 0x9E3779B97F4A7C15) & _MASK64)
+        token = self._draw(logprobs)
+        if not self.top_logprobs:
+            return Choice(token)
+        ids = mx.argpartition(-logprobs, kth=self.top_logprobs - 1, axis=-1)[:, : self.top_logprobs]
+        return Choice(
+            token,
+            chosen=mx.take_along_axis(logprobs, token[:, None], axis=-1),
+            top_ids=ids,
+            top=mx.take_along_axis(logprobs, ids, axis=-1),
+        )
+
+
+class Choice:
+    """A token on its way: lazy until it is read.
+
+    Attributes:
+        token: shape (1,).
+    """
+
+    def __init__(
+        self,
+        token: mx.array,
+        chosen: mx.array | None = None,
+        top_ids: mx.array | None = None,
+        top: mx.array | None = None,
+    ) -> None:
+        self.token = token
+        self._reported = (chosen, top_ids, top)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.token, *(a for a in self._reported if a is not None)]
+
+    def logprobs(self) -> Logprobs | None:
+        """What was asked to be reported; waits for the values."""
+        chosen, ids, top = self._reported
+        if chosen is None or ids is None or top is None:
+            return None
+        pairs = sorted(zip(ids[0].tolist(), top[0].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
+        return Logprobs(int(self.token.item()), float(chosen.item()), tuple(pairs))
