@@ -1,0 +1,71 @@
+# Everything a developer or a machine runs; `make help` lists it. Works with the make that macOS brings (3.81).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint stubs check-stubs proto-lint lock clean
+
+# What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
+ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
+# The interpreter to make .venv with; by default the first 3.11 or newer one that tools/setup finds.
+PYTHON ?=
+# Arguments for `serve` and `test`, such as ARGS="--port 0".
+ARGS ?=
+# UPGRADE=--upgrade makes `lock` take the newest versions that pyproject.toml allows.
+UPGRADE ?=
+
+ifeq ($(filter metal cpu cuda13,$(ACCEL)),)
+$(error ACCEL is "$(ACCEL)"; it can be metal, cpu or cuda13)
+endif
+
+BIN := .venv/bin
+# Changes with ACCEL, so that another accelerator means another installation.
+READY := .venv/.ready-$(ACCEL)
+# One lock serves Linux CPUs and Metal; its markers tell them apart.
+LOCK := requirements/$(if $(filter metal,$(ACCEL)),cpu,$(ACCEL)).txt
+BUF := tools/buf/node_modules/.bin/buf
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1 \2/p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## Make .venv with all that serving, testing and benchmarking need; ACCEL=cuda13 for NVIDIA
+
+serve: setup ## Run the server; ARGS="--model DIR --port 0"
+	@exec $(BIN)/warmkv serve $(ARGS)
+
+test: setup ## Run the tests; ARGS="tests/contract"
+	@$(BIN)/pytest $(ARGS)
+
+lint: setup ## Check style, types, and which room imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+stubs: setup ## Generate stubs/ from proto/
+	$(BIN)/python tools/stubs.py
+
+check-stubs: setup ## Fail if stubs/ is not what proto/ generates
+	$(BIN)/python tools/stubs.py --check
+
+proto-lint: $(BUF) ## Lint proto/ and refuse breaking changes (needs Node)
+	BUF=$(BUF) tools/proto-lint
+
+lock: setup ## Write requirements/ anew from pyproject.toml; UPGRADE=--upgrade for the newest versions
+	$(call compile,cpu)
+	$(call compile,cuda13) --constraint requirements/cpu.txt
+
+compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev --universal \
+	--python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
+	--custom-compile-command "make lock" --output-file requirements/$(1).txt
+
+clean: ## Remove .venv, caches and what was built
+	rm -rf .venv build dist *.egg-info tools/buf/node_modules
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find stubs server bench tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): $(LOCK) pyproject.toml tools/setup
+	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
+
+$(BUF): tools/buf/package-lock.json
+	npm install --prefix tools/buf --no-save --ignore-scripts --no-audit --no-fund --loglevel error
+	@touch $@
