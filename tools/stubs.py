@@ -66,8 +66,11 @@ def _exports(files: list[FileDescriptorProto]) -> str:
     names_by_module: dict[str, list[str]] = {}
     for file in files:
         module = file.name.removesuffix(".proto").replace("/", ".")
-        values = [value.name for enum in file.enum_type for value in enum.value]
-        names_by_module[f"{module}_pb2"] = [t.name for t in [*file.message_type, *file.enum_type]] + values
+        names_by_module[f"{module}_pb2"] = [
+            *(message.name for message in file.message_type),
+            *(enum.name for enum in file.enum_type),
+            *(value.name for enum in file.enum_type for value in enum.value),
+        ]
         names_by_module[f"{module}_pb2_grpc"] = [
             name for service in file.service for name in _service_names(service.name)
         ]
