@@ -25,8 +25,8 @@ UNARY_RPCS = {
 }
 STREAMING_RPCS = {"AgentService": "Generate", "ServerService": ""}
 
-# Each message with its fields as NAME:TYPE. Behind the type, `?` marks an `optional` field and `*` a repeated one; braces
-# are a map, and `|` before the name marks a member of the message's oneof.
+# Each message with its fields as NAME:TYPE. `?` behind the type marks an `optional` field, `*` a repeated one, and `|`
+# before the name a member of the message's oneof. Braces are a map.
 MESSAGES = """
 Content: |text:string |token_ids:TokenIds |chat:ChatMessages
 TokenIds: ids:int32*
