@@ -1,0 +1,201 @@
+"""The engine as the rest of the server sees it: asynchronous, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from warmkv_server.engine import model
+from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.loop import Cancel, Message, StepLoop, Stop, Submit
+from warmkv_server.engine.model import ModelInfo
+from warmkv_server.engine.schedule import cost
+from warmkv_server.engine.text import Text
+from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started
+from warmkv_server.errors import MemoryBudget, QueueFull, WarmKVError
+
+STREAM_EVENTS = 256
+"""Events a stream holds for a slow reader; deltas beyond that are joined to the last one."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the operator sets.
+
+    Attributes:
+        model: as `--model` takes it.
+        adapter: folder of a LoRA adapter.
+        kv_bits: 4 or 8; 0 keeps the KV unquantised.
+        kv_group_size: values that share a scale.
+        context_limit: positions to serve; None for all that the model has.
+        max_batch: sequences running at once.
+        max_queue: sequences waiting for their turn beyond those.
+        inflight_bytes: bytes of caches of running sequences.
+        prefill_chunk: tokens of one prefill step; a multiple of the block size.
+    """
+
+    model: str = "builtin:tiny"
+    adapter: str | None = None
+    kv_bits: int = 4
+    kv_group_size: int = 64
+    context_limit: int | None = None
+    max_batch: int = 32
+    max_queue: int = 256
+    inflight_bytes: int = 8 << 30
+    prefill_chunk: int = 256
+
+
+class Handle:
+    """One running job: an asynchronous iterator over its events, for one reader.
+
+    Attributes:
+        phase: queued, prefilling, decoding or done.
+        tokens_done: tokens of the prompt whose KV is there, then tokens of the answer.
+        tokens_total: tokens of the prompt, then the most the answer may have.
+    """
+
+    def __init__(self, engine: Engine, ident: int, job: Job) -> None:
+        self._engine = engine
+        self._ident = ident
+        self._job = job
+        self._events: deque[Event] = deque()
+        self._error: WarmKVError | None = None
+        self._arrived = asyncio.Event()
+        self.phase = "queued"
+        self.tokens_done = job.reuse.length
+        self.tokens_total = len(job.tokens)
+
+    def cancel(self) -> None:
+        """End it within a step. The iterator goes on to `Finished`, unless the job fails or has ended."""
+        if self.phase != "done":
+            self._engine.cancel(self._ident)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Yield events up to `Finished`.
+
+        Raises:
+            WarmKVError: if the sequence failed, or the engine was stopped under it.
+        """
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if isinstance(event, Finished):
+                    return
+            if self._error is not None:
+                raise self._error
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def push(self, event: Event | WarmKVError) -> None:
+        """Take the next event, on the event loop."""
+        match event:
+            case WarmKVError():
+                self._error, self.phase = event, "done"
+            case Started():
+                self.phase = "prefilling"
+            case Progress(done, total):
+                self.tokens_done, self.tokens_total = done, total
+            case Delta():
+                if self.phase != "decoding" and self._job.answer is not None:
+                    self.phase, self.tokens_done = "decoding", 0
+                    self.tokens_total = self._job.answer.max_tokens
+                self.tokens_done += len(event.token_ids)
+            case Finished():
+                self.phase = "done"
+        if not isinstance(event, WarmKVError):
+            self._append(event)
+        self._arrived.set()
+
+    def _append(self, event: Event) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(event, Delta) and isinstance(last, Delta) and len(self._events) >= STREAM_EVENTS:
+            self._events[-1] = Delta(
+                last.token_ids + event.token_ids, last.text + event.text, last.logprobs + event.logprobs
+            )
+        elif isinstance(event, Progress) and isinstance(last, Progress):
+            self._events[-1] = event
+        else:
+            self._events.append(event)
+
+
+class Engine:
+    """Owns the MLX thread. Made by `start`; used from one event loop."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._asyncio = asyncio.get_running_loop()
+        self._handles: dict[int, Handle] = {}
+        self._idents = itertools.count()
+        codec = Codec(settings.kv_bits, settings.kv_group_size)
+        self._loop = StepLoop(
+            lambda: model.load(
+                settings.model, adapter=settings.adapter, codec=codec, context_limit=settings.context_limit
+            ),
+            lambda messages: self._asyncio.call_soon_threadsafe(self._deliver, messages),
+            max_batch=settings.max_batch,
+            prefill_chunk=settings.prefill_chunk,
+            inflight_bytes=settings.inflight_bytes,
+        )
+        self.info: ModelInfo
+        self.text: Text
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> Engine:
+        """Start the MLX thread and load the model on it.
+
+        Raises:
+            OperatorError: if the model can't be served.
+        """
+        engine = cls(settings)
+        engine._loop.start()
+        await asyncio.to_thread(engine._loop.ready.wait)
+        if engine._loop.failure is not None:
+            raise engine._loop.failure
+        assert engine._loop.loaded is not None
+        engine.info = engine._loop.loaded.info
+        engine.text = Text(engine._loop.loaded.tokenizer, engine.info.vocab_size)
+        return engine
+
+    def submit(self, job: Job) -> Handle:
+        """Queue a job.
+
+        Raises:
+            MemoryBudget: if it could never run within `inflight_bytes`.
+            QueueFull: if too many are waiting.
+        """
+        assert self._loop.loaded is not None
+        needed = cost(job, self._loop.loaded.cache_map)
+        if needed > self._settings.inflight_bytes:
+            raise MemoryBudget(
+                f"the request needs {needed} bytes of cache while it runs, more than the server's "
+                f"{self._settings.inflight_bytes}; ask for fewer tokens, or raise --inflight-bytes"
+            )
+        if len(self._handles) >= self._settings.max_batch + self._settings.max_queue:
+            raise QueueFull(f"{len(self._handles)} requests are running or waiting; try again", retry_after=1.0)
+        ident = next(self._idents)
+        handle = self._handles[ident] = Handle(self, ident, job)
+        self._loop.send(Submit(ident, job, time.perf_counter()))
+        return handle
+
+    def cancel(self, ident: int) -> None:
+        self._loop.send(Cancel(ident))
+
+    def stats(self) -> EngineStats:
+        return self._loop.stats()
+
+    async def stop(self) -> None:
+        """End the thread; jobs still running fail as draining."""
+        self._loop.send(Stop())
+        await asyncio.to_thread(self._loop.join)
+
+    def _deliver(self, messages: list[Message]) -> None:
+        for ident, event in messages:
+            handle = self._handles[ident]
+            handle.push(event)
+            if handle.phase == "done":
+                del self._handles[ident]

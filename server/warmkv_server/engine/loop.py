@@ -1,0 +1,296 @@
+"""The one thread that owns MLX: it loads the model, prefills, decodes, and sends events back.
+
+Nothing else in the process calls MLX operations. Arrays that leave this thread are evaluated.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from warmkv_server.engine import prefill
+from warmkv_server.engine.group import Group
+from warmkv_server.engine.model import LoadedModel
+from warmkv_server.engine.schedule import Schedule, cost
+from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Progress, Started
+from warmkv_server.errors import Draining, EngineError, WarmKVError
+
+log = logging.getLogger(__name__)
+
+Message = tuple[int, Event | WarmKVError]
+Deliver = Callable[[list[Message]], None]
+
+
+@dataclass(frozen=True)
+class Submit:
+    ident: int
+    job: Job
+    time: float
+
+
+@dataclass(frozen=True)
+class Cancel:
+    ident: int
+
+
+class Stop:
+    """Ends the thread after the commands before it."""
+
+
+Command = Submit | Cancel | Stop
+
+
+class StepLoop:
+    """Runs commands and steps until it is told to stop.
+
+    Args:
+        load: makes the model, on this thread.
+        deliver: called on this thread with events in order; must not block.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        deliver: Deliver,
+        *,
+        max_batch: int,
+        prefill_chunk: int,
+        inflight_bytes: int,
+    ) -> None:
+        self._load = load
+        self._deliver = deliver
+        self._max_batch = max_batch
+        self._chunk = prefill_chunk
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._schedule = Schedule(max_batch, inflight_bytes)
+        self._groups: list[Group] = []
+        self._sequences: dict[int, Sequence] = {}
+        self._submitted: dict[int, float] = {}
+        self._outbox: list[Message] = []
+        self._prefilled = self._decoded = self._batch_size = 0
+        self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
+        self.loaded: LoadedModel | None = None
+        self.failure: BaseException | None = None
+        self.ready = threading.Event()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """From any thread."""
+        self._commands.put(command)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def stats(self) -> EngineStats:
+        """From any thread; each figure is whole, together they may be a step apart."""
+        decoding = sum(len(group.sequences) for group in list(self._groups))
+        return EngineStats(
+            queue_depth=len(self._schedule.waiting),
+            prefilling=len(self._schedule.prefilling),
+            decoding=decoding,
+            batch_size=self._batch_size,
+            prefilled_tokens=self._prefilled,
+            decoded_tokens=self._decoded,
+            in_flight_bytes=self._bytes_in_flight(),
+        )
+
+    def _main(self) -> None:
+        try:
+            _prepare_device()
+            self.loaded = self._load()
+        except BaseException as error:
+            self.failure = error
+            return
+        finally:
+            self.ready.set()
+        while self._take_commands():
+            self._admit()
+            self._prefill()
+            self._decode()
+            self._flush()
+        for sequence in list(self._sequences.values()):
+            self._forget(sequence)
+            self._send(sequence.ident, Draining("the server is shutting down"))
+        self._flush()
+        mx.synchronize()
+        # Streams left to the interpreter's end abort the process now and then.
+        mx.clear_streams()
+
+    def _take_commands(self) -> bool:
+        idle = not self._sequences
+        if idle:
+            mx.clear_cache()  # give the memory of what has just ended back to the system
+        while True:
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            match command:
+                case Submit(ident, job, submitted):
+                    assert self.loaded is not None
+                    sequence = Sequence(ident, job, self.loaded, cost(job, self.loaded.cache_map))
+                    self._sequences[ident] = sequence
+                    self._submitted[ident] = submitted
+                    self._schedule.waiting.append(sequence)
+                case Cancel(ident):
+                    self._cancel(ident)
+                case Stop():
+                    return False
+
+    def _admit(self) -> None:
+        while True:
+            running = len(self._sequences) - len(self._schedule.waiting)
+            sequence = self._schedule.admit(running, self._bytes_in_flight())
+            if sequence is None:
+                return
+            self._send(sequence.ident, Started(time.perf_counter() - self._submitted[sequence.ident]))
+            with self._containing(sequence):
+                sequence.open()
+                self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
+
+    def _prefill(self) -> None:
+        sequence = self._schedule.pick()
+        if sequence is None:
+            return
+        with self._containing(sequence):
+            before = sequence.done
+            prefill.run_chunk(sequence, self._chunk)
+            if sequence.done >= sequence.prefill_end:
+                self._schedule.prefilling.remove(sequence)
+                if sequence.job.answer is None:
+                    self._prefilled += sequence.done - before
+                    self._finish(sequence, Finish.PREFILLED)
+                    return
+                prefill.choose_first(sequence)
+            self._prefilled += sequence.done - before
+            self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
+            if sequence.pending is not None:
+                self._start_decoding(sequence)
+
+    def _start_decoding(self, sequence: Sequence) -> None:
+        finish = self._emit(sequence)
+        sequence.sent = True
+        self._flush()
+        if finish is not None:
+            prefill.feed(sequence, sequence.completion[-1], choose=False)
+            sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
+            self._finish(sequence, finish)
+            return
+        group = next((g for g in self._groups if g.fits(sequence, self._max_batch)), None)
+        if group is None:
+            group = Group()
+            self._groups.append(group)
+        group.join(sequence)
+
+    def _decode(self) -> None:
+        launched = []
+        self._batch_size = sum(len(group.sequences) for group in self._groups)
+        for group in list(self._groups):
+            with self._containing(*group.sequences):
+                launched.append((group, group.launch()))
+        for group, choices in launched:
+            with self._containing(*group.sequences):
+                leaving: list[tuple[Sequence, Finish]] = []
+                for sequence, choice in zip(group.sequences, choices, strict=True):
+                    finish = None if sequence.sent else self._emit(sequence)
+                    sequence.pending, sequence.sent = choice, False
+                    if finish is not None:
+                        group.snapshot(sequence)
+                        leaving.append((sequence, finish))
+                if leaving:
+                    self._flush()
+                    group.leave([sequence for sequence, _ in leaving])
+                for sequence, finish in leaving:
+                    with self._containing(sequence):
+                        self._finish(sequence, finish)
+        self._groups = [group for group in self._groups if group.sequences]
+
+    def _emit(self, sequence: Sequence) -> Finish | None:
+        assert sequence.pending is not None
+        token = int(sequence.pending.token.item())
+        delta, finish = sequence.emit(token, sequence.pending.logprobs())
+        self._decoded += 1
+        self._send(sequence.ident, delta)
+        return finish
+
+    def _cancel(self, ident: int) -> None:
+        """Between two steps: every token that was sent has its KV computed or in flight."""
+        sequence = self._sequences.get(ident)
+        if sequence is None:
+            return
+        with self._containing(sequence):
+            group = self._group_of(sequence)
+            if group is not None:
+                group.snapshot(sequence)
+                group.leave([sequence])
+                self._groups = [g for g in self._groups if g.sequences]
+            self._finish(sequence, Finish.CANCELLED)
+
+    def _finish(self, sequence: Sequence, finish: Finish) -> None:
+        event = sequence.finished(finish)
+        self._forget(sequence)
+        self._send(sequence.ident, event)
+
+    @contextmanager
+    def _containing(self, *sequences: Sequence) -> Iterator[None]:
+        """Let an exception end these sequences, and those that share a batch with them, and nothing else."""
+        try:
+            yield
+        except Exception:
+            shared = [group for group in self._groups if any(row in sequences for row in group.sequences)]
+            concerned = {*sequences, *(row for group in shared for row in group.sequences)}
+            self._groups = [group for group in self._groups if group not in shared]
+            self._fail(concerned)
+
+    def _fail(self, sequences: Iterable[Sequence]) -> None:
+        error_id = secrets.token_hex(6)
+        log.error("engine error %s", error_id, exc_info=True)
+        for sequence in sequences:
+            if sequence.ident in self._sequences:
+                self._forget(sequence)
+                self._send(sequence.ident, EngineError(error_id))
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._sequences.pop(sequence.ident, None)
+        self._submitted.pop(sequence.ident, None)
+        if sequence in self._schedule.waiting:
+            self._schedule.waiting.remove(sequence)
+        if sequence in self._schedule.prefilling:
+            self._schedule.prefilling.remove(sequence)
+        sequence.caches = []
+
+    def _group_of(self, sequence: Sequence) -> Group | None:
+        return next((group for group in self._groups if sequence in group.sequences), None)
+
+    def _bytes_in_flight(self) -> int:
+        waiting = list(self._schedule.waiting)
+        return sum(sequence.cost for sequence in list(self._sequences.values()) if sequence not in waiting)
+
+    def _send(self, ident: int, event: Event | WarmKVError) -> None:
+        self._outbox.append((ident, event))
+
+    def _flush(self) -> None:
+        if self._outbox:
+            self._deliver(self._outbox)
+            self._outbox = []
+
+
+def _prepare_device() -> None:
+    if mx.default_device() == mx.cpu:
+        # On a CPU, mx.compile runs the system's C++ compiler at run time, which a fresh machine doesn't have.
+        mx.disable_compile()
+    elif mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

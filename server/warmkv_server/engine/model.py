@@ -1,0 +1,290 @@
+"""Finding, loading and describing a model. Runs on the MLX thread."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import xxhash
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters, load_model, load_tokenizer
+
+from warmkv_server import blas
+from warmkv_server.engine import caches, random_model
+from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.layout import CacheMap, discover, empty_caches
+from warmkv_server.engine.types import Sampling
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.types import KVLayout, PartKind
+
+BUILT_IN = Path(__file__).parent.parent / "models"
+_HUB_PATTERNS = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".py")]
+
+
+class ModelKind(StrEnum):
+    BUILT_IN = "built_in"
+    LOCAL = "local"
+    HUB = "hub"
+    RANDOM = "random"
+    """Random weights: noise, for tests and benchmarks of geometry."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One cache of the model. A model whose layers share KV has fewer of them than layers."""
+
+    cache_kind: str
+    """append, window or state."""
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the server says about its model."""
+
+    model_id: str
+    kind: ModelKind
+    weights_digest: str
+    device: str
+    blas: str
+    context_limit: int
+    vocab_size: int
+    layers: tuple[LayerInfo, ...]
+    kv_bits: int
+    kv_group_size: int
+    kv_bytes_per_token: int
+    """Bytes at rest of one token's KV in layers that keep every token."""
+    layout: KVLayout
+    fingerprint_fields: Mapping[str, str]
+    sampling_defaults: Sampling
+    eos_token_ids: frozenset[int]
+    has_chat_template: bool
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run on this thread."""
+
+    model: Any
+    tokenizer: TokenizerWrapper
+    cache_map: CacheMap
+    info: ModelInfo
+
+    def empty_caches(self) -> list[Any]:
+        return empty_caches(self.model, self.cache_map.codec)
+
+
+def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | None) -> LoadedModel:
+    """Load a model and find out how its caches are kept.
+
+    Args:
+        spec: `builtin:NAME`, `random:SHAPE`, a folder, or `ORG/NAME[@REVISION]` on the hub.
+        adapter: folder of a LoRA adapter, or None.
+        context_limit: positions to serve, at most the model's own; None for all.
+
+    Raises:
+        OperatorError: with what is wrong and what to do.
+    """
+    kind, folder = _locate(spec)
+    if kind is ModelKind.RANDOM:
+        model, config = random_model.build(spec.removeprefix("random:"))
+        tokenizer_folder = BUILT_IN / "tiny"
+        weights_digest = _digest_arrays(model)
+    else:
+        model, config = _load_folder(folder)
+        tokenizer_folder = folder
+        weights_digest = _digest_files(sorted(folder.glob("model*.safetensors")))
+    adapter_digest = ""
+    if adapter is not None:
+        model, adapter_digest = _adapt(model, adapter)
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        # 16-bit products don't go through the BLAS: they run at a fiftieth of the speed of 32-bit ones.
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    try:
+        tokenizer = load_tokenizer(tokenizer_folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:
+        raise OperatorError(f"no tokenizer could be loaded from {tokenizer_folder}: {error}") from error
+    cache_map = discover(model, codec)
+    text_config = config.get("text_config") or config
+    vocab_size = int(text_config.get("vocab_size") or len(tokenizer))
+    limit = _context_limit(text_config, context_limit)
+    dtype = next(str(a.dtype) for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating))
+    fields = {
+        "weights": weights_digest,
+        "adapter": adapter_digest,
+        "config": _digest_json(config),
+        "tokenizer": _digest_files(_tokenizer_files(tokenizer_folder)),
+        "kv_bits": str(codec.bits),
+        "kv_group_size": str(codec.group_size if codec.bits else 0),
+        "dtype": dtype.removeprefix("mlx.core."),
+        "rope": _digest_json({k: v for k, v in text_config.items() if k.startswith("rope")}),
+    }
+    info = ModelInfo(
+        model_id=spec,
+        kind=kind,
+        weights_digest=weights_digest,
+        device=_device(),
+        blas=blas.describe() if on_cpu else "",
+        context_limit=limit,
+        vocab_size=vocab_size,
+        layers=_layers(model, cache_map),
+        kv_bits=codec.bits,
+        kv_group_size=codec.group_size if codec.bits else 0,
+        kv_bytes_per_token=cache_map.layout.nbytes(PartKind.APPEND),
+        layout=cache_map.layout,
+        fingerprint_fields=fields,
+        sampling_defaults=_sampling_defaults(folder if kind is not ModelKind.RANDOM else None),
+        eos_token_ids=frozenset(tokenizer.eos_token_ids),
+        has_chat_template=bool(tokenizer.has_chat_template),
+        versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
+    )
+    return LoadedModel(model, tokenizer, cache_map, info)
+
+
+def _locate(spec: str) -> tuple[ModelKind, Path]:
+    scheme, _, name = spec.partition(":")
+    if scheme == "builtin":
+        folder = BUILT_IN / name
+        if not (folder / "config.json").is_file():
+            raise OperatorError(f"there is no built-in model {name!r}; the built-in model is builtin:tiny")
+        return ModelKind.BUILT_IN, folder
+    if scheme == "random":
+        return ModelKind.RANDOM, Path()
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise OperatorError(f"the folder {folder} has no config.json; --model takes a folder in mlx-lm's layout")
+        return ModelKind.LOCAL, folder
+    repo, _, revision = spec.partition("@")
+    if repo.count("/") != 1 or spec.startswith(("/", ".", "~")):
+        raise OperatorError(
+            f"no model at {spec!r}: give builtin:tiny, an existing folder, or ORG/NAME[@REVISION] of a hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_PATTERNS)
+    except Exception as error:
+        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OperatorError(
+            f"the model {spec!r} could not be fetched from the hub ({summary}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+    return ModelKind.HUB, Path(path)
+
+
+def _load_folder(folder: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, config = load_model(folder, trust_remote_code=False)
+    except FileNotFoundError as error:
+        raise OperatorError(f"the folder {folder} has no model*.safetensors; is the download complete?") from error
+    except Exception as error:
+        raise OperatorError(f"mlx-lm can't load the model in {folder}: {error}") from error
+    return model, config
+
+
+def _adapt(model: Any, adapter: str) -> tuple[Any, str]:
+    try:
+        adapted = load_adapters(model, adapter)
+    except Exception as error:
+        raise OperatorError(f"the adapter in {adapter} can't be put on this model: {error}") from error
+    adapted.eval()
+    return adapted, _digest_files(sorted(p for p in Path(adapter).iterdir() if p.is_file()))
+
+
+def _context_limit(config: Mapping[str, Any], wanted: int | None) -> int:
+    own = int(config.get("max_position_embeddings") or 0)
+    if wanted is None:
+        return own or 32768
+    if own and wanted > own:
+        raise OperatorError(f"--context-limit {wanted} is more than the model's {own} positions; give at most {own}")
+    return wanted
+
+
+def _layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
+    made = empty_caches(model, cache_map.codec)
+    kinds: dict[int, LayerInfo] = {}
+    for stack in cache_map.stacks:
+        for leaf, side in stack.streams:
+            old = kinds.get(leaf, LayerInfo(stack.kind.value))
+            kinds[leaf] = LayerInfo(
+                old.cache_kind,
+                kv_heads=stack.heads,
+                key_dim=stack.head_dim if side == 0 else old.key_dim,
+                value_dim=stack.head_dim if side == 1 else old.value_dim,
+                window=0,
+            )
+    found = []
+    for number, leaf in enumerate(caches.leaves(made)):
+        base = kinds.get(number, LayerInfo(PartKind.STATE.value))
+        window = int(getattr(leaf, "window", 0))
+        found.append(LayerInfo(base.cache_kind, base.kv_heads, base.key_dim, base.value_dim, window))
+    return tuple(found)
+
+
+def _sampling_defaults(folder: Path | None) -> Sampling:
+    """The model author's own recommendation where there is one (generation_config.json), else greedy."""
+    path = folder / "generation_config.json" if folder else None
+    if path is None or not path.is_file():
+        return Sampling()
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise OperatorError(f"{path} is not valid JSON: {error}") from error
+    if not config.get("do_sample", False):
+        return Sampling()
+    return Sampling(
+        temperature=float(config.get("temperature", 1.0)),
+        top_p=float(config.get("top_p", 1.0)),
+        top_k=int(config.get("top_k", 0) or 0),
+        min_p=float(config.get("min_p", 0.0) or 0.0),
+        repetition_penalty=float(config.get("repetition_penalty", 1.0) or 1.0),
+    )
+
+
+def _device() -> str:
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    name = str(mx.device_info().get("device_name", ""))
+    backend = "metal" if mx.metal.is_available() else "cuda"
+    return f"{backend} ({name})" if name else backend
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    patterns = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken")
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _digest_files(paths: Sequence[Path]) -> str:
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest_arrays(model: Any) -> str:
+    digest = xxhash.xxh3_128()
+    for name, array in tree_flatten(model.parameters()):
+        digest.update(name.encode())
+        digest.update(memoryview(array.view(mx.uint8)))
+    return digest.hexdigest()
+
+
+def _digest_json(value: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

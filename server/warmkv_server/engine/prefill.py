@@ -1,0 +1,51 @@
+"""Computing the KV of a prompt, a chunk at a time."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from warmkv_server.engine import caches as kinds
+from warmkv_server.engine.sequence import Sequence
+
+
+def next_boundary(sequence: Sequence, chunk: int) -> int:
+    """Where the next chunk ends.
+
+    Chunks end at multiples of `chunk`, which is a multiple of the block size, at the lengths where a snapshot is
+    wanted, and at the end: never at a place that depends on where the reused prefix came from.
+    """
+    end = min((sequence.done // chunk + 1) * chunk, sequence.prefill_end)
+    wanted = [length for length in sequence.job.snapshot_at if sequence.done < length < end]
+    return min([end, *wanted])
+
+
+def run_chunk(sequence: Sequence, chunk: int) -> None:
+    """Compute one chunk. Its logits are never asked for, so they are never computed."""
+    end = next_boundary(sequence, chunk)
+    if end > sequence.done:
+        tokens = mx.array(sequence.job.tokens[sequence.done : end])
+        sequence.loaded.model(tokens[None], cache=sequence.caches)
+        mx.eval(kinds.arrays(sequence.caches))
+        sequence.done = end
+        sequence.collect()
+        if end == sequence.prefill_end or end in sequence.job.snapshot_at:
+            sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
+
+
+def choose_first(sequence: Sequence) -> None:
+    """Feed the prompt's last token, alone, and sample the first token of the answer from its logits."""
+    assert sequence.chooser is not None
+    feed(sequence, sequence.job.tokens[-1], choose=True)
+
+
+def feed(sequence: Sequence, token: int, *, choose: bool) -> None:
+    """One step of a sequence that has its own caches."""
+    logits = sequence.loaded.model(mx.array([[token]]), cache=sequence.caches)
+    sequence.done += 1
+    if choose:
+        assert sequence.chooser is not None
+        sequence.pending = sequence.chooser.choose(logits[:, -1], sequence.done, None)
+        mx.eval(sequence.pending.arrays)
+    else:
+        mx.eval(kinds.arrays(sequence.caches))
+    sequence.collect()
