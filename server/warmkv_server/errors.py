@@ -34,9 +34,7 @@ class WarmKVError(Exception):
 
     reason: ClassVar[str]
 
-    def __init__(
-        self, message: str, *, violations: Sequence[Violation] = (), retry_after: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, violations: Sequence[Violation] = (), retry_after: float | None = None) -> None:
         super().__init__(message)
         self.violations = tuple(violations)
         self.retry_after = retry_after

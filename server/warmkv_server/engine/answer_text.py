@@ -20,9 +20,7 @@ class AnswerText:
         stop: strings that end the answer.
     """
 
-    def __init__(
-        self, tokenizer: TokenizerWrapper, before: int, silent: Collection[int], stop: Sequence[str]
-    ) -> None:
+    def __init__(self, tokenizer: TokenizerWrapper, before: int, silent: Collection[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._before = before
         self._silent = silent
@@ -52,7 +50,7 @@ class AnswerText:
         if self.matched_stop:
             return text
         self._state, held, _ = TextStateMachine.flush(self._state)
-        return text + held
+        return text + str(held)
 
     def tokens_behind_stop(self) -> int:
         """How many of the last tokens lie wholly behind the matched stop string (held-back bytes delay the match)."""

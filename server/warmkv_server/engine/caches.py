@@ -10,7 +10,7 @@ Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -45,6 +45,14 @@ class QuantiseFirst:
         self.codec = codec
         self.log = []
 
+    @classmethod
+    def of(cls, rows: Sequence[QuantiseFirst]) -> Self:
+        """The batch of these sequences' caches, for a class that stands before one of mlx-lm's batch caches."""
+        stock: Any = cls
+        batch: Self = stock.merge(rows)
+        batch.record_with(rows[0].codec)
+        return batch
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         key_words, value_words = self.codec.encode(keys), self.codec.encode(values)
         self.log.append((key_words, value_words))
@@ -59,9 +67,13 @@ class AppendCache(QuantiseFirst, KVCache):
 
     kind = PartKind.APPEND
 
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.record_with(codec)
+
     @classmethod
     def merge(cls, caches: Sequence[AppendCache]) -> BatchAppendCache:
-        return _recording(BatchAppendCache.merge(caches), caches[0])
+        return BatchAppendCache.of(caches)
 
     def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
         """Start from `length` tokens already there; keys and values may have room for more behind them."""
@@ -77,13 +89,17 @@ class WindowCache(QuantiseFirst, RotatingKVCache):
 
     kind = PartKind.WINDOW
 
+    def __init__(self, codec: Codec, window: int) -> None:
+        super().__init__(window)
+        self.record_with(codec)
+
     @property
     def window(self) -> int:
         return int(self.max_size)
 
     @classmethod
     def merge(cls, caches: Sequence[WindowCache]) -> BatchWindowCache:
-        return _recording(BatchWindowCache.merge(caches), caches[0])
+        return BatchWindowCache.of(caches)
 
     def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
         """Start after `length` tokens from the last of them, in temporal order."""
@@ -101,6 +117,10 @@ class ChunkCache(QuantiseFirst, ChunkedKVCache):
 
     kind = PartKind.WINDOW
 
+    def __init__(self, codec: Codec, window: int) -> None:
+        super().__init__(window)
+        self.record_with(codec)
+
     @property
     def window(self) -> int:
         return int(self.chunk_size)
@@ -112,11 +132,6 @@ class ChunkCache(QuantiseFirst, ChunkedKVCache):
         self.offset, self.start_position = length, length - keep
 
 
-def _recording(batch: Any, source: QuantiseFirst) -> Any:
-    batch.record_with(source.codec)
-    return batch
-
-
 def quantise_first(cache: Any, codec: Codec) -> Any:
     """The counterpart of one empty cache that a model's `make_cache` gave.
 
@@ -125,11 +140,11 @@ def quantise_first(cache: Any, codec: Codec) -> Any:
     """
     kept: Any
     if type(cache) is KVCache:
-        kept = AppendCache()
+        kept = AppendCache(codec)
     elif type(cache) is RotatingKVCache and cache.keep == 0:
-        kept = WindowCache(cache.max_size)
+        kept = WindowCache(codec, cache.max_size)
     elif type(cache) is ChunkedKVCache:
-        kept = ChunkCache(cache.chunk_size)
+        kept = ChunkCache(codec, cache.chunk_size)
     elif type(cache) is CacheList:
         return CacheList(*(quantise_first(member, codec) for member in cache.caches))
     elif type(cache) is ArraysCache:
@@ -139,7 +154,6 @@ def quantise_first(cache: Any, codec: Codec) -> Any:
             f"the model keeps its context in a {type(cache).__name__}, which WarmKV can't store and restore; "
             "use a model with another kind of attention"
         )
-    kept.record_with(codec)
     return kept
 
 
@@ -162,7 +176,7 @@ def arrays(caches: Sequence[Any]) -> list[mx.array]:
     found: list[mx.array] = []
     for leaf in leaves(caches):
         if isinstance(leaf, ArraysCache):
-            found += [a for a in leaf.cache if a is not None]
+            found.extend(array for array in leaf.cache if array is not None)
         else:
             found += [a for a in (leaf.keys, leaf.values) if a is not None]
             found += [a for keys, values in leaf.log for a in (*keys, *values)]

@@ -136,7 +136,7 @@ class Engine:
             lambda: model.load(
                 settings.model, adapter=settings.adapter, codec=codec, context_limit=settings.context_limit
             ),
-            lambda messages: self._asyncio.call_soon_threadsafe(self._deliver, messages),
+            self._deliver_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
             inflight_bytes=settings.inflight_bytes,
@@ -192,6 +192,9 @@ class Engine:
         """End the thread; jobs still running fail as draining."""
         self._loop.send(Stop())
         await asyncio.to_thread(self._loop.join)
+
+    def _deliver_from_thread(self, messages: list[Message]) -> None:
+        self._asyncio.call_soon_threadsafe(self._deliver, messages)
 
     def _deliver(self, messages: list[Message]) -> None:
         for ident, event in messages:

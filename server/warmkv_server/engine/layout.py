@@ -91,8 +91,7 @@ class CacheMap:
         """The recurrent state as it is now. Models replace these arrays and never write to them: no copy is needed."""
         members = list(kinds.leaves(caches))
         return {
-            _state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1])
-            for leaf, index in self.states
+            _state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1]) for leaf, index in self.states
         }
 
     def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> None:

@@ -220,8 +220,7 @@ class StepLoop:
 
     def _emit(self, sequence: Sequence) -> Finish | None:
         assert sequence.pending is not None
-        token = int(sequence.pending.token.item())
-        delta, finish = sequence.emit(token, sequence.pending.logprobs())
+        delta, finish = sequence.emit(sequence.pending.read(), sequence.pending.logprobs())
         self._decoded += 1
         self._send(sequence.ident, delta)
         return finish

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 import xxhash
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -18,7 +19,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters, load_model, load
 
 from warmkv_server import blas
 from warmkv_server.engine import caches, random_model
-from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.codec import Codec, storable
 from warmkv_server.engine.layout import CacheMap, discover, empty_caches
 from warmkv_server.engine.types import Sampling
 from warmkv_server.errors import OperatorError
@@ -121,7 +122,7 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
     text_config = config.get("text_config") or config
     vocab_size = int(text_config.get("vocab_size") or len(tokenizer))
     limit = _context_limit(text_config, context_limit)
-    dtype = next(str(a.dtype) for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating))
+    dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
         "adapter": adapter_digest,
@@ -278,11 +279,15 @@ def _digest_files(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def _parameters(model: Any) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
 def _digest_arrays(model: Any) -> str:
     digest = xxhash.xxh3_128()
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in _parameters(model):
         digest.update(name.encode())
-        digest.update(memoryview(array.view(mx.uint8)))
+        digest.update(np.array(storable(array), copy=False).tobytes())
     return digest.hexdigest()
 
 

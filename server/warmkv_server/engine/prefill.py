@@ -23,7 +23,7 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
     """Compute one chunk. Its logits are never asked for, so they are never computed."""
     end = next_boundary(sequence, chunk)
     if end > sequence.done:
-        tokens = mx.array(sequence.job.tokens[sequence.done : end])
+        tokens = mx.array(list(sequence.job.tokens[sequence.done : end]))
         sequence.loaded.model(tokens[None], cache=sequence.caches)
         mx.eval(kinds.arrays(sequence.caches))
         sequence.done = end

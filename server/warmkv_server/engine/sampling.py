@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -42,7 +43,7 @@ class Chooser:
             frequency_penalty=sampling.frequency_penalty or None,
             frequency_context_size=everything,
         )
-        self._context = mx.array(prompt, dtype=mx.uint32) if self._on_context else None
+        self._context = mx.array(list(prompt) if self._on_context else [], dtype=mx.uint32)
         self._answer = mx.array([], dtype=mx.uint32)
 
     @property
@@ -59,7 +60,7 @@ class Chooser:
         """
         if last is not None and self._on_answer:
             self._answer = mx.concatenate([self._answer, last.astype(mx.uint32)])
-        if last is not None and self._context is not None:
+        if last is not None and self._on_context:
             self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
         for process in self._bias:
             logits = process(self._answer, logits)
@@ -107,10 +108,16 @@ class Choice:
     def arrays(self) -> list[mx.array]:
         return [self.token, *(a for a in self._reported if a is not None)]
 
+    def read(self) -> int:
+        """The token; waits for it."""
+        return cast(int, self.token.item())
+
     def logprobs(self) -> Logprobs | None:
         """What was asked to be reported; waits for the values."""
         chosen, ids, top = self._reported
         if chosen is None or ids is None or top is None:
             return None
-        pairs = sorted(zip(ids[0].tolist(), top[0].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-        return Logprobs(int(self.token.item()), float(chosen.item()), tuple(pairs))
+        alternatives = cast(list[int], ids[0].tolist())
+        values = cast(list[float], top[0].tolist())
+        pairs = sorted(zip(alternatives, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        return Logprobs(self.read(), cast(float, chosen.item()), tuple(pairs))

@@ -14,7 +14,7 @@ from warmkv_server.engine.answer_text import AnswerText
 from warmkv_server.engine.codec import join
 from warmkv_server.engine.model import LoadedModel
 from warmkv_server.engine.sampling import Choice, Chooser
-from warmkv_server.engine.types import Delta, Finish, Finished, Job
+from warmkv_server.engine.types import Delta, Finish, Finished, Job, Logprobs
 from warmkv_server.kv.types import TOKEN_AXIS, Growth, PartKind, Tensors
 
 
@@ -84,10 +84,11 @@ class Sequence:
         if self.loaded.cache_map.states:
             self._snapshots[self.done] = snapshot
 
-    def emit(self, token: int, logprobs: Any) -> tuple[Delta, Finish | None]:
+    def emit(self, token: int, logprobs: Logprobs | None) -> tuple[Delta, Finish | None]:
         """Account for one sampled token: what to send, and whether the answer ends with it."""
         answer, text = self.job.answer, self.text
-        assert answer is not None and text is not None
+        assert answer is not None
+        assert text is not None
         if not self.completion:
             self._first_token = time.perf_counter()
         self.completion.append(token)

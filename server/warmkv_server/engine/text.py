@@ -60,9 +60,7 @@ class Text:
         self._vocab_size = vocab_size
         self._bos = _bos_ids(tokenizer)
 
-    def encode(
-        self, content: Content, *, starts: bool, ending: str, last_token: int | None, answer: bool
-    ) -> list[int]:
+    def encode(self, content: Content, *, starts: bool, ending: str, last_token: int | None, answer: bool) -> list[int]:
         """The tokens to put behind the held context.
 
         Args:
@@ -87,7 +85,7 @@ class Text:
                 return self._ids(self._follow_up(messages, Ending(ending), last_token, answer))
 
     def ending_after(self, content: Content | None, *, answered: bool, previous: str) -> str:
-        """The ending to keep with a context once `content` (None: nothing) and, if `answered`, an answer are behind it."""
+        """The ending to keep with a context once `content` (None: nothing) and perhaps an answer were put behind it."""
         if isinstance(content, Chat):
             return Ending.ANSWER if answered else Ending.TURN
         if content is None and Ending(previous or Ending.RAW) is Ending.ANSWER:
@@ -125,9 +123,7 @@ class Text:
             raise InvalidField.of("content.chat.messages", f"the chat template refuses them: {error}") from error
         return str(rendered)
 
-    def _follow_up(
-        self, messages: Sequence[Message], ending: Ending, last_token: int | None, answer: bool
-    ) -> str:
+    def _follow_up(self, messages: Sequence[Message], ending: Ending, last_token: int | None, answer: bool) -> str:
         """What the template writes for these messages behind an earlier conversation.
 
         Rendered behind a stand-in conversation, whose text is then cut off: templates can't render a part.

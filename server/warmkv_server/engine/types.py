@@ -54,7 +54,7 @@ class Job:
     """
 
     tokens: Sequence[int]
-    reuse: Reuse = Reuse()
+    reuse: Reuse = field(default_factory=Reuse)
     answer: Answer | None = None
     snapshot_at: frozenset[int] = frozenset()
 
@@ -98,7 +98,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Delta:
-    """New tokens, and the text that became certain with them. Text may be empty, and may come with no token at the end."""
+    """New tokens, and the text that became certain with them, which may be empty."""
 
     token_ids: tuple[int, ...]
     text: str
