@@ -67,5 +67,5 @@ $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
 
 $(BUF): tools/buf/package-lock.json
-	npm install --prefix tools/buf --no-save --ignore-scripts --no-audit --no-fund --loglevel error
+	npm install --prefix tools/buf --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error
 	@touch $@
