@@ -68,7 +68,8 @@ class AppendCache(QuantiseFirst, KVCache):
     kind = PartKind.APPEND
 
     def __init__(self, codec: Codec) -> None:
-        super().__init__()
+        stock: Any = super()
+        stock.__init__()
         self.record_with(codec)
 
     @classmethod
@@ -90,7 +91,8 @@ class WindowCache(QuantiseFirst, RotatingKVCache):
     kind = PartKind.WINDOW
 
     def __init__(self, codec: Codec, window: int) -> None:
-        super().__init__(window)
+        stock: Any = super()
+        stock.__init__(window)
         self.record_with(codec)
 
     @property
@@ -118,7 +120,8 @@ class ChunkCache(QuantiseFirst, ChunkedKVCache):
     kind = PartKind.WINDOW
 
     def __init__(self, codec: Codec, window: int) -> None:
-        super().__init__(window)
+        stock: Any = super()
+        stock.__init__(window)
         self.record_with(codec)
 
     @property
@@ -173,7 +176,7 @@ def can_batch(caches: Sequence[Any]) -> bool:
 
 def arrays(caches: Sequence[Any]) -> list[mx.array]:
     """Every array the caches and their logs hold: what to evaluate so that nothing lazy is left behind."""
-    found: list[mx.array] = []
+    found: list[Any] = []
     for leaf in leaves(caches):
         if isinstance(leaf, ArraysCache):
             found.extend(array for array in leaf.cache if array is not None)
