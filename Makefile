@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint stubs check-stubs proto-lint lock clean
+.PHONY: help setup serve test lint style types rooms stubs check-stubs proto-lint lock clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -35,10 +35,16 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(BIN)/pytest $(ARGS)
 
-lint: setup ## Check style, types, and which room imports which
+lint: style types rooms ## Check style, types, and which room imports which
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
+
+rooms: setup
 	$(BIN)/lint-imports
 
 stubs: setup ## Generate stubs/ from proto/
