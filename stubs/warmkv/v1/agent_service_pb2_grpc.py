@@ -164,7 +164,8 @@ class AgentServiceServicer:
         Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
         starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-        Adds the errors NOT_FOUND (AGENT_NOT_FOUND) and ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED).
+        Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
+        (STORAGE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

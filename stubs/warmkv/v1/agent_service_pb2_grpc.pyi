@@ -111,7 +111,8 @@ class AgentServiceStub:
     Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
     starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-    Adds the errors NOT_FOUND (AGENT_NOT_FOUND) and ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED).
+    Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
+    (STORAGE_UNAVAILABLE).
     """
     EvictAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.EvictAgentRequest, _agent_service_pb2.EvictAgentResponse]
     """EvictAgent drops the RAM copy of the agent's blocks, once their copy on disk is durable.
@@ -214,7 +215,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
     starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-    Adds the errors NOT_FOUND (AGENT_NOT_FOUND) and ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED).
+    Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
+    (STORAGE_UNAVAILABLE).
     """
     EvictAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.EvictAgentRequest, _agent_service_pb2.EvictAgentResponse]  # type: ignore[assignment]
     """EvictAgent drops the RAM copy of the agent's blocks, once their copy on disk is durable.
@@ -338,7 +340,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
         starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-        Adds the errors NOT_FOUND (AGENT_NOT_FOUND) and ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED).
+        Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
+        (STORAGE_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod
