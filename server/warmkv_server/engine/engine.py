@@ -36,6 +36,7 @@ class EngineSettings:
         max_queue: sequences waiting for their turn beyond those.
         inflight_bytes: bytes of caches of running sequences.
         prefill_chunk: tokens of one prefill step; a multiple of the block size.
+        max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
     """
 
     model: str = "builtin:tiny"
@@ -47,6 +48,7 @@ class EngineSettings:
     max_queue: int = 256
     inflight_bytes: int = 8 << 30
     prefill_chunk: int = 256
+    max_decode_gap_ms: int = 200
 
 
 class Handle:
@@ -139,6 +141,7 @@ class Engine:
             self._deliver_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
+            max_decode_gap=settings.max_decode_gap_ms / 1000,
             inflight_bytes=settings.inflight_bytes,
         )
         self.info: ModelInfo

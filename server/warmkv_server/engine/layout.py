@@ -8,7 +8,7 @@ speed of one of six.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,8 @@ class CacheMap:
             _state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1]) for leaf, index in self.states
         }
 
-    def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> None:
-        """Put a loaded prefix into empty caches.
+    def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> Iterator[None]:
+        """Put a loaded prefix into empty caches, a layer at a time: what is left can wait at every `yield`.
 
         Args:
             caches: one sequence's, fresh from the model.
@@ -106,16 +106,20 @@ class CacheMap:
         streams: dict[tuple[int, int], mx.array] = {}
         for stack in self.stacks:
             components = self._assemble(stack, reuse, room if stack.kind is PartKind.APPEND else 0)
+            mx.eval(components)
+            yield
             for number, stream in enumerate(stack.streams):
                 words = tuple(component[number : number + 1] for component in components)
                 streams[stream] = self.codec.decode(words, stack.dtype)
         for leaf in sorted({leaf for leaf, _ in streams}):
-            members[leaf].fill(streams[leaf, KEYS], streams[leaf, VALUES], reuse.length)
+            keys, values = streams.pop((leaf, KEYS)), streams.pop((leaf, VALUES))
+            mx.eval(keys, values)
+            members[leaf].fill(keys, values, reuse.length)
+            yield
         if self.states:
             state = reuse.spans[-1].parts[PartKind.STATE]
             for (leaf, index), dtype in self.states.items():
                 members[leaf].cache[index] = restored(state[_state_name(leaf, index)], dtype)
-        mx.eval(kinds.arrays(caches))
 
     def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> list[mx.array]:
         spans = [span for span in reuse.spans if stack.kind in span.parts]

@@ -19,6 +19,7 @@ import mlx.core as mx
 from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
 from warmkv_server.engine.model import LoadedModel
+from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.schedule import Schedule, cost
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Progress, Started
@@ -64,12 +65,13 @@ class StepLoop:
         *,
         max_batch: int,
         prefill_chunk: int,
+        max_decode_gap: float,
         inflight_bytes: int,
     ) -> None:
         self._load = load
         self._deliver = deliver
         self._max_batch = max_batch
-        self._chunk = prefill_chunk
+        self._pace = Pace(prefill_chunk, max_decode_gap)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
         self._groups: list[Group] = []
@@ -158,16 +160,17 @@ class StepLoop:
                 return
             self._send(sequence.ident, Started(time.perf_counter() - self._submitted[sequence.ident]))
             with self._containing(sequence):
-                sequence.open()
-                self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
+                sequence.opening = sequence.open()
 
     def _prefill(self) -> None:
         sequence = self._schedule.pick()
         if sequence is None:
             return
         with self._containing(sequence):
+            if sequence.opening is not None and not self._open(sequence, sequence.opening):
+                return
             before = sequence.done
-            prefill.run_chunk(sequence, self._chunk)
+            self._run_chunk(sequence)
             if sequence.done >= sequence.prefill_end:
                 self._schedule.prefilling.remove(sequence)
                 if sequence.job.answer is None:
@@ -179,6 +182,22 @@ class StepLoop:
             self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
             if sequence.pending is not None:
                 self._start_decoding(sequence)
+
+    def _open(self, sequence: Sequence, steps: Iterator[None]) -> bool:
+        """Go on putting the reused prefix in place; at most for the gap while others decode. Whether it is done."""
+        began = time.perf_counter()
+        for _ in steps:
+            if self._groups and time.perf_counter() - began > self._pace.gap / 2:
+                return False
+        sequence.opening = None
+        self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
+        return True
+
+    def _run_chunk(self, sequence: Sequence) -> None:
+        prefix, began = sequence.done, time.perf_counter()
+        prefill.run_chunk(sequence, self._pace.tokens(prefix, decoding=bool(self._groups)))
+        if sequence.done > prefix:
+            self._pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 
     def _start_decoding(self, sequence: Sequence) -> None:
         finish = self._emit(sequence)

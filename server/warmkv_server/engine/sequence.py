@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Sequence:
         done: tokens of prompt and answer whose KV is computed.
         completion: tokens of the answer that were sent out.
         pending: the token sampled last, to be fed next.
+        opening: what is left to do before the first chunk.
         sent: whether the pending token was sent out already.
     """
 
@@ -39,6 +40,7 @@ class Sequence:
     caches: list[Any] = field(default_factory=list)
     done: int = 0
     completion: list[int] = field(default_factory=list)
+    opening: Iterator[None] | None = None
     pending: Choice | None = None
     sent: bool = False
     chooser: Chooser | None = None
@@ -57,13 +59,13 @@ class Sequence:
         """Tokens to prefill in chunks: all, or all but the last, whose logits choose the first token."""
         return self.prompt_length - (self.job.answer is not None)
 
-    def open(self) -> None:
-        """Take memory and put the reused prefix in place."""
+    def open(self) -> Iterator[None]:
+        """Take memory and put the reused prefix in place, in steps."""
         self._began = time.perf_counter()
         self.caches = self.loaded.empty_caches()
         job = self.job
         if job.reuse.length:
-            self.loaded.cache_map.fill(self.caches, job.reuse, room=_room(job))
+            yield from self.loaded.cache_map.fill(self.caches, job.reuse, room=_room(job))
             self.done = job.reuse.length
         if job.answer is not None:
             info = self.loaded.info

@@ -1,0 +1,51 @@
+"""How many tokens a prefill chunk may have so that sequences that decode meanwhile don't stall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SMALLEST = 16
+"""Below this a chunk costs about as much as a decode step, and halving it gains nothing."""
+
+_FORGET = 0.9
+
+
+@dataclass
+class Pace:
+    """A running estimate of the time of a chunk of c tokens after a prefix of p: c * (a + b * p) seconds.
+
+    The estimate is least squares over the chunks run so far, older ones counting less.
+
+    Attributes:
+        chunk: tokens of a chunk when nobody decodes.
+        gap: seconds that a chunk may take when somebody does.
+    """
+
+    chunk: int
+    gap: float
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+
+    def record(self, tokens: int, prefix: int, seconds: float) -> None:
+        """Learn from one chunk."""
+        rate = seconds / tokens
+        new = (1.0, prefix, prefix * prefix, rate, prefix * rate)
+        self._sums = [_FORGET * old + value for old, value in zip(self._sums, new, strict=True)]
+
+    def predict(self, tokens: int, prefix: int) -> float:
+        """Seconds that a chunk will take; 0 before any was run."""
+        n, sum_p, sum_pp, sum_r, sum_pr = self._sums
+        if not n:
+            return 0.0
+        spread = n * sum_pp - sum_p * sum_p
+        slope = max(0.0, (n * sum_pr - sum_p * sum_r) / spread) if spread > n else 0.0
+        return tokens * max(0.0, sum_r / n + slope * (prefix - sum_p / n))
+
+    def tokens(self, prefix: int, decoding: bool) -> int:
+        """Tokens of the next chunk: `chunk` halved until it fits the gap.
+
+        Alone, a sequence always gets the same chunks, so its rounding doesn't depend on how fast the machine is.
+        """
+        tokens = self.chunk
+        while decoding and tokens > SMALLEST and self.predict(tokens, prefix) > self.gap:
+            tokens //= 2
+        return tokens
