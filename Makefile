@@ -72,6 +72,7 @@ clean: ## Remove .venv, caches and what was built
 $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
 
+# Not `npm ci`: the lock has the binaries for Linux alone, and elsewhere the same version's own has to be added to it.
 $(BUF): tools/buf/package-lock.json
 	npm install --prefix tools/buf --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error
 	@touch $@
