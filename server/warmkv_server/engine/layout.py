@@ -66,6 +66,11 @@ class CacheMap:
             total += held * stack.live_bytes
         return total
 
+    def streams_of(self, leaf: int) -> tuple[Stack, Stack]:
+        """The stacks that hold a leaf's keys and its values."""
+        found = {side: stack for stack in self.stacks for number, side in stack.streams if number == leaf}
+        return found[KEYS], found[VALUES]
+
     def drain(self, caches: Sequence[Any], rows: int) -> list[dict[PartKind, Tensors]]:
         """Take what the caches have logged: for each row, tensors over the tokens logged since the last drain.
 

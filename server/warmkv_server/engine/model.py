@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ import mlx.core as mx
 import numpy as np
 import xxhash
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, CacheList
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters, load_model, load_tokenizer
 
 from warmkv_server import blas
-from warmkv_server.engine import caches, random_model
+from warmkv_server.engine import random_model
 from warmkv_server.engine.codec import Codec, storable
 from warmkv_server.engine.layout import CacheMap, discover, empty_caches
 from warmkv_server.engine.types import Sampling
@@ -42,11 +44,13 @@ class LayerInfo:
     """One cache of the model. A model whose layers share KV has fewer of them than layers."""
 
     cache_kind: str
-    """append, window or state."""
+    """append, window, state or composite."""
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
     window: int = 0
+    members: tuple[LayerInfo, ...] = ()
+    """The parts of a composite cache."""
 
 
 @dataclass(frozen=True)
@@ -216,24 +220,19 @@ def _context_limit(config: Mapping[str, Any], wanted: int | None) -> int:
 
 
 def _layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
-    made = empty_caches(model, cache_map.codec)
-    kinds: dict[int, LayerInfo] = {}
-    for stack in cache_map.stacks:
-        for leaf, side in stack.streams:
-            old = kinds.get(leaf, LayerInfo(stack.kind.value))
-            kinds[leaf] = LayerInfo(
-                old.cache_kind,
-                kv_heads=stack.heads,
-                key_dim=stack.head_dim if side == 0 else old.key_dim,
-                value_dim=stack.head_dim if side == 1 else old.value_dim,
-                window=0,
-            )
-    found = []
-    for number, leaf in enumerate(caches.leaves(made)):
-        base = kinds.get(number, LayerInfo(PartKind.STATE.value))
-        window = int(getattr(leaf, "window", 0))
-        found.append(LayerInfo(base.cache_kind, base.kv_heads, base.key_dim, base.value_dim, window))
-    return tuple(found)
+    leaf = itertools.count()
+
+    def describe(cache: Any) -> LayerInfo:
+        if isinstance(cache, CacheList):
+            return LayerInfo("composite", members=tuple(describe(member) for member in cache.caches))
+        number = next(leaf)
+        if isinstance(cache, ArraysCache):
+            return LayerInfo(PartKind.STATE.value)
+        keys, values = cache_map.streams_of(number)
+        window = int(getattr(cache, "window", 0))
+        return LayerInfo(keys.kind.value, keys.heads, keys.head_dim, values.head_dim, window)
+
+    return tuple(describe(cache) for cache in empty_caches(model, cache_map.codec))
 
 
 def _sampling_defaults(folder: Path | None) -> Sampling:
