@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import struct
 import zlib
@@ -16,14 +15,14 @@ _CHAPTER = re.compile(r"\n(?=(?:CHAPTER|Chapter|VOLUME) +[IVXLC0-9]+)")
 def read_novels(package: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of every chapter in R's package ``janeaustenr``, hard line breaks undone."""
     data = package / "usr/lib/R/site-library/janeaustenr/data"
-    titles = [s for s in _r_strings(gzip.decompress((data / "Rdata.rdx").read_bytes())) if s.islower()]
-    table = (data / "Rdata.rdb").read_bytes()
-    for title in titles[: titles.index("variables")]:
+    table, novel = (data / "Rdata.rdb").read_bytes(), 0
+    while table:
+        novel += 1
         stream = zlib.decompressobj()
         lines = _r_strings(stream.decompress(table[4:]))  # 4 bytes of length, then the stream
         table = stream.unused_data
         for number, chapter in enumerate(_CHAPTER.split("\n".join(lines))):
-            yield f"{title}/{number}", _unwrap(chapter)
+            yield f"novel {novel}/{number}", _unwrap(chapter)
 
 
 def _r_strings(data: bytes) -> list[str]:

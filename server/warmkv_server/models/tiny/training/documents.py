@@ -30,6 +30,7 @@ _UNWANTED = re.compile(
     r"(^|/)(print|index|genindex|contents|toc|bookindex|all|search|404|title-page|SUMMARY|release-.*|keyword.*|"
     r"(trait|struct|enum|union|type)\..*)\.html|(first|second|2018)-edition/|releaselog/|/matrix/"
 )
+_PLAIN = str.maketrans("‘’“”\u00a0", "''\"\" ")
 _SHORTEST = 200  # characters; shorter pages are redirects and lists of links
 
 
@@ -51,6 +52,7 @@ def read_documents(folder: Path) -> Iterator[Document]:
     """All documents of all unpacked sources under ``folder``, in a fixed order, without repeated pages."""
     seen: set[str] = set()
     for source, name, text in _everything(folder):
+        text = text.translate(_PLAIN)
         if len(text) >= _SHORTEST and text not in seen:
             seen.add(text)
             yield Document(source, name, text)

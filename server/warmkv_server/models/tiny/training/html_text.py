@@ -9,10 +9,10 @@ _BLOCKS = frozenset(
     "p h1 h2 h3 h4 h5 h6 li dt dd pre tr table ul ol dl div section article main blockquote br".split()
 )
 _SKIPPED = frozenset("script style nav header footer head button svg form aside summary".split())
-_SKIPPED_CLASSES = frozenset(
+_SKIPPED_NAMES = frozenset(
     "headerlink sphinxsidebar related navheader navfooter toc nav-wrapper nav-wide-wrapper menu-bar sidebar "
     "fancy_title_menu nosearch searchmenu fancy_toc mark api_metadata api_stability out-of-band src-links "
-    "rightside rustdoc-toggle-hide permalink footer".split()
+    "column2 rightside rustdoc-toggle-hide permalink footer".split()
 )
 _VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
 
@@ -30,8 +30,8 @@ class _Reader(HTMLParser):
                 self.parts.append("\n")
             return
         self._open.append(tag)
-        classes = (dict(attrs).get("class") or "").split()
-        if self._skip_from is None and (tag in _SKIPPED or _SKIPPED_CLASSES.intersection(classes)):
+        names = f"{dict(attrs).get('class') or ''} {dict(attrs).get('id') or ''}".split()
+        if self._skip_from is None and (tag in _SKIPPED or _SKIPPED_NAMES.intersection(names)):
             self._skip_from = len(self._open)
         if tag in _BLOCKS:
             self.parts.append("\n\n" if tag not in ("li", "tr", "dt", "dd") else "\n")

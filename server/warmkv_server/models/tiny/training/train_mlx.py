@@ -1,0 +1,84 @@
+"""Training with MLX, on a CPU with a fast BLAS or on Apple silicon: the same recipe as with PyTorch, only slower."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import warmkv_server.blas  # loads the fast BLAS, which has to come before MLX
+
+warmkv_server.blas.preload()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from mlx import optimizers  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
+
+from .recipe import Plan  # noqa: E402
+from .shape import Shape  # noqa: E402
+
+
+def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], None] = print) -> list[float]:
+    """Train from scratch, write ``out`` as a safetensors file of 16-bit floats, and return the loss of every step."""
+    mx.random.seed(plan.seed)
+    model = initial_model(shape)
+    optimizer = optimizers.MultiOptimizer(
+        [
+            optimizers.AdamW(plan.rate, list(plan.betas), weight_decay=plan.weight_decay, bias_correction=True),
+            optimizers.AdamW(plan.rate, list(plan.betas), weight_decay=0.0, bias_correction=True),
+        ],
+        [lambda _, weight: weight.ndim == 2],
+    )
+    loss_and_gradients = nn.value_and_grad(model, loss)
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step_on(tokens: mx.array) -> mx.array:
+        value, gradients = loss_and_gradients(model, tokens)
+        gradients, _ = optimizers.clip_grad_norm(gradients, plan.clip)
+        optimizer.update(model, gradients)
+        return value
+
+    losses: list[float] = []
+    started = time.monotonic()
+    for step, batch in enumerate(plan.batches(data)):
+        for part in optimizer.optimizers:
+            part.learning_rate = plan.rate_at(step)
+        value = step_on(mx.array(batch))
+        mx.eval(state, value)
+        losses.append(value.item())
+        if step % 100 == 0 or step == plan.steps - 1:
+            log(f"step {step}/{plan.steps} length {batch.shape[1] - 1} loss {losses[-1]:.4f} "
+                f"{time.monotonic() - started:.0f} s")  # fmt: skip
+    save(model, out)
+    return losses
+
+
+def initial_model(shape: Shape) -> llama.Model:
+    """Random weights: normal, standard deviation 0.02, less for what adds to the residual stream."""
+    model = llama.Model(llama.ModelArgs.from_dict(shape.config()))
+
+    def draw(name: str, weight: mx.array) -> mx.array:
+        if weight.ndim == 1:
+            return mx.ones_like(weight)
+        last = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return mx.random.normal(weight.shape) * (0.02 / (2 * shape.layers) ** 0.5 if last else 0.02)
+
+    model.update(tree_map_with_path(draw, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def loss(model: llama.Model, tokens: mx.array) -> mx.array:
+    """Mean negative log-likelihood in nats of ``tokens[:, 1:]``; ``tokens`` is ``(rows, length + 1)``."""
+    return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+
+
+def save(model: llama.Model, out: Path) -> None:
+    """Write the weights as 16-bit floats, under the names that ``mlx_lm.load`` expects."""
+    halves = tree_map(lambda weight: weight.astype(mx.float16), model.parameters())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(out), dict(tree_flatten(halves)), metadata={"format": "mlx"})

@@ -1,0 +1,135 @@
+"""Training with PyTorch, on a GPU. The weights carry the names that mlx-lm's `llama` class expects."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from .recipe import Plan
+from .shape import Shape
+
+Weights = dict[str, torch.Tensor]
+
+
+def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], None] = print) -> None:
+    """Train from scratch and write ``out`` as a safetensors file of 16-bit floats."""
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(plan.seed)
+    weights = initial_weights(shape, "cuda")
+    matrices = [w for w in weights.values() if w.ndim == 2]
+    vectors = [w for w in weights.values() if w.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=plan.betas, fused=True)
+    compiled = torch.compile(loss, dynamic=False)
+    started, seen = time.monotonic(), 0
+    for step, batch in enumerate(plan.batches(data)):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate_at(step)
+        tokens = torch.from_numpy(batch).pin_memory().to("cuda", non_blocking=True).long()
+        with torch.autocast("cuda", torch.bfloat16):
+            value = compiled(weights, tokens, shape)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), plan.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += tokens.numel()
+        if step % 100 == 0 or step == plan.steps - 1:
+            took = time.monotonic() - started
+            log(f"step {step}/{plan.steps} length {batch.shape[1] - 1} loss {value.item():.4f} "
+                f"{seen / took / 1e6:.2f}M tokens/s {took:.0f} s")  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.detach().half().cpu().contiguous() for name, w in weights.items()}, out, {"format": "mlx"})
+
+
+def initial_weights(shape: Shape, device: str) -> Weights:
+    """Random weights, float32, each with a gradient. Matrices are ``(out, in)``."""
+    inner, outer = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    width, hidden = shape.hidden, shape.feed_forward
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, width)}
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (width,),
+            f"{prefix}.self_attn.q_proj.weight": (inner, width),
+            f"{prefix}.self_attn.k_proj.weight": (outer, width),
+            f"{prefix}.self_attn.v_proj.weight": (outer, width),
+            f"{prefix}.self_attn.o_proj.weight": (width, inner),
+            f"{prefix}.post_attention_layernorm.weight": (width,),
+            f"{prefix}.mlp.gate_proj.weight": (hidden, width),
+            f"{prefix}.mlp.up_proj.weight": (hidden, width),
+            f"{prefix}.mlp.down_proj.weight": (width, hidden),
+        }
+    shapes["model.norm.weight"] = (width,)
+    weights = {}
+    for name, size in shapes.items():
+        if len(size) == 1:
+            weights[name] = torch.ones(size)
+        else:
+            last = name.endswith(("o_proj.weight", "down_proj.weight"))
+            weights[name] = torch.randn(size) * (0.02 / (2 * shape.layers) ** 0.5 if last else 0.02)
+    return {name: w.to(device).requires_grad_() for name, w in weights.items()}
+
+
+def loss(weights: Weights, tokens: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Mean negative log-likelihood in nats of ``tokens[:, 1:]``; ``tokens`` is ``(rows, length + 1)``."""
+    logits = forward(weights, tokens[:, :-1], shape)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def forward(weights: Weights, tokens: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Logits ``(rows, length, vocab)``."""
+    rows, length = tokens.shape
+    cos, sin = _rotations(length, shape, tokens.device)
+    x = F.embedding(tokens, weights["model.embed_tokens.weight"])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.rms_norm(x.float(), (shape.hidden,), weights[name], shape.norm_eps)
+
+    def heads(x: torch.Tensor, name: str, count: int) -> torch.Tensor:
+        return F.linear(x, weights[name]).view(rows, length, count, shape.head_dim).transpose(1, 2)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        h = norm(x, f"{prefix}.input_layernorm.weight")
+        q = rotate(heads(h, f"{prefix}.self_attn.q_proj.weight", shape.heads))
+        k = rotate(heads(h, f"{prefix}.self_attn.k_proj.weight", shape.kv_heads))
+        v = heads(h, f"{prefix}.self_attn.v_proj.weight", shape.kv_heads)
+        repeat = shape.heads // shape.kv_heads
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + F.linear(attended, weights[f"{prefix}.self_attn.o_proj.weight"])
+        h = norm(x, f"{prefix}.post_attention_layernorm.weight")
+        gated = F.silu(F.linear(h, weights[f"{prefix}.mlp.gate_proj.weight"]))
+        h = gated * F.linear(h, weights[f"{prefix}.mlp.up_proj.weight"])
+        x = x + F.linear(h, weights[f"{prefix}.mlp.down_proj.weight"])
+    return F.linear(norm(x, "model.norm.weight"), weights["model.embed_tokens.weight"])
+
+
+def _rotations(length: int, shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``(length, head_dim / 2)`` of the rotary embedding."""
+    half = torch.arange(0, shape.head_dim, 2, device=device, dtype=torch.float32) / shape.head_dim
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * shape.rope_theta**-half
+    return angles.cos(), angles.sin()
+
+
+@torch.no_grad()
+def mean_loss(weights: Weights, tokens: np.ndarray, shape: Shape, length: int) -> float:
+    """Nats per token over a stream cut into rows of ``length``."""
+    count = (len(tokens) - 1) // length
+    rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:count]
+    total = 0.0
+    for start in range(0, count, 64):
+        part = torch.from_numpy(rows[start : start + 64].astype(np.int64)).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            total += loss(weights, part, shape).item() * len(part)
+    return total / count
