@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=["fetch", "collect", "tokenizer", "prepare", "train"])
     parser.add_argument("--work", type=Path, required=True, help="folder for what is downloaded and made on the way")
-    parser.add_argument("--tokens", type=int, default=1_500_000_000, help="tokens to train on (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1_800_000_000, help="tokens to train on (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=262_144, help="tokens in a step (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=_MODEL, help="the model's folder (default: this one)")
     given = parser.parse_args()

@@ -24,11 +24,17 @@ _MANUALS = {
     ),
     "golang-1.19-doc": ("usr/share/doc/golang-1.19-doc/html", ".", "*.html"),
     "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html", ".", "*.html"),
+    "python-django-doc": ("usr/share/doc/python-django-doc/html", "intro topics howto ref faq misc internals", "*.html"),
+    "python-sqlalchemy-doc": ("usr/share/doc/python-sqlalchemy-doc/html", "core orm tutorial faq dialects", "*.html"),
+    "python-flask-doc": ("usr/share/doc/python-flask-doc/html", ".", "*.html"),
+    "python-pandas-doc": ("usr/share/doc/python-pandas-doc/html", "user_guide getting_started development", "*.html"),
+    "sphinx-doc": ("usr/share/doc/sphinx-doc/html", "usage development extdev internals tutorial man", "*.html"),
+    "apache2-doc": ("usr/share/doc/apache2-doc/manual/en", ".", "*.html*"),
     "nodejs-doc": ("usr/share/doc/nodejs/api", ".", "*.html*"),
 }
 _UNWANTED = re.compile(
     r"(^|/)(print|index|genindex|contents|toc|bookindex|all|search|404|title-page|SUMMARY|release-.*|keyword.*|"
-    r"(trait|struct|enum|union|type)\..*)\.html|(first|second|2018)-edition/|releaselog/|/matrix/"
+    r"(trait|struct|enum|union|type)\..*)\.html|(first|second|2018)-edition/|releaselog/|_modules/|changes.html"
 )
 _PLAIN = str.maketrans("‘’“”\u00a0", "''\"\" ")
 _SHORTEST = 200  # characters; shorter pages are redirects and lists of links

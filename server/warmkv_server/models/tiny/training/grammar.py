@@ -18,7 +18,7 @@ are separated by `, `; inside a column `;` stands for a comma.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -47,10 +47,10 @@ class Scene:
 
 @dataclass
 class Grammar:
-    """What one file, or several, can say."""
+    """What the files can say: tables, shared by all, and each file's scenes under its name without the suffix."""
 
     tables: dict[str, Table] = field(default_factory=dict)
-    scenes: list[Scene] = field(default_factory=list)
+    scenes: dict[str, list[Scene]] = field(default_factory=dict)
 
     def play(self, scene: Scene, rng: Random) -> list[Message]:
         """One conversation: choices made and slots filled at random, a slot the same in the whole scene."""
@@ -98,21 +98,22 @@ def plural(word: str) -> str:
     return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
 
 
-def read_grammar(paths: Sequence[Path]) -> Grammar:
-    """Read the files; tables are shared between them.
+def read_grammar(paths: Iterable[Path]) -> Grammar:
+    """Read the files.
 
     Raises:
         ValueError: a line belongs to no table and no scene.
     """
     grammar = Grammar()
     for path in paths:
+        scenes = grammar.scenes.setdefault(path.stem, [])
         for block in re.split(r"\n\s*\n", path.read_text()):
             lines = [line for line in block.splitlines() if line and not line.startswith("#")]
             scene = Scene()
             for line in lines:
                 _read_line(line, grammar, scene)
             if scene.turns:
-                grammar.scenes.append(scene)
+                scenes.append(scene)
     return grammar
 
 

@@ -32,9 +32,9 @@ _SHELF = 120_000  # characters of neighbouring documents read as one
 class Sizes:
     """How much conversation to make, in characters. The documents are what they are."""
 
-    short: int = 160_000_000
-    medium: int = 60_000_000  # conversations of 2,000 to 20,000 characters
-    long: int = 60_000_000  # conversations of 20,000 to 120,000 characters
+    short: int = 130_000_000
+    medium: int = 50_000_000  # conversations of 2,000 to 20,000 characters
+    long: int = 50_000_000  # conversations of 20,000 to 120,000 characters
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The recipe: which text at which length and rate, the same for both back ends."""
+"""The recipe: which text at which length, and how fast to learn; the same for both back ends."""
 
 from __future__ import annotations
 
@@ -27,20 +27,26 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.65, 1_024, {"documents": 0.5, "short": 0.45, "medium": 0.05}),
+    Phase(0.67, 1_024, {"documents": 0.5, "short": 0.45, "medium": 0.05}),
     Phase(0.23, 4_096, {"documents": 0.3, "shelves": 0.2, "short": 0.25, "medium": 0.25}),
-    Phase(0.12, 32_768, {"shelves": 0.4, "short": 0.15, "medium": 0.15, "long": 0.3}),
+    Phase(0.10, 32_768, {"shelves": 0.35, "short": 0.3, "medium": 0.15, "long": 0.2}),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to train: ``tokens`` in all, ``batch`` tokens a step, the peak learning rate of AdamW."""
+    """How much to train: ``tokens`` in all, ``batch`` tokens a step, peak learning rates.
+
+    The layers' matrices are trained with Muon (Jordan et al., 2024: momentum made orthogonal by Newton-Schulz
+    iterations), the embedding and the norms with AdamW. AdamW alone ended 1.0 nats a token higher after 70M tokens.
+    """
 
     tokens: int
     batch: int = 262_144
-    rate: float = 4e-3
-    weight_decay: float = 0.05
+    matrix_rate: float = 0.03
+    vector_rate: float = 4e-3
+    matrix_decay: float = 0.02
+    momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 1
@@ -55,12 +61,12 @@ class Plan:
         return max(1, round(self.tokens * phase.share / self.batch))
 
     def rate_at(self, step: int) -> float:
-        """Learning rate: a linear warm-up, then half a cosine."""
+        """What the peak rates are multiplied by: a linear warm-up, then half a cosine."""
         warm_up = max(1, int(self.steps * _WARM_UP))
         if step < warm_up:
-            return self.rate * (step + 1) / warm_up
+            return (step + 1) / warm_up
         done = (step - warm_up) / max(1, self.steps - warm_up)
-        return self.rate * (_LOWEST_RATE + (1 - _LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+        return _LOWEST_RATE + (1 - _LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
 
     def batches(self, folder: Path) -> Iterator[npt.NDArray[np.int32]]:
         """One array ``(rows, length + 1)`` a step: inputs are all but the last column, targets all but the first."""

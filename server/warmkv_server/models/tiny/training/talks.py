@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 from .collect import Collection
-from .grammar import Grammar, Message, Scene, read_grammar
+from .grammar import Grammar, Message, read_grammar
 from .topics import TOPICS, ask, passage
 
 _TEXTS = Path(__file__).parent / "texts"
@@ -29,11 +29,11 @@ class Talks:
 
     def __init__(self, data: Collection) -> None:
         self._data = data
-        files = sorted(_TEXTS.glob("*.txt"), key=lambda path: (path.name != "tables.txt", path.name))
-        self._grammar: Grammar = read_grammar(files)
-        scenes = self._grammar.scenes
-        self._told = [s for s in read_grammar([_TEXTS / "tables.txt", _TEXTS / "memory.txt"]).scenes if len(s.turns) > 1]
-        stories = read_grammar([_TEXTS / "tables.txt", _TEXTS / "stories.txt"]).scenes
+        self._grammar = read_grammar(sorted(_TEXTS.glob("*.txt")))
+        _widen(self._grammar)
+        scenes = [scene for file in self._grammar.scenes.values() for scene in file]
+        stories = self._grammar.scenes["stories"]
+        self._told = [scene for scene in self._grammar.scenes["memory"] if len(scene.turns) > 1]
         weight = _STORY_SHARE / (1 - _STORY_SHARE) * len(scenes) / len(stories)
         self._scenes = scenes + stories
         self._weights = [1.0 + len(s.system) + len(s.turns) for s in scenes] + [weight] * len(stories)
@@ -118,6 +118,12 @@ def _as_typed(text: str, rng: Random) -> str:
     return text
 
 
-def scene_questions(scene: Scene) -> list[str]:
-    """All first things that a user may say in a scene, slots unfilled."""
-    return scene.turns[0][0]
+def _widen(grammar: Grammar) -> None:
+    """Add names and numbers that mean nothing, so that the model learns to copy what it has never seen."""
+    rng = Random("names")
+    heads = "Ba Be Bra Ca Da De Do Fa Fe Ga Gre Ha He Jo Ka Ki La Le Lo Ma Me Mi Na No Pa Pe Qua Ra Ro Sa Se Ta Te Tri U Va Wa Ya Za Ze".split()
+    tails = "bel bin dan dor fin gan kin la lan len lia lin lo lon mar mer mi na nel nia nor ra ran rik ro sen ta tan tin vel via vin zo".split()
+    made = ["".join([rng.choice(heads), *rng.sample(tails, rng.randint(1, 2))]) for _ in range(600)]
+    grammar.tables["name"].rows += [[name] for name in made[:400]]
+    grammar.tables["petname"].rows += [[name] for name in made[400:]]
+    grammar.tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]

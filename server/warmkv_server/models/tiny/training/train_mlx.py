@@ -25,13 +25,9 @@ def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], 
     """Train from scratch, write ``out`` as a safetensors file of 16-bit floats, and return the loss of every step."""
     mx.random.seed(plan.seed)
     model = initial_model(shape)
-    optimizer = optimizers.MultiOptimizer(
-        [
-            optimizers.AdamW(plan.rate, list(plan.betas), weight_decay=plan.weight_decay, bias_correction=True),
-            optimizers.AdamW(plan.rate, list(plan.betas), weight_decay=0.0, bias_correction=True),
-        ],
-        [lambda _, weight: weight.ndim == 2],
-    )
+    muon = _Muon(plan.matrix_rate, plan.momentum, weight_decay=plan.matrix_decay)
+    adam = optimizers.AdamW(plan.vector_rate, list(plan.betas), weight_decay=0.0, bias_correction=True)
+    optimizer = optimizers.MultiOptimizer([muon, adam], [lambda name, w: w.ndim == 2 and "embed" not in name])
     loss_and_gradients = nn.value_and_grad(model, loss)
     state = [model.state, optimizer.state]
 
@@ -45,8 +41,8 @@ def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], 
     losses: list[float] = []
     started = time.monotonic()
     for step, batch in enumerate(plan.batches(data)):
-        for part in optimizer.optimizers:
-            part.learning_rate = plan.rate_at(step)
+        muon.learning_rate = plan.matrix_rate * plan.rate_at(step)
+        adam.learning_rate = plan.vector_rate * plan.rate_at(step)
         value = step_on(mx.array(batch))
         mx.eval(state, value)
         losses.append(value.item())
@@ -55,6 +51,16 @@ def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], 
                 f"{time.monotonic() - started:.0f} s")  # fmt: skip
     save(model, out)
     return losses
+
+
+class _Muon(optimizers.Muon):
+    """MLX's Muon, with the weights' decay beside the update instead of inside it, as PyTorch does it."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        decay, self.weight_decay = self.weight_decay, 0.0
+        updated = super().apply_single(gradient, parameter, state)
+        self.weight_decay = decay
+        return updated - self.learning_rate * decay * parameter
 
 
 def initial_model(shape: Shape) -> llama.Model:

@@ -22,22 +22,21 @@ def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], 
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(plan.seed)
     weights = initial_weights(shape, "cuda")
-    matrices = [w for w in weights.values() if w.ndim == 2]
-    vectors = [w for w in weights.values() if w.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=plan.betas, fused=True)
+    optimizers = _optimizers(weights, plan)
     compiled = torch.compile(loss, dynamic=False)
     started, seen = time.monotonic(), 0
     for step, batch in enumerate(plan.batches(data)):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate_at(step)
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * plan.rate_at(step)
         tokens = torch.from_numpy(batch).pin_memory().to("cuda", non_blocking=True).long()
         with torch.autocast("cuda", torch.bfloat16):
             value = compiled(weights, tokens, shape)
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), plan.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         seen += tokens.numel()
         if step % 100 == 0 or step == plan.steps - 1:
             took = time.monotonic() - started
@@ -45,6 +44,15 @@ def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], 
                 f"{seen / took / 1e6:.2f}M tokens/s {took:.0f} s")  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: w.detach().half().cpu().contiguous() for name, w in weights.items()}, out, {"format": "mlx"})
+
+
+def _optimizers(weights: Weights, plan: Plan) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers with their peak learning rates."""
+    matrices = [w for name, w in weights.items() if w.ndim == 2 and "embed" not in name]
+    others = [w for name, w in weights.items() if w.ndim == 1 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=plan.matrix_rate, momentum=plan.momentum, weight_decay=plan.matrix_decay)
+    adam = torch.optim.AdamW(others, lr=plan.vector_rate, betas=plan.betas, weight_decay=0.0, fused=True)
+    return [(muon, plan.matrix_rate), (adam, plan.vector_rate)]
 
 
 def initial_weights(shape: Shape, device: str) -> Weights:
