@@ -122,12 +122,15 @@ class CacheMap:
             members[leaf].fill(keys, values, reuse.length)
             yield
         if self.states:
+            assert reuse.spans[-1].end == reuse.length  # a snapshot of a longer context is another one
             state = reuse.spans[-1].parts[PartKind.STATE]
             for (leaf, index), dtype in self.states.items():
                 members[leaf].cache[index] = restored(state[_state_name(leaf, index)], dtype)
 
     def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> list[mx.array]:
         spans = [span for span in reuse.spans if stack.kind in span.parts]
+        needed = 0 if stack.kind is PartKind.APPEND else max(0, reuse.length - self.layout.window)
+        assert spans[0].start <= needed
         wanted = reuse.length - spans[0].start
         components = []
         for component, dtype in zip(self.codec.components, stack.stored, strict=True):
