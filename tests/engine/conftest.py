@@ -1,0 +1,31 @@
+"""One folder of tiny models for the whole run, written when a test first asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from tests.engine import families
+from tests.engine.folders import write_model
+
+# As the engine's own thread does: on a CPU, mx.compile would run the system's compiler.
+mx.disable_compile()
+
+FolderOf = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """The folder of a family's model, in the layout that `--model` takes."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder_of(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            write_model(folder, families.FAMILIES[name].config, families.build(name))
+        return folder
+
+    return folder_of
