@@ -35,7 +35,7 @@ class EngineSettings:
         max_batch: sequences running at once.
         max_queue: sequences waiting for their turn beyond those.
         inflight_bytes: bytes of caches of running sequences.
-        prefill_chunk: tokens of one prefill step; a multiple of the block size.
+        prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
         max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
     """
 
@@ -47,7 +47,7 @@ class EngineSettings:
     max_batch: int = 32
     max_queue: int = 256
     inflight_bytes: int = 8 << 30
-    prefill_chunk: int = 256
+    prefill_chunk: int = 0
     max_decode_gap_ms: int = 200
 
 

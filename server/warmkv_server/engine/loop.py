@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
-from warmkv_server.engine.model import LoadedModel
+from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, prepare_device
 from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.schedule import Schedule, cost
 from warmkv_server.engine.sequence import Sequence
@@ -71,7 +71,7 @@ class StepLoop:
         self._load = load
         self._deliver = deliver
         self._max_batch = max_batch
-        self._pace = Pace(prefill_chunk, max_decode_gap)
+        self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
         self._groups: list[Group] = []
@@ -110,7 +110,7 @@ class StepLoop:
 
     def _main(self) -> None:
         try:
-            _prepare_device()
+            prepare_device()
             self.loaded = self._load()
         except BaseException as error:
             self.failure = error
@@ -304,11 +304,3 @@ class StepLoop:
         if self._outbox:
             self._deliver(self._outbox)
             self._outbox = []
-
-
-def _prepare_device() -> None:
-    if mx.default_device() == mx.cpu:
-        # On a CPU, mx.compile runs the system's C++ compiler at run time, which a fresh machine doesn't have.
-        mx.disable_compile()
-    elif mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

@@ -90,6 +90,20 @@ class LoadedModel:
         return empty_caches(self.model, self.cache_map.codec)
 
 
+def prepare_device() -> None:
+    """Settings of MLX for this process; before anything is loaded."""
+    if mx.default_device() == mx.cpu:
+        # On a CPU, mx.compile runs the system's C++ compiler at run time, which a fresh machine doesn't have.
+        mx.disable_compile()
+    elif mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+def default_prefill_chunk() -> int:
+    """Tokens of one prefill step that suit the device: on a CPU larger ones are slower, a GPU wants more at once."""
+    return 256 if mx.default_device() == mx.cpu else 2048
+
+
 def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | None) -> LoadedModel:
     """Load a model and find out how its caches are kept.
 

@@ -104,6 +104,7 @@ def build(shape: str) -> tuple[Any, dict[str, Any]]:
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
     model.eval()
     mx.eval(model.parameters())
     return model, config

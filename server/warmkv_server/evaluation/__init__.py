@@ -1,0 +1,1 @@
+"""What quantising the KV costs in quality, measured in process through the real engine and store."""

@@ -1,0 +1,43 @@
+"""Text to evaluate on, cut into windows of exact token counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from warmkv_server.engine.text import RawText, Text
+from warmkv_server.errors import OperatorError
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a file; by default the language reference that every Python carries.
+
+    Raises:
+        OperatorError: if the file can't be read.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"--text {path} can't be read as UTF-8 text: {error}") from error
+
+
+def cut(text: Text, content: str, length: int, count: int) -> list[list[int]]:
+    """`count` windows of `length` tokens, evenly spread over the content, each starting a context.
+
+    They overlap where the content is short; the spread keeps them as different as it allows.
+
+    Raises:
+        OperatorError: if the content has fewer tokens than one window.
+    """
+    tokens = text.encode(RawText(content), starts=True, ending="raw", last_token=None, answer=False)
+    if len(tokens) < length:
+        raise OperatorError(
+            f"the text has {len(tokens)} tokens, fewer than a window of {length}; give a longer --text or a smaller "
+            "--contexts"
+        )
+    last = len(tokens) - length
+    starts = [round(last * number / max(1, count - 1)) for number in range(count)]
+    return [tokens[start : start + length] for start in starts]
