@@ -1,0 +1,132 @@
+"""The door to the use cases: one method for each thing a client can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+from warmkv_server.agents import generate, manage, prime
+from warmkv_server.agents.compute import Tally, Tools
+from warmkv_server.agents.context import count
+from warmkv_server.agents.requests import Requests
+from warmkv_server.agents.run import Run
+from warmkv_server.agents.turns import Turns
+from warmkv_server.agents.types import (
+    AgentKey,
+    AgentPage,
+    AgentView,
+    EvictResult,
+    GenerateEvent,
+    GenerateRequest,
+    Identity,
+    PrimeRequest,
+    PrimeResult,
+)
+from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.text import Content
+from warmkv_server.errors import WarmKVError
+from warmkv_server.kv.store import AgentRecord, Store
+
+Event = TypeVar("Event")
+
+_LOOKED_AT = 10_000
+"""Agents that one page of a filtered list looks at, so that the event loop is never held up for long."""
+
+
+class Agents:
+    """All agents of the server, of all tenants. Used from one event loop.
+
+    Args:
+        max_waiting: requests that may wait for the turn of their agent, over all agents.
+    """
+
+    def __init__(self, engine: Engine, store: Store, max_waiting: int) -> None:
+        self.engine = engine
+        self.store = store
+        self.tally = Tally()
+        self._turns = Turns(max_waiting)
+        self._tools = Tools(engine, store, self._turns, self.tally)
+        self._requests = Requests(store.outcome)
+        self._runs: set[Run[Any]] = set()
+
+    async def prime(self, request: PrimeRequest) -> PrimeResult:
+        """Prime and Extend."""
+        name = "extend" if request.append else "prime"
+        begin = partial(self._begin, name, partial(prime.prime, self._tools, request))
+        run = await self._requests.run_once(request.key, request.identity, prime.RECORDER, begin)
+        return await run.result()
+
+    async def generate(self, request: GenerateRequest) -> Run[GenerateEvent]:
+        """Begin, join or replay an answer; `watch` the run for its events."""
+        begin = partial(self._begin, "generate", partial(generate.generate, self._tools, request))
+        return await self._requests.run_once(request.key, request.identity, generate.RECORDER, begin)
+
+    async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView:
+        begin = partial(self._begin, "fork", partial(manage.fork, self._tools, source, target, identity))
+        run = await self._requests.run_once(target, identity, manage.FORK_RECORDER, begin)
+        return await run.result()
+
+    async def evict(self, key: AgentKey, drop_page_cache: bool) -> EvictResult:
+        run: Run[EvictResult] = self._begin("evict", partial(manage.evict, self._tools, key, drop_page_cache))
+        return await run.result()
+
+    async def delete(self, key: AgentKey, allow_missing: bool) -> None:
+        await self._begin("delete", partial(manage.delete, self._tools, key, allow_missing)).result()
+
+    async def update(self, key: AgentKey, changes: Mapping[str, Any]) -> AgentView:
+        """Change `pinned`, `ttl` (seconds, None for no limit) and `labels`, as far as `changes` has them."""
+
+        async def work(run: Run[AgentView]) -> None:
+            with run.uninterrupted():
+                run.publish(self._view(await self.store.update(key.tenant, key.agent_id, **changes)))
+
+        return await self._begin("update", work).result()
+
+    def get(self, key: AgentKey) -> AgentView:
+        return self._view(manage.require(self._tools, key))
+
+    def page(self, tenant: str, after: str, size: int, wanted: Callable[[AgentRecord], bool]) -> AgentPage:
+        """The next agents by agent_id, strictly after `after`; perhaps fewer than `size`, even when more follow."""
+        found: list[AgentView] = []
+        looked_at = ""
+        records: Iterable[AgentRecord] = self.store.agents(tenant, after)
+        for number, record in enumerate(islice(records, _LOOKED_AT + 1)):
+            if len(found) == size or number == _LOOKED_AT:
+                return AgentPage(tuple(found), looked_at)
+            looked_at = record.agent_id
+            if wanted(record):
+                found.append(self._view(record))
+        return AgentPage(tuple(found), "")
+
+    async def count_tokens(self, key: AgentKey, content: Content | None, replace: bool) -> list[int]:
+        """The tokens that Generate would put behind the agent's context, or start one with."""
+        if key.agent_id:
+            manage.require(self._tools, key)
+        return await count(self.engine, self.store, key, content, append=not replace)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn or for room in the engine."""
+        return self._turns.waiting + self.engine.stats().queue_depth
+
+    async def idle(self) -> None:
+        """Wait until nothing is at work."""
+        while self._runs:
+            await next(iter(self._runs)).over.wait()
+
+    def stop_all(self, reason: WarmKVError) -> None:
+        """Stop everything at work; `idle` is soon reached, with what the API promises committed."""
+        for run in list(self._runs):
+            run.stop(reason)
+
+    def _begin(self, name: str, work: Callable[[Run[Event]], Awaitable[None]]) -> Run[Event]:
+        run: Run[Event] = Run(name)
+        self._runs.add(run)
+        run.when_over(lambda: self._runs.discard(run))
+        run.start(work)
+        return run
+
+    def _view(self, record: AgentRecord) -> AgentView:
+        return AgentView(record, self._turns.doing(AgentKey(record.tenant, record.agent_id)))

@@ -1,0 +1,162 @@
+"""The way through store and engine that Prime, Extend and Generate share: find, load, compute, commit."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from warmkv_server.agents.context import Context
+from warmkv_server.agents.run import Run
+from warmkv_server.agents.turns import Turns
+from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, Timings
+from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.types import Answer, Delta, Event, Finished, Job, Progress, Started
+from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, RequestOutcome, Store, TokenIds
+from warmkv_server.kv.types import Reuse
+
+Seal = Callable[[AgentRecord, bool], RequestOutcome]
+
+
+@dataclass
+class Tally:
+    """Sums over finished requests since the server started."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    hot_tokens: int = 0
+    warm_tokens: int = 0
+    shared_tokens: int = 0
+    prefilled_tokens: int = 0
+
+    def add(self, cache: CacheReport) -> None:
+        self.requests[cache.source] += 1
+        if cache.fallback is not None:
+            self.fallbacks[cache.fallback] += 1
+        self.hot_tokens += cache.hot_tokens
+        self.warm_tokens += cache.warm_tokens
+        self.shared_tokens += cache.shared_tokens
+        self.prefilled_tokens += cache.prefilled_tokens
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the use cases work with."""
+
+    engine: Engine
+    store: Store
+    turns: Turns
+    tally: Tally
+
+
+@dataclass
+class Computation:
+    """One context on its way: what was reused for it, what is computed, and what gets committed.
+
+    Made at the agent's turn; its lease is released by whoever made it.
+    """
+
+    tools: Tools
+    key: AgentKey
+    run: Run[Any]
+    context: Context
+    timings: Timings
+    lease: Lease
+    reuse: Reuse = field(default_factory=Reuse)
+
+    @property
+    def cache(self) -> CacheReport:
+        return CacheReport.of(self.reuse, len(self.context.tokens))
+
+    async def load(self) -> None:
+        """Get the reusable prefix into RAM; less of it if a file is bad or slow."""
+        self.run.doing = Doing(Activity.LOADING, 0, self.lease.length)
+        self.reuse = await self.tools.store.load(self.lease)
+        self.timings.load = self.reuse.seconds
+
+    async def compute(self, answer: Answer | None, notify: Callable[[Event], None]) -> Finished:
+        """Run the engine over what is not there yet, and over the answer.
+
+        Returns when the engine is done with it, also after it was told to stop: then with Finish.CANCELLED.
+        """
+        keep = frozenset({len(self.context.tokens) - 1}) if answer is None else frozenset[int]()
+        handle = self.tools.engine.submit(Job(self.context.tokens.tolist(), self.reuse, answer, keep))
+        self.run.doing = Doing(Activity.QUEUED)
+        try:
+            with self.run.interrupted_by(handle.cancel):
+                async for event in handle:
+                    self._follow(event, answer)
+                    notify(event)
+                    if isinstance(event, Finished):
+                        return event
+        finally:
+            handle.cancel()
+        raise AssertionError("the engine's events end with Finished")
+
+    async def commit(
+        self,
+        completion: tuple[int, ...],
+        finished: Finished | None,
+        seal: Seal | None,
+        changes: Mapping[str, Any],
+    ) -> Committed:
+        """Make it the agent's context. Nothing interrupts this.
+
+        Args:
+            completion: tokens of the answer, behind the prompt.
+            finished: what the engine computed; None if everything was there.
+            seal: makes the record of a request that has an id, when everything but the transaction is done.
+            changes: of `pinned`, `ttl`, `labels`.
+        """
+        tokens: TokenIds = np.concatenate([self.context.tokens, np.asarray(completion, np.int32)])
+        began = time.perf_counter()
+
+        def timed(agent: AgentRecord, persisted: bool) -> RequestOutcome:
+            assert seal is not None
+            self.timings.commit = time.perf_counter() - began
+            return seal(agent, persisted)
+
+        with self.run.uninterrupted():
+            committed = await self.tools.store.commit(
+                Commit(
+                    tenant=self.key.tenant,
+                    agent_id=self.key.agent_id,
+                    incarnation=self.context.incarnation,
+                    tokens=tokens,
+                    reuse=self.reuse,
+                    growth=finished.growth if finished is not None else None,
+                    lease=self.lease,
+                    ending=self.context.ending,
+                    keep_boundaries=frozenset({len(self.context.tokens) - 1, len(tokens)}),
+                    request=timed if seal is not None else None,
+                    **changes,
+                )
+            )
+        if seal is None:
+            self.timings.commit = committed.seconds
+        return committed
+
+    def _follow(self, event: Event, answer: Answer | None) -> None:
+        match event:
+            case Started(queued_seconds):
+                self.timings.queue += queued_seconds
+                self.run.doing = Doing(Activity.PREFILLING, 0, self.cache.prefilled_tokens)
+            case Progress(done, total):
+                reused = self.reuse.length
+                self.run.doing = Doing(Activity.PREFILLING, done - reused, total - reused)
+            case Delta(token_ids):
+                before = self.run.doing.done if self.run.doing.activity is Activity.DECODING else 0
+                most = answer.max_tokens if answer is not None else 0
+                self.run.doing = Doing(Activity.DECODING, before + len(token_ids), most)
+            case Finished():
+                self.timings.prefill = event.prefill_seconds
+                self.timings.decode = event.decode_seconds
+
+
+def queued_since(arrived: float) -> Timings:
+    """Timings of a request whose turn has come."""
+    return Timings(queue=time.perf_counter() - arrived)

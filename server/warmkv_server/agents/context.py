@@ -1,0 +1,142 @@
+"""What a request's content makes of its agent's context: all of its tokens, at the agent's turn."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+
+from warmkv_server.agents.types import AgentKey
+from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.text import Chat, Content, Ending, RawText
+from warmkv_server.engine.text import TokenIds as TokenContent
+from warmkv_server.errors import ContextTooLong, EmptyContent, RevisionMismatch, Unsupported, Violation
+from warmkv_server.kv.store import AgentRecord, Store, TokenIds
+
+
+@dataclass(frozen=True)
+class Context:
+    """A whole context.
+
+    Attributes:
+        agent: as of the last commit; None if there is none.
+        tokens: shape (tokens,), with the new content.
+        ending: what the context would end with if it were committed as it is.
+    """
+
+    agent: AgentRecord | None
+    tokens: TokenIds
+    ending: str
+
+    @property
+    def incarnation(self) -> int | None:
+        return self.agent.incarnation if self.agent is not None else None
+
+
+def check_revision(agent: AgentRecord | None, expected: int | None) -> None:
+    """Raise RevisionMismatch unless the agent has the expected revision; 0 expects that there is no agent."""
+    actual = agent.revision if agent is not None else 0
+    if expected is not None and expected != actual:
+        raise RevisionMismatch(
+            f"the agent is at revision {actual} and not {expected}; read it with GetAgent and decide again"
+            if actual
+            else f"there is no such agent, and so no revision {expected}"
+        )
+
+
+async def assemble(
+    engine: Engine,
+    store: Store,
+    key: AgentKey,
+    content: Content | None,
+    *,
+    append: bool,
+    answer: bool,
+) -> Context:
+    """Put content behind the held context, or in its place.
+
+    Args:
+        append: whether it goes behind the held context.
+        answer: whether an answer is going to follow, so that a chat gets its generation prompt, and no content means
+            to go on from where the context is.
+
+    Raises:
+        EmptyContent: if there is nothing to work on.
+        ContextTooLong: before anything was computed.
+        InvalidField: if the content can't be encoded.
+        Unsupported: if the held tokens are another model's.
+    """
+    agent, held, ending = _held(engine, store, key, append)
+    if is_empty(content):
+        content = None
+    new = await encode(engine, content, held, ending, answer=answer)
+    if not new and not (answer and held.size):
+        raise empty_content()
+    tokens = np.concatenate([held, np.asarray(new, np.int32)])
+    if len(tokens) > engine.info.context_limit:
+        raise ContextTooLong(
+            f"the context would have {len(tokens)} tokens, and this server takes {engine.info.context_limit}; "
+            "send less, or start a new context with CONTEXT_MODE_REPLACE"
+        )
+    return Context(agent, tokens, engine.text.ending_after(content, answered=answer, previous=ending))
+
+
+async def count(engine: Engine, store: Store, key: AgentKey, content: Content | None, *, append: bool) -> list[int]:
+    """The tokens that Generate would put behind the held context, or in its place.
+
+    Raises:
+        EmptyContent: if there are none.
+        InvalidField: if the content can't be encoded.
+    """
+    _, held, ending = _held(engine, store, key, append)
+    tokens = await encode(engine, None if is_empty(content) else content, held, ending, answer=True)
+    if not tokens:
+        raise empty_content()
+    return tokens
+
+
+async def encode(engine: Engine, content: Content | None, held: TokenIds, ending: str, *, answer: bool) -> list[int]:
+    """The tokens of content that is put behind held ones. On a worker thread: a long text takes its time."""
+    if content is None:
+        return []
+    last = int(held[-1]) if held.size else None
+    return await asyncio.to_thread(
+        engine.text.encode, content, starts=last is None, ending=ending, last_token=last, answer=answer
+    )
+
+
+def _held(engine: Engine, store: Store, key: AgentKey, append: bool) -> tuple[AgentRecord | None, TokenIds, str]:
+    """The agent, and the tokens and the ending that new content is put behind."""
+    agent = store.agent(key.tenant, key.agent_id) if key.agent_id else None
+    if agent is None or not append:
+        return agent, np.empty(0, np.int32), str(Ending.RAW)
+    held = store.tokens(key.tenant, key.agent_id)
+    _require_vocabulary(agent, held, engine.info.vocab_size)
+    return agent, held, agent.ending
+
+
+def is_empty(content: Content | None) -> bool:
+    match content:
+        case RawText(text):
+            return not text
+        case TokenContent(ids):
+            return not ids
+        case Chat(messages):
+            return not messages
+    return True
+
+
+def empty_content() -> EmptyContent:
+    return EmptyContent(
+        "the content is empty and there is no context to go on from; give text, token_ids or chat",
+        violations=[Violation("content", "must not be empty where there is no context yet")],
+    )
+
+
+def _require_vocabulary(agent: AgentRecord, held: TokenIds, vocab_size: int) -> None:
+    if not agent.fingerprint_ok and held.size and int(held.max()) >= vocab_size:
+        raise Unsupported(
+            "the agent's context was made with another model and has tokens that this one doesn't know; "
+            "replace the context, or serve the other model"
+        )

@@ -1,0 +1,181 @@
+"""Generate: stream an answer, and keep the KV of prompt and answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import ConfigDict, TypeAdapter
+
+from warmkv_server.agents.compute import Computation, Tools, queued_since
+from warmkv_server.agents.context import assemble, check_revision
+from warmkv_server.agents.requests import Recorder, Sealed
+from warmkv_server.agents.run import Run
+from warmkv_server.agents.types import (
+    AgentView,
+    GenerateEvent,
+    GenerateFinished,
+    GenerateRequest,
+    GenerateStarted,
+    PrefillProgress,
+)
+from warmkv_server.engine.types import Answer, Delta, Event, Finish, Finished, Progress, Started
+from warmkv_server.errors import AgentDeleted, RequestCancelled
+from warmkv_server.kv.store import AgentRecord, RequestOutcome
+from warmkv_server.kv.types import BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is written of a call that has a request id; without `finished` it was cancelled."""
+
+    started: GenerateStarted
+    answer: Delta
+    finished: GenerateFinished | None
+
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")  # log probabilities can be minus infinity
+
+
+def _replay(kept: Kept) -> Run[GenerateEvent]:
+    events: list[GenerateEvent] = [kept.started, kept.answer]
+    if kept.finished is not None:
+        return Run.replay("generate again", [*events, kept.finished])
+    return Run.replay("generate again", events, RequestCancelled("the call with this request_id was cancelled"))
+
+
+RECORDER = Recorder(TypeAdapter(Kept), _replay)
+
+
+async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEvent]) -> None:
+    """Publish the answer's events as they come, and GenerateFinished once it is committed.
+
+    Told to stop while decoding, it commits the prompt and the tokens sampled so far, unless the agent was deleted.
+    """
+    key = request.key
+    async with tools.turns.take(key, run):
+        timings = queued_since(request.arrived)
+        agent = tools.store.agent(key.tenant, key.agent_id) if key.agent_id else None
+        check_revision(agent, request.expected_revision)
+        context = await assemble(
+            tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
+        )
+        answer = _fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
+        # The last token is computed again for its logits, also where its KV is there.
+        limit = len(context.tokens) - (answer is not None)
+        with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
+            work = Computation(tools, key, run, context, timings, lease)
+            await work.load()
+            stream = AnswerStream(request, run, work)
+            finished = await _answer(work, answer, stream)
+            cut_short = finished is not None and finished.finish is Finish.CANCELLED
+            if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.answer.token_ids):
+                run.check()
+            result = await _keep(work, request, stream, finished)
+        tools.tally.add(work.cache)
+        if cut_short:
+            run.check()
+        run.publish(result)
+
+
+class AnswerStream:
+    """Publishes the engine's events in the form the request asked for, and collects the answer."""
+
+    def __init__(self, request: GenerateRequest, run: Run[GenerateEvent], work: Computation) -> None:
+        self._request = request
+        self._run = run
+        self._work = work
+        self._deltas: list[Delta] = []
+        self.started = GenerateStarted(request.key.agent_id, work.cache)
+
+    def begin(self) -> None:
+        self._run.publish(self.started)
+
+    def follow(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.begin()
+            case Progress(done, total) if not self._request.whole:
+                reused = self._work.reuse.length
+                # What one step computes is there before anybody could read about it.
+                if done > reused and total - reused > BLOCK_TOKENS:
+                    self._run.publish(PrefillProgress(done - reused, total - reused))
+            case Delta():
+                if not self._deltas:
+                    self._work.timings.first_token = time.perf_counter() - self._request.arrived
+                self._deltas.append(event)
+                if not self._request.whole:
+                    self._run.publish(event)
+            case Finished():
+                self.end(event.completion)
+
+    def end(self, completion: Sequence[int]) -> None:
+        """The answer is complete; `completion` are its tokens that belong to the context."""
+        kept = len(completion)
+        joined = _join(self._deltas)
+        self._deltas = [Delta(joined.token_ids[:kept], joined.text, joined.logprobs[:kept])]
+        if self._request.whole:
+            self._run.publish(self.answer)
+
+    @property
+    def answer(self) -> Delta:
+        """The answer so far, as one delta."""
+        return _join(self._deltas)
+
+
+async def _answer(work: Computation, answer: Answer | None, stream: AnswerStream) -> Finished | None:
+    """Compute the answer; without room for one, the rest of the prompt alone."""
+    if answer is not None or work.reuse.length < len(work.context.tokens):
+        finished = await work.compute(answer, stream.follow)
+        return finished if answer is not None else replace(finished, finish=_without_answer(finished))
+    stream.begin()
+    stream.end(())
+    return None
+
+
+def _without_answer(finished: Finished) -> Finish:
+    return Finish.LENGTH if finished.finish is Finish.PREFILLED else finished.finish
+
+
+async def _keep(
+    work: Computation, request: GenerateRequest, stream: AnswerStream, finished: Finished | None
+) -> GenerateFinished:
+    """Commit, where something is to be kept, and make the last event."""
+    store, key = work.tools.store, request.key
+    completion = finished.completion if finished is not None else ()
+    finish = finished.finish if finished is not None else Finish.LENGTH
+
+    def result(agent: AgentRecord | None, persisted: bool) -> GenerateFinished:
+        return GenerateFinished(
+            finish=finish,
+            matched_stop=finished.matched_stop if finished is not None else "",
+            completion_tokens=len(completion),
+            cache=work.cache,
+            timings=replace(work.timings),
+            agent=AgentView(agent) if agent is not None else None,
+            persisted=persisted,
+        )
+
+    def write(event: GenerateFinished) -> RequestOutcome:
+        assert request.identity is not None
+        cancelled = finish is Finish.CANCELLED
+        return RECORDER.outcome(request.identity, Kept(stream.started, stream.answer, None if cancelled else event))
+
+    if request.ephemeral or not key.agent_id:
+        return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)
+    sealed = Sealed(result, write if request.identity is not None else None)
+    committed = await work.commit(completion, finished, sealed.request, {})
+    return sealed.result(committed.agent, committed.persisted)
+
+
+def _fitting(answer: Answer, room: int) -> Answer | None:
+    """The answer cut to the room left in the context; None if there is none."""
+    return replace(answer, max_tokens=min(answer.max_tokens, room)) if room else None
+
+
+def _join(deltas: Sequence[Delta]) -> Delta:
+    return Delta(
+        tuple(token for delta in deltas for token in delta.token_ids),
+        "".join(delta.text for delta in deltas),
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+    )

@@ -1,0 +1,80 @@
+"""Fork, evict and delete: what changes an agent without computing anything."""
+
+from __future__ import annotations
+
+from pydantic import TypeAdapter
+
+from warmkv_server.agents.compute import Tools
+from warmkv_server.agents.requests import Recorder
+from warmkv_server.agents.run import Run
+from warmkv_server.agents.types import IDLE, AgentKey, AgentView, EvictResult, Identity
+from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound
+from warmkv_server.kv.store import AgentRecord, RequestOutcome
+
+
+def _replay(view: AgentView) -> Run[AgentView]:
+    return Run.replay("fork again", [view])
+
+
+FORK_RECORDER = Recorder(TypeAdapter(AgentView), _replay)
+
+
+async def fork(
+    tools: Tools, source: AgentKey, target: AgentKey, identity: Identity | None, run: Run[AgentView]
+) -> None:
+    """Publish the new agent.
+
+    The source is read as it was last committed, whatever runs on it. The target is being made: what already works on
+    an agent of that name goes first.
+    """
+
+    def write(agent: AgentRecord, persisted: bool) -> RequestOutcome:  # noqa: ARG001
+        assert identity is not None
+        return FORK_RECORDER.outcome(identity, AgentView(agent))
+
+    require(tools, source)
+    if tools.store.agent(*target) is not None:
+        raise AgentExists(f"there is an agent {target.agent_id!r} already; choose another agent_id, or delete it first")
+    async with tools.turns.take(target, run):
+        with run.uninterrupted():
+            record = await tools.store.fork(
+                target.tenant, source.agent_id, target.agent_id, write if identity is not None else None
+            )
+    run.publish(AgentView(record))
+
+
+async def evict(tools: Tools, key: AgentKey, drop_page_cache: bool, run: Run[EvictResult]) -> None:
+    """Publish what was freed, at the agent's turn."""
+    async with tools.turns.take(key, run):
+        run.doing = IDLE
+        require(tools, key)
+        with run.uninterrupted():
+            evicted = await tools.store.evict(key.tenant, key.agent_id, drop_page_cache)
+        run.publish(
+            EvictResult(AgentView(evicted.agent), evicted.bytes_freed, evicted.resident_before, evicted.resident_after)
+        )
+
+
+async def delete(tools: Tools, key: AgentKey, allow_missing: bool, run: Run[None]) -> None:
+    """Stop what works on the agent, and remove it before anything that arrives from now on."""
+    reason = AgentDeleted(f"the agent {key.agent_id!r} was deleted")
+    with run.uninterrupted():
+        async with tools.turns.overtake(key, run, reason) as stopped:
+            run.doing = IDLE
+            existed = await tools.store.delete(key.tenant, key.agent_id)
+    # What was stopped may have been about to create the agent: then that is what was deleted.
+    if not (existed or stopped or allow_missing):
+        raise not_found(key)
+    run.publish(None)
+
+
+def require(tools: Tools, key: AgentKey) -> AgentRecord:
+    """The agent's record, or AgentNotFound."""
+    record = tools.store.agent(key.tenant, key.agent_id)
+    if record is None:
+        raise not_found(key)
+    return record
+
+
+def not_found(key: AgentKey) -> AgentNotFound:
+    return AgentNotFound(f"there is no agent {key.agent_id!r}; ListAgents lists those there are")

@@ -1,0 +1,59 @@
+"""Prime and Extend: content becomes the context, or its new end, and nothing is generated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from warmkv_server.agents.compute import Computation, Tools, queued_since
+from warmkv_server.agents.context import assemble, check_revision
+from warmkv_server.agents.requests import Recorder, Sealed
+from warmkv_server.agents.run import Run
+from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
+from warmkv_server.engine.types import Event
+from warmkv_server.errors import AgentNotFound
+
+
+def _replay(result: PrimeResult) -> Run[PrimeResult]:
+    return Run.replay("prime again", [result])
+
+
+RECORDER = Recorder(TypeAdapter(PrimeResult), _replay)
+
+
+async def prime(tools: Tools, request: PrimeRequest, run: Run[PrimeResult]) -> None:
+    """Publish one PrimeResult, once the context is committed. All or nothing."""
+    key = request.key
+    async with tools.turns.take(key, run):
+        timings = queued_since(request.arrived)
+        agent = tools.store.agent(key.tenant, key.agent_id)
+        if agent is None and request.append:
+            raise AgentNotFound(f"there is no agent {key.agent_id!r}; create it with Prime or Generate")
+        check_revision(agent, request.expected_revision)
+        context = await assemble(tools.engine, tools.store, key, request.content, append=request.append, answer=False)
+        with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
+            work = Computation(tools, key, run, context, timings, lease)
+            await work.load()
+            finished = None
+            if work.reuse.length < len(context.tokens):
+                finished = await work.compute(None, _ignore)
+            run.check()
+            sealed = Sealed(
+                lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
+                partial(RECORDER.outcome, request.identity) if request.identity is not None else None,
+            )
+            committed = await work.commit((), finished, sealed.request, _changes(request))
+        run.publish(sealed.result(committed.agent, committed.persisted))
+        tools.tally.add(work.cache)
+
+
+def _changes(request: PrimeRequest) -> dict[str, Any]:
+    given = {"pinned": request.pinned, "ttl": request.ttl, "labels": request.labels}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _ignore(_: Event) -> None:
+    """Prime has no events but its result."""

@@ -1,0 +1,180 @@
+"""A request at work, on a task of its own, watched by whoever waits for its events.
+
+The task outlives the call that began it. When the last watcher goes away the run is told to stop, and it still
+finishes what the API promises, such as committing the tokens sampled so far, before it lets go of its agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from warmkv_server.agents.types import Activity, Doing
+from warmkv_server.errors import Draining, EngineError, RequestCancelled, WarmKVError
+
+log = logging.getLogger(__name__)
+Event = TypeVar("Event")
+
+
+def internal_error(where: str) -> EngineError:
+    """Log the exception being handled under a new id, and make the error that tells a client this id and no more."""
+    error_id = secrets.token_hex(6)
+    log.error("internal error %s in %s", error_id, where, exc_info=True)
+    return EngineError(error_id)
+
+
+class Run(Generic[Event]):
+    """One request at work.
+
+    Attributes:
+        name: for the log.
+        events: everything published so far; kept, so that a watcher that joins late sees all of it.
+        error: why it failed, once it is over.
+        stopped: why it was told to stop, if it was.
+        doing: for whoever asks what the agent's request is doing.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.events: list[Event] = []
+        self.error: WarmKVError | None = None
+        self.stopped: WarmKVError | None = None
+        self.doing = Doing(Activity.QUEUED)
+        self.over = asyncio.Event()
+        self._watches: list[Watch[Event]] = []
+        self._endings: list[Callable[[], object]] = []
+        self._interrupt: Callable[[], object] = _nothing
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def replay(cls, name: str, events: Sequence[Event], error: WarmKVError | None = None) -> Run[Event]:
+        """A run that is over: its watchers see these events, then the error if there is one."""
+        run = cls(name)
+        run.events, run.error = list(events), error
+        run.over.set()
+        return run
+
+    def start(self, work: Callable[[Run[Event]], Awaitable[None]]) -> None:
+        """Begin. Runs that are started one after another get to their first `await` in the same order."""
+        self._task = asyncio.create_task(self._contain(work), name=self.name)
+        self._task.add_done_callback(self._end)
+        self._interrupt = self._task.cancel
+
+    def publish(self, event: Event) -> None:
+        self.events.append(event)
+        self._wake()
+
+    def stop(self, reason: WarmKVError) -> None:
+        """Tell it to stop, and why. The first reason counts. Returns at once; await `over` for the end."""
+        if self.stopped is None and not self.over.is_set():
+            self.stopped = reason
+            self._interrupt()
+
+    def check(self) -> None:
+        """Raise the reason, if it was told to stop."""
+        if self.stopped is not None:
+            raise self.stopped
+
+    @contextmanager
+    def interrupted_by(self, interrupt: Callable[[], object]) -> Iterator[None]:
+        """Have `stop` call this inside the block, instead of cancelling whatever is awaited."""
+        previous, self._interrupt = self._interrupt, interrupt
+        try:
+            yield
+        finally:
+            self._interrupt = previous
+
+    def uninterrupted(self) -> AbstractContextManager[None]:
+        """A block that `stop` doesn't touch: a commit."""
+        return self.interrupted_by(_nothing)
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Have this called when it is over, before `over` is set."""
+        self._endings.append(call)
+
+    def watch(self) -> Watch[Event]:
+        return Watch(self)
+
+    async def result(self) -> Event:
+        """Wait for the only, or the last, event.
+
+        Raises:
+            WarmKVError: as the run failed.
+        """
+        with self.watch() as watch:
+            async for _ in watch:
+                pass
+        return self.events[-1]
+
+    def attach(self, watch: Watch[Event]) -> None:
+        self._watches.append(watch)
+
+    def detach(self, watch: Watch[Event]) -> None:
+        self._watches.remove(watch)
+        if not self._watches:
+            self.stop(RequestCancelled("the request was cancelled, or its client went away"))
+
+    async def _contain(self, work: Callable[[Run[Event]], Awaitable[None]]) -> None:
+        try:
+            await work(self)
+        except WarmKVError as error:
+            self.error = error
+        except Exception:
+            self.error = internal_error(self.name)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        # A task that is cancelled before its first step runs none of its code, so this can't be in a `finally`.
+        if task.cancelled():
+            self.error = self.stopped or Draining("the server is shutting down")
+        for call in self._endings:
+            call()
+        self.over.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        for watch in self._watches:
+            watch.news.set()
+
+
+class Watch(Generic[Event]):
+    """One reader of a run, from its first event: `with run.watch() as watch: async for event in watch`.
+
+    Leaving the block is synchronous, so that it works wherever a cancelled call ends.
+    """
+
+    def __init__(self, run: Run[Event]) -> None:
+        self._run = run
+        self._seen = 0
+        self.news = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        self._run.attach(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run.detach(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while self._seen == len(self._run.events):
+            if self._run.over.is_set():
+                if self._run.error is not None:
+                    raise self._run.error
+                raise StopAsyncIteration
+            self.news.clear()
+            await self.news.wait()
+        self._seen += 1
+        return self._run.events[self._seen - 1]
+
+
+def _nothing() -> None:
+    """Interrupts nothing."""

@@ -1,0 +1,99 @@
+"""Whose turn it is: the requests of one agent run one after another, in order of arrival.
+
+Agents are independent of each other. A delete goes before everything that waits, and ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from warmkv_server.agents.run import Run
+from warmkv_server.agents.types import IDLE, AgentKey, Doing
+from warmkv_server.errors import QueueFull, WarmKVError
+
+
+@dataclass(eq=False)
+class Place:
+    """A run's place in its agent's line."""
+
+    run: Run[Any]
+    overtakes: bool = False
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Turns:
+    """A line of runs for each agent that has any; the first in the line has the turn.
+
+    Args:
+        max_waiting: runs that may wait, over all agents.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._lines: dict[AgentKey, list[Place]] = {}
+
+    @asynccontextmanager
+    async def take(self, key: AgentKey, run: Run[Any]) -> AsyncIterator[None]:
+        """Wait for the turn and hold it for the block. Without an agent_id there is no line to wait in.
+
+        Raises:
+            QueueFull: if too many wait already.
+        """
+        if not key.agent_id:
+            yield
+            return
+        line = self._lines.get(key, [])
+        if line and self.waiting >= self._max_waiting:
+            raise QueueFull(
+                f"{self.waiting} requests wait for the turn of their agent, the most this server allows; try again",
+                retry_after=1.0,
+            )
+        async with self._stand(key, Place(run), len(line)):
+            yield
+
+    @asynccontextmanager
+    async def overtake(self, key: AgentKey, run: Run[Any], reason: WarmKVError) -> AsyncIterator[int]:
+        """Stop the runs of the agent with this reason, and take the turn as soon as the present one has let go.
+
+        Others that overtook keep their place.
+
+        Yields:
+            How many were stopped.
+        """
+        line = self._lines.get(key, [])
+        overtaken = [place for place in line if not place.overtakes and place.run.stopped is None]
+        for place in overtaken:
+            place.run.stop(reason)
+        waiting_first = sum(place.overtakes for place in line[1:])
+        async with self._stand(key, Place(run, overtakes=True), min(1, len(line)) + waiting_first):
+            yield len(overtaken)
+
+    def doing(self, key: AgentKey) -> Doing:
+        """What is being done for an agent."""
+        line = self._lines.get(key)
+        return line[0].run.doing if line else IDLE
+
+    @property
+    def waiting(self) -> int:
+        """Runs that wait for their turn, over all agents."""
+        return sum(len(line) - 1 for line in self._lines.values())
+
+    @asynccontextmanager
+    async def _stand(self, key: AgentKey, place: Place, position: int) -> AsyncIterator[None]:
+        line = self._lines.setdefault(key, [])
+        line.insert(position, place)
+        try:
+            if line[0] is not place:
+                await place.first.wait()
+            yield
+        finally:
+            had_turn = line[0] is place
+            line.remove(place)
+            if not line:
+                del self._lines[key]
+            elif had_turn:
+                line[0].first.set()

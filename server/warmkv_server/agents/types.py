@@ -1,0 +1,205 @@
+"""What agents are asked, and what they answer. Nothing here knows how it travels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from warmkv_server.engine.text import Content
+from warmkv_server.engine.types import Answer, Delta, Finish
+from warmkv_server.kv.store import AgentRecord
+from warmkv_server.kv.types import Fallback, Reuse, Source
+
+
+class AgentKey(NamedTuple):
+    """One agent of one tenant. An empty agent_id names no agent: the request keeps nothing."""
+
+    tenant: str
+    agent_id: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a retry recognisable: the client's id for the request, and a digest of all that it asks for."""
+
+    request_id: str
+    body_hash: bytes
+
+
+class Activity(StrEnum):
+    IDLE = "idle"
+    QUEUED = "queued"
+    LOADING = "loading"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+class Doing(NamedTuple):
+    """What is being done for an agent, and how far it is, in tokens."""
+
+    activity: Activity = Activity.IDLE
+    done: int = 0
+    total: int = 0
+
+
+IDLE = Doing()
+
+
+@dataclass(frozen=True)
+class AgentView:
+    """An agent as of its last commit, and what is being done for it now."""
+
+    record: AgentRecord
+    doing: Doing = IDLE
+
+
+@dataclass(frozen=True)
+class PrimeRequest:
+    """Make content the context, or append it: Prime and Extend.
+
+    Attributes:
+        append: whether the content goes behind the held context, which must exist then.
+        pinned, ttl, labels: new values; None leaves them as they are. `ttl` in seconds.
+        arrived: `time.perf_counter()` when the request came in.
+    """
+
+    key: AgentKey
+    content: Content | None
+    append: bool = False
+    pinned: bool | None = None
+    ttl: float | None = None
+    labels: Mapping[str, str] | None = None
+    expected_revision: int | None = None
+    identity: Identity | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Generate an answer.
+
+    Attributes:
+        replace: whether the content is the whole context rather than new at its end.
+        whole: whether the answer is to be sent as one delta.
+        ephemeral: change nothing.
+    """
+
+    key: AgentKey
+    content: Content | None
+    answer: Answer
+    replace: bool = False
+    whole: bool = False
+    ephemeral: bool = False
+    expected_revision: int | None = None
+    identity: Identity | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What was reused and what was computed. cached + prefilled = prompt; hot + warm + shared = cached."""
+
+    source: Source
+    prompt_tokens: int
+    hot_tokens: int = 0
+    warm_tokens: int = 0
+    shared_tokens: int = 0
+    bytes_loaded: int = 0
+    fallback: Fallback | None = None
+
+    @classmethod
+    def of(cls, reuse: Reuse, prompt_tokens: int) -> CacheReport:
+        return cls(
+            reuse.source,
+            prompt_tokens,
+            reuse.hot_tokens,
+            reuse.warm_tokens,
+            reuse.shared_tokens,
+            reuse.bytes_loaded,
+            reuse.fallback,
+        )
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.hot_tokens + self.warm_tokens + self.shared_tokens
+
+    @property
+    def prefilled_tokens(self) -> int:
+        return self.prompt_tokens - self.cached_tokens
+
+
+@dataclass
+class Timings:
+    """Seconds. What did not happen stays zero."""
+
+    queue: float = 0.0
+    load: float = 0.0
+    prefill: float = 0.0
+    first_token: float = 0.0
+    decode: float = 0.0
+    commit: float = 0.0
+
+
+@dataclass(frozen=True)
+class PrimeResult:
+    agent: AgentView
+    cache: CacheReport
+    timings: Timings
+    persisted: bool
+
+
+@dataclass(frozen=True)
+class GenerateStarted:
+    """The reusable KV is in place; the rest of the prompt is computed now."""
+
+    agent_id: str
+    cache: CacheReport
+
+
+@dataclass(frozen=True)
+class PrefillProgress:
+    """Tokens computed, out of those that have to be."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class GenerateFinished:
+    """The last event of an answer.
+
+    Attributes:
+        agent: after the commit; None if there is none.
+    """
+
+    finish: Finish
+    matched_stop: str
+    completion_tokens: int
+    cache: CacheReport
+    timings: Timings
+    agent: AgentView | None
+    persisted: bool
+
+
+GenerateEvent = GenerateStarted | PrefillProgress | Delta | GenerateFinished
+
+
+@dataclass(frozen=True)
+class EvictResult:
+    """Bytes; residency in the OS page cache is -1 where it can't be known."""
+
+    agent: AgentView
+    bytes_freed: int
+    resident_before: int
+    resident_after: int
+
+
+@dataclass(frozen=True)
+class AgentPage:
+    """One page of agents, and where the next begins; empty on the last."""
+
+    agents: tuple[AgentView, ...]
+    next_after: str
