@@ -18,18 +18,21 @@ from warmkv_bench.options import (
     SpawnOption,
     TargetOption,
     listed,
+    usage_error,
 )
 from warmkv_bench.presets import PRESETS, Preset
 from warmkv_bench.results import Results, ResultsError
 from warmkv_bench.run import report, run_matrix
 from warmkv_bench.spawn import ServerFailed
 from warmkv_bench.terminal import Terminal
+from warmkv_bench.workloads.cli import app as workloads
 
-INVALID, USAGE, INTERRUPTED = 1, 2, 130
+INVALID, INTERRUPTED = 1, 130
 
 app = typer.Typer(
     help="Measure a WarmKV server, and prove what was measured.", no_args_is_help=True, add_completion=False
 )
+app.add_typer(workloads, name="workload")
 
 
 @app.command()
@@ -87,7 +90,7 @@ def run(
         terminal.say(f"interrupted; what was measured is in {output}")
         raise typer.Exit(INTERRUPTED) from None
     except (ConfigError, ServerFailed, ResultsError) as error:
-        raise _usage(str(error)) from None
+        raise usage_error(str(error)) from None
     if not good:
         raise typer.Exit(INVALID)
 
@@ -106,7 +109,7 @@ def compare(
     try:
         before, after = Results.read(old), Results.read(new)
     except ResultsError as error:
-        raise _usage(str(error)) from None
+        raise usage_error(str(error)) from None
     terminal = Terminal()
     for difference in differences(before, after):
         terminal.say(f"note: {difference}")
@@ -124,16 +127,11 @@ def report_again(
     try:
         report(Results.read(folder), folder)
     except ResultsError as error:
-        raise _usage(str(error)) from None
+        raise usage_error(str(error)) from None
 
 
 def _checked(make: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return make(*args, **kwargs)
     except ConfigError as error:
-        raise _usage(str(error)) from None
-
-
-def _usage(message: str) -> typer.Exit:
-    typer.echo(f"warmkv bench: {message}", err=True)
-    return typer.Exit(USAGE)
+        raise usage_error(str(error)) from None

@@ -27,6 +27,7 @@ ModelOption = Annotated[str, typer.Option("--model", help="What the started serv
 ServerArgsOption = Annotated[
     str, typer.Option("--server-args", metavar="'...'", help="Further arguments for `warmkv serve`, as one string.")
 ]
+USAGE = 2
 DEFAULT_MODEL = "builtin:tiny"
 
 
@@ -71,6 +72,12 @@ def listed(option: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
         except ValueError:
             raise ConfigError(f"{option} has {part!r}: {_expected(kind)}") from None
     return tuple(values)
+
+
+def usage_error(message: str) -> typer.Exit:
+    """Prints one sentence on what is wrong; raise what it returns, for exit status 2."""
+    typer.echo(f"warmkv bench: {message}", err=True)
+    return typer.Exit(USAGE)
 
 
 def _expected(kind: Callable[[str], object]) -> str:

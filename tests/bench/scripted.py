@@ -50,6 +50,8 @@ class Bug(Enum):
     ENDS_EARLY = auto()
     # The answer depends on where the KV came from.
     FORGETS_A_TOKEN_WHEN_WARM = auto()
+    # The counters stand still.
+    COUNTS_NOTHING = auto()
     # DeleteAgent fails.
     DELETE_FAILS = auto()
 
@@ -89,8 +91,12 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         held = self.agents.get(request.agent_id) or Held([], hot=True)
-        cached = len(held.tokens)
-        prompt = [*held.tokens, *request.content.token_ids.ids]
+        prompt = list(request.content.token_ids.ids)
+        if request.context_mode == pb.CONTEXT_MODE_REPLACE:
+            cached = min(_common(held.tokens, prompt), len(prompt) - 1)
+        else:
+            cached = len(held.tokens)
+            prompt = held.tokens + prompt
         report = self._count(self._executed(held, len(prompt), cached))
         seconds = report.prefilled_tokens * self._seconds_per_token
         yield pb.GenerateResponse(started=pb.GenerateStarted(agent_id=request.agent_id, cache=report))
@@ -201,6 +207,8 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
             said = _report(pb.CACHE_SOURCE_HOT, truth.prompt_tokens, truth.cached_tokens, 0)
         if self.bug == Bug.SAYS_WARM and truth.source == pb.CACHE_SOURCE_WARM:
             truth = _report(pb.CACHE_SOURCE_COLD, truth.prompt_tokens, 0, 0)
+        if self.bug == Bug.COUNTS_NOTHING:
+            return said
         self.counters.requests_by_source[pb.CacheSource.Name(truth.source)] += 1
         self.counters.hot_tokens_reused += truth.hot_tokens
         self.counters.warm_tokens_reused += truth.warm_tokens

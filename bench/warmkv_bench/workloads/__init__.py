@@ -1,0 +1,1 @@
+"""Workloads beyond the matrix: many agents, conversations and traces, as a server meets them."""
