@@ -194,7 +194,7 @@ FAMILIES: dict[str, Family] = {
         "state",
         "state",
         num_heads=4,
-        head_dim=16,
+        head_dim=32,
         state_size=16,
         layer_norm_epsilon=1e-5,
         conv_kernel=4,

@@ -50,6 +50,7 @@ def cut(span: Span, start: int, end: int) -> Span:
         else:
             first, last = start - span.start, end - span.start
             parts[kind] = {name: array[:, :, first:last] for name, array in tensors.items()}
+    mx.eval([list(tensors.values()) for tensors in parts.values()])
     return Span(start, end - start, parts)
 
 

@@ -1,0 +1,163 @@
+"""Running jobs on an engine, and the same jobs alone, step by step, without one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from tests.engine.spans import compute
+from warmkv_server.engine import model
+from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.engine import Engine, EngineSettings, Handle
+from warmkv_server.engine.layout import empty_caches
+from warmkv_server.engine.types import Answer, Delta, Event, Finished, Job, Logprobs
+from warmkv_server.kv.types import Growth, Reuse, Span
+
+CHUNK = 32
+"""Tokens of a prefill chunk in these tests; smaller than any operator's, so that short prompts have several."""
+
+TOLERANCE = 1e-2
+"""How far batching and other chunks may move a logit of the models here, in 32 bits: rounding, mostly where it turns a
+quantised word. Two tokens whose logits are closer than twice as much may change places."""
+
+
+@asynccontextmanager
+async def running(folder: Path | str, group_size: int = 64, **settings: Any) -> AsyncIterator[Engine]:
+    """An engine on this model, stopped at the end."""
+    chosen = EngineSettings(model=str(folder), kv_group_size=group_size, prefill_chunk=CHUNK)
+    engine = await Engine.start(EngineSettings(**{**vars(chosen), **settings}))
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+@dataclass
+class Outcome:
+    """All that a handle gave."""
+
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def deltas(self) -> list[Delta]:
+        return [event for event in self.events if isinstance(event, Delta)]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def logprobs(self) -> list[Logprobs]:
+        return [each for delta in self.deltas for each in delta.logprobs]
+
+    @property
+    def finished(self) -> Finished:
+        last = self.events[-1]
+        assert isinstance(last, Finished)
+        return last
+
+
+async def outcome(handle: Handle) -> Outcome:
+    """Read it to its end."""
+    return Outcome([event async for event in handle])
+
+
+async def outcomes(engine: Engine, jobs: Sequence[Job]) -> list[Outcome]:
+    """Run them together."""
+    handles = [engine.submit(job) for job in jobs]
+    return await asyncio.gather(*(outcome(handle) for handle in handles))
+
+
+def prompt_of(length: int, seed: int = 0, vocab: int = 320) -> list[int]:
+    """Tokens without a pattern, none of them special."""
+    state, tokens = seed * 7919 + 12345, []
+    for _ in range(length):
+        state = (state * 1103515245 + 12345) & 0x7FFFFFFF
+        tokens.append(8 + (state >> 8) % (vocab - 8))
+    return tokens
+
+
+def job_of(prompt: Sequence[int], max_tokens: int, **answer: Any) -> Job:
+    """Generate greedily up to a length."""
+    return Job(prompt, answer=Answer(max_tokens=max_tokens, **{"ignore_eos": True, **answer}))
+
+
+def after(tokens: Sequence[int], spans: Sequence[Span], length: int, answer: Answer | None) -> Job:
+    """Go on from the first `length` tokens' KV."""
+    return Job(tokens, Reuse(length, tuple(spans), hot_tokens=length), answer)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A greedy token of a run alone, and how far the runner-up's logit was below its own."""
+
+    token: int
+    margin: float
+
+
+class Solo:
+    """A model on the test's own thread. Weights, caches and chunks are the engine's; nothing of its loop is."""
+
+    def __init__(self, folder: Path | str, codec: Codec | None = None) -> None:
+        self.loaded = model.load(str(folder), adapter=None, codec=codec or Codec(), context_limit=None)
+
+    def answer(self, prompt: Sequence[int], count: int) -> list[Step]:
+        """The greedy answer to a prompt."""
+        logits, caches, _ = self.context(prompt)
+        steps = []
+        for _ in range(count):
+            steps.append(_step(logits))
+            logits = self.loaded.model(mx.array([[steps[-1].token]]), cache=caches)[0, -1]
+        return steps
+
+    def logits(self, tokens: Sequence[int]) -> mx.array:
+        """Of the token that follows these, (vocabulary,)."""
+        return self.context(tokens)[0]
+
+    def context(self, tokens: Sequence[int]) -> tuple[mx.array, list[Any], list[Span]]:
+        """Logits behind these tokens, the caches that hold them, and their KV."""
+        cache_map = self.loaded.cache_map
+        caches = empty_caches(self.loaded.model, cache_map.codec)
+        last = len(tokens) - 1
+        ends = [*range(CHUNK, last, CHUNK), last] if last else []
+        spans = compute(self.loaded.model, cache_map, caches, tokens, 0, ends)
+        logits = self.loaded.model(mx.array([[tokens[-1]]]), cache=caches)[0, -1]
+        mx.eval(logits)
+        return logits, caches, spans
+
+
+def check_greedy(tokens: Sequence[int], alone: Sequence[Step]) -> int:
+    """Fail unless the tokens are those of a run alone, up to a place where that run was unsure.
+
+    Returns how many tokens were compared.
+    """
+    for place, (token, step) in enumerate(zip(tokens, alone, strict=False)):
+        if token != step.token:
+            assert step.margin <= 2 * TOLERANCE, (
+                f"token {place} is {token} and not {step.token}, which alone leads by {step.margin:.4f}"
+            )
+            return place
+    return min(len(tokens), len(alone))
+
+
+def check_growth(growth: Growth, start: int, end: int) -> None:
+    """Fail unless it is whole: exactly the tokens [start, end) in every tensor."""
+    assert (growth.start, growth.end) == (start, end)
+    for tensors in growth.tensors.values():
+        for name, array in tensors.items():
+            assert array.shape[2] == end - start, name
+
+
+def _step(logits: mx.array) -> Step:
+    ranked = mx.sort(logits)
+    return Step(cast(int, mx.argmax(logits).item()), cast(float, (ranked[-1] - ranked[-2]).item()))

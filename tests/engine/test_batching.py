@@ -1,0 +1,153 @@
+"""Sequences that run together get the answers that they get alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.conftest import FolderOf
+from tests.engine.runs import (
+    Outcome,
+    Solo,
+    Step,
+    check_greedy,
+    check_growth,
+    job_of,
+    outcomes,
+    prompt_of,
+    running,
+)
+from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.types import Delta, Finish
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KINDS = ["llama", "deepseek_v3", "gemma3_text", "gemma4_shared_kv", "llama4_chunked", "qwen3_5", "falcon_h1"]
+"""A family of each kind of cache."""
+
+LONGEST = 9
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One request among others.
+
+    Attributes:
+        prompt: tokens of it.
+        after: tokens that the others together must have got before it joins.
+        cancel_at: tokens after which it is cancelled; None for never.
+    """
+
+    prompt: int
+    max_tokens: int = LONGEST
+    after: int = 0
+    cancel_at: int | None = None
+
+
+@dataclass
+class Bench:
+    """An engine, and the same model alone."""
+
+    engine: Engine
+    solo: Solo
+    _answers: dict[int, list[Step]]
+
+    def alone(self, prompt: int) -> list[Step]:
+        if prompt not in self._answers:
+            self._answers[prompt] = self.solo.answer(prompt_of(prompt), LONGEST)
+        return self._answers[prompt]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS)
+async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIterator[Bench]:
+    folder = folder_of(request.param)
+    async with running(folder, max_batch=4) as engine:
+        yield Bench(engine, Solo(folder), {})
+
+
+async def run(engine: Engine, agents: Sequence[Agent]) -> list[Outcome]:
+    """Let them come and go as they say. One whose moment never comes joins when nobody is left to wait for."""
+    seen, running_now = 0, 0
+    changed = asyncio.Condition()
+
+    async def one(agent: Agent) -> Outcome:
+        nonlocal seen, running_now
+        async with changed:
+            await changed.wait_for(lambda: seen >= agent.after or not running_now)
+            running_now += 1
+        handle = engine.submit(job_of(prompt_of(agent.prompt), agent.max_tokens))
+        got = Outcome()
+        async for event in handle:
+            got.events.append(event)
+            if isinstance(event, Delta):
+                async with changed:
+                    seen += 1
+                    changed.notify_all()
+                if len(got.tokens) == agent.cancel_at:
+                    handle.cancel()
+        async with changed:
+            running_now -= 1
+            changed.notify_all()
+        return got
+
+    return await asyncio.gather(*(one(agent) for agent in agents))
+
+
+@settings(max_examples=7, deadline=None)
+@given(
+    agents=st.lists(
+        st.builds(
+            Agent,
+            prompt=st.sampled_from([1, 2, 31, 32, 33, 34, 50, 64, 66, 90]),
+            max_tokens=st.integers(1, LONGEST),
+            after=st.integers(0, 20),
+            cancel_at=st.none() | st.integers(1, LONGEST),
+        ),
+        min_size=2,
+        max_size=6,
+    )
+)
+async def test_joining_and_leaving_changes_no_answer(bench: Bench, agents: list[Agent]) -> None:
+    for agent, got in zip(agents, await run(bench.engine, agents), strict=True):
+        check_greedy(got.tokens, bench.alone(agent.prompt))
+        finished = got.finished
+        assert finished.completion == tuple(got.tokens)
+        assert finished.prompt_ready
+        check_growth(finished.growth, 0, agent.prompt + len(got.tokens))
+        if finished.finish is Finish.CANCELLED:
+            assert agent.cancel_at is not None
+            assert agent.cancel_at <= len(got.tokens) <= agent.max_tokens
+        else:
+            assert (finished.finish, len(got.tokens)) == (Finish.LENGTH, agent.max_tokens)
+
+
+async def test_agents_that_come_together_decode_in_the_same_step(bench: Bench) -> None:
+    """Otherwise this file would show nothing about batches."""
+    batches = set()
+    agents = [Agent(prompt) for prompt in (48, 49, 50, 51)]
+
+    async def watch() -> None:
+        while True:
+            batches.add(bench.engine.stats().batch_size)
+            await asyncio.sleep(0)
+
+    watcher = asyncio.create_task(watch())
+    got = await run(bench.engine, agents)
+    watcher.cancel()
+    assert max(batches) == len(agents)
+    compared = sum(
+        check_greedy(each.tokens, bench.alone(agent.prompt)) for agent, each in zip(agents, got, strict=True)
+    )
+    assert compared > len(agents) * LONGEST // 2, "nearly every answer was unsure: the models show nothing"
+
+
+async def test_the_same_job_twice_is_the_same_bit_for_bit(bench: Bench) -> None:
+    first, second = [(await outcomes(bench.engine, [job_of(prompt_of(70), 5, top_logprobs=4)]))[0] for _ in range(2)]
+    assert first.logprobs == second.logprobs
+    assert first.tokens == second.tokens
