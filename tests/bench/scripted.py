@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
         self.bug = bug
         self.agents: dict[str, Held] = {}
         self.counters = pb.ServerCounters()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._seconds_per_token = seconds_per_token
 
     async def Prime(self, request: pb.PrimeRequest, context: Any) -> pb.PrimeResponse:
@@ -90,6 +92,11 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
         return reply
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        async with self._turns[request.agent_id]:
+            async for message in self._generate(request, context):
+                yield message
+
+    async def _generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         held = self.agents.get(request.agent_id) or Held([], hot=True)
         prompt = list(request.content.token_ids.ids)
         if request.context_mode == pb.CONTEXT_MODE_REPLACE:
