@@ -77,19 +77,15 @@ class CacheMap:
         The arrays are lazy. All rows must have been there for all of those tokens.
         """
         members = list(kinds.leaves(caches))
-        logs = {leaf: members[leaf].log for stack in self.stacks for leaf, _ in stack.streams}
+        taken = {leaf: members[leaf].take() for leaf in {leaf for stack in self.stacks for leaf, _ in stack.streams}}
         drained: list[dict[PartKind, dict[str, mx.array]]] = [{} for _ in range(rows)]
         for stack in self.stacks:
             for number, component in enumerate(self.codec.components):
-                stacked = mx.stack(
-                    [join([entry[side][number] for entry in logs[leaf]], TOKEN_AXIS) for leaf, side in stack.streams]
-                )
+                stacked = mx.stack([taken[leaf][side][number] for leaf, side in stack.streams])
                 for row, tensors in enumerate(drained):
                     tensors.setdefault(stack.kind, {})[stack.tensor(component)] = storable(
                         mx.contiguous(stacked[:, row])
                     )
-        for leaf in logs:
-            members[leaf].log = []
         return [dict(tensors) for tensors in drained]
 
     def snapshot(self, caches: Sequence[Any], row: int = 0) -> Tensors:
@@ -169,7 +165,7 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         if not leaf.log:
             continue  # a layer that reads another layer's KV
         window = max(window, getattr(leaf, "window", 0))
-        for side, (values,) in zip((KEYS, VALUES), leaf.log[0], strict=True):
+        for side, (values,) in zip((KEYS, VALUES), leaf.take(), strict=True):
             _, heads, _, head_dim = values.shape
             _check_group(codec, number, head_dim)
             stacks.setdefault((leaf.kind, heads, head_dim, values.dtype), []).append((number, side))
