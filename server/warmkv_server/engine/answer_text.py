@@ -69,13 +69,13 @@ class AnswerText:
         return text
 
     def _spelled(self, count: int) -> int:
-        """Characters that the first tokens spell, a broken one at the end included."""
+        """Whole characters that the first tokens spell: one that they leave unfinished belongs to the next token."""
         detokenizer = self._fresh()
         for token in self._tokens[:count]:
             if token not in self._silent:
                 detokenizer.add_token(token)
         detokenizer.finalize()
-        return len(detokenizer.last_segment)
+        return len(detokenizer.last_segment.rstrip("\ufffd"))
 
     def _fresh(self) -> StreamingDetokenizer:
         detokenizer: StreamingDetokenizer = self._tokenizer.detokenizer
