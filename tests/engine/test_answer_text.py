@@ -1,0 +1,153 @@
+"""An answer's text, as tokens come: whole characters, no stop string, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, NaiveStreamingDetokenizer
+
+from tests.engine.tokenizers import built_in, ids, variant
+from warmkv_server.engine.answer_text import AnswerText
+
+END, ASSISTANT = 1, 5
+NUL = built_in().convert_tokens_to_ids("Ā")  # mlx-lm's detokenizer spells the byte 0 as this letter
+ORDINARY = [token for token in range(6, 4096) if token != NUL]
+
+texts = st.text(
+    st.sampled_from("abc the ing")
+    | st.sampled_from(" \n\t123.,é日本🙂👩‍🚀\u0301")
+    | st.characters(exclude_categories=["Cs"])
+).filter(lambda text: "\0" not in text)
+
+
+def answer(stop: Sequence[str] = (), before: int = ASSISTANT) -> AnswerText:
+    return AnswerText(built_in(), before, {END}, stop)
+
+
+@settings(deadline=None)
+@given(texts)
+def test_the_pieces_are_the_text_and_never_part_of_a_character(text: str) -> None:
+    under_test, sent = answer(), ""
+    for token in ids(built_in(), text):
+        sent += under_test.push(token)
+        assert text.startswith(sent)
+    assert sent + under_test.finish() == text
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(ORDINARY), max_size=30))
+def test_any_tokens_read_as_the_tokenizer_decodes_them(tokens: list[int]) -> None:
+    under_test = answer()
+    joined = "".join(under_test.push(token) for token in tokens) + under_test.finish()
+    prompt = built_in().decode([ASSISTANT])
+    assert prompt + joined == built_in().decode([ASSISTANT, *tokens])
+
+
+def test_end_of_sequence_has_no_text() -> None:
+    under_test = answer()
+    assert [under_test.push(token) for token in [*ids(built_in(), "so"), END]] == ["so", ""]
+    assert under_test.finish() == ""
+
+
+@pytest.mark.parametrize(("before", "first"), [(ASSISTANT, " the"), (ids(built_in(), "one")[-1], " the")])
+def test_the_space_before_the_first_word_stays(before: int, first: str) -> None:
+    assert answer(before=before).push(ids(built_in(), first)[0]) == first
+
+
+def first_match(text: str, stop: Sequence[str]) -> tuple[str, int] | None:
+    """The stop string that is complete first (of several, the longest), and where it ends."""
+    for end in range(1, len(text) + 1):
+        complete = [each for each in stop if text[:end].endswith(each)]
+        if complete:
+            return max(complete, key=len), end
+    return None
+
+
+@st.composite
+def stops(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A text, and strings that may be in it, across tokens and beside each other."""
+    text = draw(texts.filter(lambda text: len(text) > 2))
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(text) - 1))
+        piece = text[start : draw(st.integers(start + 1, min(len(text), start + 6)))]
+        found.append(draw(st.sampled_from([piece, piece + "x", "x" + piece])))
+    return text, list(dict.fromkeys(found))
+
+
+@settings(deadline=None, max_examples=200)
+@given(stops())
+def test_a_stop_string_ends_the_text_before_it(given_: tuple[str, list[str]]) -> None:
+    text, stop = given_
+    tokens = ids(built_in(), text)
+    under_test, sent, pushed = answer(stop), "", 0
+    while pushed < len(tokens) and not under_test.matched_stop:
+        sent += under_test.push(tokens[pushed])
+        pushed += 1
+        assert text.startswith(sent)
+    if not under_test.matched_stop:
+        sent += under_test.finish()
+
+    match = first_match(text, stop)
+    if match is None:
+        assert (sent, under_test.matched_stop) == (text, "")
+        return
+    matched, end = match
+    assert under_test.matched_stop == matched
+    assert sent == text[: end - len(matched)]
+    # Of the tokens pushed, those that start behind the match don't belong to the answer; the first always does.
+    starts = accumulate((len(built_in().convert_ids_to_tokens(token)) for token in tokens[:pushed]), initial=0)
+    behind = sum(start >= len(text[:end].encode()) for start in list(starts)[1:-1])
+    assert under_test.tokens_behind_stop() == behind
+
+
+def test_a_stop_string_that_a_held_back_space_completes_leaves_a_token_behind() -> None:
+    """A lone space is spelled with the token after it, which then lies behind the stop string."""
+    tokens = ids(built_in(), "a 1")
+    assert len(tokens) == 3
+    under_test = answer([" "])
+    assert [under_test.push(token) for token in tokens] == ["a", "", ""]
+    assert under_test.matched_stop == " "
+    assert under_test.tokens_behind_stop() == 1
+
+
+@pytest.mark.parametrize("stop", ["🙂", "🙂n"])
+def test_a_stop_string_across_the_bytes_of_a_character(stop: str) -> None:
+    tokens = ids(built_in(), "no🙂")
+    assert len(tokens) > 2, "the character must take several tokens"
+    tokens += ids(built_in(), stop.removeprefix("🙂"))
+    under_test = answer([stop])
+    assert "".join(under_test.push(token) for token in tokens) == "no"
+    assert under_test.matched_stop == stop
+    assert under_test.tokens_behind_stop() == 0
+
+
+def test_what_may_become_a_stop_string_is_held_back_and_given_back() -> None:
+    under_test = answer(["user:", "used"])
+    pieces = [under_test.push(token) for token in ids(built_in(), " u")] + [
+        under_test.push(token) for letter in "sers" for token in ids(built_in(), letter)
+    ]
+    assert "".join(pieces[:-1]) == " "
+    assert pieces[-1] == "users"
+
+
+@pytest.mark.parametrize("text", ["a 1 b  c", "日本\nno🙂no\n", " leading"])
+def test_a_tokenizer_that_mlx_lm_decodes_naively(text: str, tmp_path: Path) -> None:
+    sequence = {"type": "Sequence", "decoders": [built_in_decoder()]}
+    tokenizer = variant(tmp_path, decoder=sequence)
+    assert isinstance(tokenizer.detokenizer, NaiveStreamingDetokenizer)
+    assert isinstance(built_in().detokenizer, BPEStreamingDetokenizer)
+    under_test, sent = AnswerText(tokenizer, ASSISTANT, {END}, ()), ""
+    for token in ids(tokenizer, text):
+        sent += under_test.push(token)
+        assert text.startswith(sent)
+    assert sent + under_test.finish() == text
+
+
+def built_in_decoder() -> dict[str, object]:
+    return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
