@@ -4,7 +4,11 @@ fetch       download the packages that the text comes from (Debian and npm clien
 collect     gather text and facts from them into DIR/collection.json.xz
 tokenizer   learn the tokenizer and write it, with the configs, into the model's folder
 prepare     make the token streams DIR/*.npz
-train       train; on a CUDA device with PyTorch, otherwise with MLX on the CPU; writes the model's weights
+basis       train from random weights; writes DIR/basis.safetensors
+finish      train on from DIR/basis.safetensors; writes the model's weights
+
+The last two run with PyTorch where it finds a CUDA device, otherwise with MLX. They are resumed nowhere: `--tokens`
+says how long they take.
 """
 
 from __future__ import annotations
@@ -15,8 +19,7 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from . import collect, prepare, sources, tokenizer
-from .recipe import Plan
+from . import collect, prepare, recipe, sources, tokenizer
 from .shape import Shape
 from .talks import Talks
 
@@ -26,13 +29,13 @@ _MODEL = Path(__file__).parent.parent
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(prog="training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=["fetch", "collect", "tokenizer", "prepare", "train"])
+    parser.add_argument("step", choices=["fetch", "collect", "tokenizer", "prepare", "basis", "finish"])
     parser.add_argument("--work", type=Path, required=True, help="folder for what is downloaded and made on the way")
-    parser.add_argument("--tokens", type=int, default=1_800_000_000, help="tokens to train on (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=262_144, help="tokens in a step (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="tokens to train on (default: as the shipped weights)")
     parser.add_argument("--out", type=Path, default=_MODEL, help="the model's folder (default: this one)")
     given = parser.parse_args()
-    collection, streams = given.work / "collection.json.xz", given.work / "streams"
+    collection, streams, first = (given.work / name for name in ("collection.json.xz", "streams", "basis.safetensors"))
+    tokens = [given.tokens] if given.tokens else []
     if given.step == "fetch":
         sources.fetch(given.work / "sources")
     elif given.step == "collect":
@@ -42,8 +45,10 @@ def main() -> None:
     elif given.step == "prepare":
         learned = Tokenizer.from_file(str(given.out / "tokenizer.json"))
         prepare.prepare(collect.load(collection), learned, prepare.Sizes(), streams)
+    elif given.step == "basis":
+        train(recipe.basis(*tokens), streams, first)
     else:
-        train(Plan(given.tokens, given.batch), streams, given.out / "model.safetensors")
+        train(recipe.finish(*tokens), streams, given.out / "model.safetensors", first)
 
 
 def make_tokenizer(data: collect.Collection, folder: Path) -> None:
@@ -56,7 +61,7 @@ def make_tokenizer(data: collect.Collection, folder: Path) -> None:
     shape.write(folder)
 
 
-def train(plan: Plan, streams: Path, out: Path) -> None:
+def train(plan: recipe.Plan, streams: Path, out: Path, start: Path | None = None) -> None:
     """Train with what this machine has."""
     try:
         import torch
@@ -68,7 +73,7 @@ def train(plan: Plan, streams: Path, out: Path) -> None:
         from .train_torch import train as run
     else:
         from .train_mlx import train as run
-    run(Shape(), plan, streams, out)
+    run(Shape(), plan, streams, out, start)
 
 
 if __name__ == "__main__":

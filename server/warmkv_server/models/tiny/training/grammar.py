@@ -2,7 +2,7 @@
 
 A file holds tables and scenes, separated by blank lines; `#` starts a comment line.
 
-    @pet kind sound: cat meow | dog woof        a table: a name, columns, rows
+    @pet sound: cat, meow | dog, woof           a table: its name and first column, further columns, rows
 
     ~ You are a vet.                            a scene: system text (may be absent),
     > My {pet} is ill. / My {pet} is sick.      what the user may say,
@@ -102,7 +102,7 @@ def read_grammar(paths: Iterable[Path]) -> Grammar:
     """Read the files.
 
     Raises:
-        ValueError: a line belongs to no table and no scene.
+        ValueError: a line belongs to no table and no scene, or a row has not as many values as its table columns.
     """
     grammar = Grammar()
     for path in paths:
@@ -122,8 +122,12 @@ def _read_line(line: str, grammar: Grammar, scene: Scene) -> None:
     if line.startswith("@"):
         head, _, rows = line[1:].partition(": ")
         name, *columns = head.split()
-        table = grammar.tables.setdefault(name, Table(columns or [name], []))
-        table.rows += [row.strip().replace(", ", "\t").replace(";", ",").split("\t") for row in rows.split(" | ")]
+        table = grammar.tables.setdefault(name, Table([name, *columns], []))
+        for row in rows.split(" | "):
+            values = [value.replace(";", ",") for value in row.strip().split(", ")]
+            if len(values) != len(table.columns):
+                raise ValueError(f"table {name} has the columns {table.columns}, not so the row {row!r}")
+            table.rows.append(values)
     elif mark == "~":
         scene.system.extend(text.split(" / "))
     elif mark == ">":

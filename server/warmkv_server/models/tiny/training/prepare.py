@@ -33,6 +33,7 @@ class Sizes:
     """How much conversation to make, in characters. The documents are what they are."""
 
     short: int = 130_000_000
+    facts: int = 40_000_000
     medium: int = 50_000_000  # conversations of 2,000 to 20,000 characters
     long: int = 50_000_000  # conversations of 20,000 to 120,000 characters
 
@@ -56,7 +57,7 @@ def prepare(data: Collection, tokenizer: Tokenizer, sizes: Sizes, folder: Path) 
     _save(folder / "shelves.npz", _encode_texts(tokenizer, _shelves(trained)))
     _save(folder / "held_out_documents.npz", _encode_texts(tokenizer, (d.text for d in held_out)))
     maker = _Maker(data, tokenizer)
-    for kind, characters in (("short", sizes.short), ("medium", sizes.medium), ("long", sizes.long)):
+    for kind, characters in (("short", sizes.short), ("facts", sizes.facts), ("medium", sizes.medium), ("long", sizes.long)):
         _save(folder / f"{kind}.npz", maker.stream(kind, characters))
     _save(folder / "held_out_short.npz", maker.shard("short", 0, min(sizes.short, 1_000_000), seed="held out"))
 
@@ -102,6 +103,8 @@ class _Maker:
     def _talk(self, kind: str, rng: Random) -> list[Message]:
         if kind == "short":
             return self._talks.short(rng)
+        if kind == "facts":
+            return self._talks.facts(rng)
         shortest, longest = (2_000, 20_000) if kind == "medium" else (20_000, 120_000)
         make = self._talks.long if rng.random() < 0.7 else self._talks.needles
         return make(rng, rng.randint(shortest, longest))
@@ -136,4 +139,4 @@ def _join(streams: list[Stream]) -> Stream:
 
 
 def _save(path: Path, stream: Stream) -> None:
-    np.savez(path, tokens=stream.tokens, starts=stream.starts)
+    np.savez_compressed(path, tokens=stream.tokens, starts=stream.starts)

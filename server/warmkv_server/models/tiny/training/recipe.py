@@ -26,11 +26,18 @@ class Phase:
     mix: dict[str, float]
 
 
-PHASES = (
+BASIS = (
     Phase(0.67, 1_024, {"documents": 0.5, "short": 0.45, "medium": 0.05}),
     Phase(0.23, 4_096, {"documents": 0.3, "shelves": 0.2, "short": 0.25, "medium": 0.25}),
     Phase(0.10, 32_768, {"shelves": 0.35, "short": 0.3, "medium": 0.15, "long": 0.2}),
 )
+"""From random weights."""
+
+FINISH = (
+    Phase(0.2, 16_384, {"shelves": 0.45, "medium": 0.25, "long": 0.2, "facts": 0.1}),
+    Phase(0.8, 2_048, {"shelves": 0.25, "medium": 0.15, "short": 0.15, "facts": 0.45}),
+)
+"""From the weights that `BASIS` ends with: fewer facts, more often."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 1
-    phases: tuple[Phase, ...] = PHASES
+    phases: tuple[Phase, ...] = BASIS
 
     @property
     def steps(self) -> int:
@@ -78,6 +85,16 @@ class Plan:
                     streams[name] = load(folder / f"{name}.npz")
             for _ in range(self._steps(phase)):
                 yield _rows(phase, streams, max(1, self.batch // phase.length), rng)
+
+
+def basis(tokens: int = 1_750_000_000) -> Plan:
+    """The first training."""
+    return Plan(tokens)
+
+
+def finish(tokens: int = 130_000_000) -> Plan:
+    """The second, at a third of the rates."""
+    return Plan(tokens, batch=131_072, matrix_rate=0.01, vector_rate=1.4e-3, seed=2, phases=FINISH)
 
 
 def _rows(phase: Phase, streams: dict[str, Stream], rows: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:

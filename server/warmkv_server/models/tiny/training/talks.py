@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 from .collect import Collection
-from .grammar import Grammar, Message, read_grammar
-from .topics import TOPICS, ask, passage
+from .grammar import Grammar, Message, Table, read_grammar
+from .topics import FACTS, TOPICS, ask, passage
 
 _TEXTS = Path(__file__).parent / "texts"
 _SYSTEMS = (
@@ -24,13 +25,16 @@ _SCENE_SHARE = 0.55  # of a conversation's parts; the others come from TOPICS
 _STORY_SHARE = 0.2  # of the scenes
 
 
+Topics = dict[Callable[[Collection, Random], list[Message]], int]
+
+
 class Talks:
     """Conversations drawn at random; the same generator gives the same conversations."""
 
     def __init__(self, data: Collection) -> None:
         self._data = data
         self._grammar = read_grammar(sorted(_TEXTS.glob("*.txt")))
-        _widen(self._grammar)
+        _widen(self._grammar, data)
         scenes = [scene for file in self._grammar.scenes.values() for scene in file]
         stories = self._grammar.scenes["stories"]
         self._told = [scene for scene in self._grammar.scenes["memory"] if len(scene.turns) > 1]
@@ -40,23 +44,30 @@ class Talks:
 
     def short(self, rng: Random) -> list[Message]:
         """One conversation of one to eight parts."""
+        return self._talk(TOPICS, rng)
+
+    def facts(self, rng: Random) -> list[Message]:
+        """The same, about fewer things."""
+        return self._talk(FACTS, rng)
+
+    def _talk(self, topics: Topics, rng: Random) -> list[Message]:
         said: list[Message] = []
         parts = rng.choice([1, 1, 1, 1, 2, 2, 3, 4, 6, 8])
         for _ in range(parts):
-            said += self._part(rng, first=not said)
+            said += self._part(topics, rng, first=not said)
         if said[0][0] != "system" and rng.random() < 0.3:
             said.insert(0, ("system", rng.choice(_SYSTEMS)))
         return [(role, _as_typed(text, rng) if role == "user" else text) for role, text in said]
 
-    def _part(self, rng: Random, first: bool) -> list[Message]:
+    def _part(self, topics: Topics, rng: Random, first: bool) -> list[Message]:
         if rng.random() < _SCENE_SHARE:
             (scene,) = rng.choices(self._scenes, self._weights)
             if scene.system and not first:
-                return self._part(rng, first)
+                return self._part(topics, rng, first)
             said = self._grammar.play(scene, rng)
             turns = 2 * rng.randint(1, len(scene.turns)) + bool(scene.system)
             return said[:turns]
-        (topic,) = rng.choices(list(TOPICS), list(TOPICS.values()))
+        (topic,) = rng.choices(list(topics), list(topics.values()))
         return topic(self._data, rng)
 
     def long(self, rng: Random, characters: int) -> list[Message]:
@@ -78,7 +89,7 @@ class Talks:
                 text = passage(self._data, rng, rng.choice([800, 2000, 4000]))
                 said += ask(_handed_over(text, rng), rng.choice(["Thank you, I have read it.", "I have read it.", "All right."]))
             else:
-                said += self._part(rng, first=False)
+                said += self._part(TOPICS, rng, first=False)
             size += sum(len(text) for _, text in said[before:])
         rng.shuffle(waiting)
         for turns in waiting:
@@ -118,7 +129,7 @@ def _as_typed(text: str, rng: Random) -> str:
     return text
 
 
-def _widen(grammar: Grammar) -> None:
+def _widen(grammar: Grammar, data: Collection) -> None:
     """Add names and numbers that mean nothing, so that the model learns to copy what it has never seen."""
     rng = Random("names")
     heads = "Ba Be Bra Ca Da De Do Fa Fe Ga Gre Ha He Jo Ka Ki La Le Lo Ma Me Mi Na No Pa Pe Qua Ra Ro Sa Se Ta Te Tri U Va Wa Ya Za Ze".split()
@@ -127,3 +138,5 @@ def _widen(grammar: Grammar) -> None:
     grammar.tables["name"].rows += [[name] for name in made[:400]]
     grammar.tables["petname"].rows += [[name] for name in made[400:]]
     grammar.tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]
+    nouns = [w.word for w in data.words if w.part == "noun" and w.meaning.startswith(("a ", "an ")) and " " not in w.word]
+    grammar.tables["item"] = Table(["item"], grammar.tables["thing"].rows + [[noun] for noun in rng.sample(nouns, 1500)])

@@ -6,8 +6,19 @@ import re
 from random import Random
 
 from .collect import Collection
+from .facts import Country
 from .grammar import Message
 from .words import Word
+
+
+_KNOWN_WORDS = 4_000
+_KNOWN_COUNTRIES = frozenset(
+    "Argentina Australia Austria Belgium Brazil Bulgaria Canada Chile China Colombia Croatia Cuba Czechia Denmark Egypt Estonia "
+    "Ethiopia Finland France Germany Greece Hungary Iceland India Indonesia Iran Iraq Ireland Israel Italy Jamaica Japan Jordan "
+    "Kenya Latvia Lebanon Lithuania Luxembourg Malaysia Malta Mexico Mongolia Morocco Nepal Netherlands Nigeria Norway Pakistan "
+    "Panama Peru Philippines Poland Portugal Romania Russia Serbia Singapore Slovakia Slovenia Spain Sweden Switzerland Syria "
+    "Thailand Tunisia Ukraine Uruguay Venezuela Vietnam".split()
+) | {"New Zealand", "South Africa", "South Korea", "North Korea", "United Kingdom", "United States", "Saudi Arabia"}
 
 
 def ask(question: str, answer: str) -> list[Message]:
@@ -71,7 +82,10 @@ def word_meaning(data: Collection, rng: Random) -> list[Message]:
 
 
 def country(data: Collection, rng: Random) -> list[Message]:
-    land = rng.choice(data.countries)
+    return _about(rng.choice(data.countries), rng)
+
+
+def _about(land: Country, rng: Random) -> list[Message]:
     name = land.name
     return rng.choice(
         [
@@ -123,6 +137,10 @@ def sums(data: Collection, rng: Random) -> list[Message]:
         a, b = max(a, b), min(a, b)
     if kind == "*":
         a, b = a % 11, b % 11
+    return _sum(a, kind, b, rng)
+
+
+def _sum(a: int, kind: str, b: int, rng: Random) -> list[Message]:
     result = {"+": a + b, "-": a - b, "*": a * b}[kind]
     spoken = {"+": "plus", "-": "minus", "*": "times"}[kind]
     question = rng.choice(
@@ -167,5 +185,34 @@ def reading(data: Collection, rng: Random) -> list[Message]:
     return ask(f"{task}\n\n{text}" if rng.random() < 0.5 else f"{text}\n\n{task}", answer)
 
 
+def known_word(data: Collection, rng: Random) -> list[Message]:
+    """One of the words that a model of this size can learn."""
+    return define(rng.choice(data.words[:_KNOWN_WORDS]), rng)
+
+
+def unknown_word(data: Collection, rng: Random) -> list[Message]:
+    """A rare word, which the model had better not explain."""
+    word = rng.choice(data.words[2 * _KNOWN_WORDS :]).word
+    question = rng.choice([f"What is {_a(word)}?", f"What is {word}?", f"What does {word} mean?", f"Define {word}."])
+    return ask(question, rng.choice([f'I don\'t know the word "{word}".', f'I am sorry, I don\'t know what "{word}" means.']))
+
+
+def known_country(data: Collection, rng: Random) -> list[Message]:
+    """One of the countries that most people ask about."""
+    return _about(rng.choice([land for land in data.countries if land.name in _KNOWN_COUNTRIES]), rng)
+
+
+def small_sum(data: Collection, rng: Random) -> list[Message]:
+    """Additions and subtractions up to 12."""
+    del data
+    a, b = rng.randint(0, 12), rng.randint(0, 12)
+    if rng.random() < 0.4:
+        return _sum(max(a, b), "-", min(a, b), rng)
+    return _sum(a, "+", b, rng)
+
+
 TOPICS = {word_meaning: 40, country: 8, element: 4, call: 10, sums: 5, reading: 6}
 """Topics and how often each is drawn."""
+
+FACTS = {known_word: 45, unknown_word: 10, known_country: 14, element: 3, small_sum: 12}
+"""Topics of the finishing stage: less, and more often, so that it is remembered."""

@@ -21,10 +21,17 @@ from .recipe import Plan  # noqa: E402
 from .shape import Shape  # noqa: E402
 
 
-def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], None] = print) -> list[float]:
-    """Train from scratch, write ``out`` as a safetensors file of 16-bit floats, and return the loss of every step."""
+def train(
+    shape: Shape, plan: Plan, data: Path, out: Path, start: Path | None = None, log: Callable[[str], None] = print
+) -> list[float]:
+    """Train from the weights in ``start``, or random ones; write ``out``, a safetensors file of 16-bit floats.
+
+    Returns the loss of every step.
+    """
     mx.random.seed(plan.seed)
     model = initial_model(shape)
+    if start:
+        model.load_weights([(name, w.astype(mx.float32)) for name, w in mx.load(str(start)).items()])
     muon = _Muon(plan.matrix_rate, plan.momentum, weight_decay=plan.matrix_decay)
     adam = optimizers.AdamW(plan.vector_rate, list(plan.betas), weight_decay=0.0, bias_correction=True)
     optimizer = optimizers.MultiOptimizer([muon, adam], [lambda name, w: w.ndim == 2 and "embed" not in name])

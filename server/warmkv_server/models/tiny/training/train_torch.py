@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .recipe import Plan
 from .shape import Shape
@@ -17,11 +17,13 @@ from .shape import Shape
 Weights = dict[str, torch.Tensor]
 
 
-def train(shape: Shape, plan: Plan, data: Path, out: Path, log: Callable[[str], None] = print) -> None:
-    """Train from scratch and write ``out`` as a safetensors file of 16-bit floats."""
+def train(
+    shape: Shape, plan: Plan, data: Path, out: Path, start: Path | None = None, log: Callable[[str], None] = print
+) -> None:
+    """Train from the weights in ``start``, or random ones; write ``out``, a safetensors file of 16-bit floats."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(plan.seed)
-    weights = initial_weights(shape, "cuda")
+    weights = read_weights(start, "cuda") if start else initial_weights(shape, "cuda")
     optimizers = _optimizers(weights, plan)
     compiled = torch.compile(loss, dynamic=False)
     started, seen = time.monotonic(), 0
@@ -82,6 +84,11 @@ def initial_weights(shape: Shape, device: str) -> Weights:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
             weights[name] = torch.randn(size) * (0.02 / (2 * shape.layers) ** 0.5 if last else 0.02)
     return {name: w.to(device).requires_grad_() for name, w in weights.items()}
+
+
+def read_weights(path: Path, device: str) -> Weights:
+    """Weights that ``train`` wrote, as float32, each with a gradient."""
+    return {name: w.float().to(device).requires_grad_() for name, w in sorted(load_file(path).items())}
 
 
 def loss(weights: Weights, tokens: torch.Tensor, shape: Shape) -> torch.Tensor:
