@@ -24,7 +24,8 @@ def variant(
     *,
     special: Sequence[str] = (),
     decoder: Mapping[str, Any] | None = None,
-    eos: int | str | None = None,
+    eos: str | None = None,
+    bare: bool = False,
     **config: Any,
 ) -> TokenizerWrapper:
     """The built-in tokenizer with other special tokens, another decoder or another configuration.
@@ -34,6 +35,7 @@ def variant(
         special: tokens to add.
         decoder: as tokenizer.json has it.
         eos: the end of sequence, if it is another.
+        bare: without a beginning of text.
         config: of tokenizer_config.json.
     """
     source = BUILT_IN / "tiny"
@@ -43,9 +45,11 @@ def variant(
     tokenizer["added_tokens"] += [{"id": first + n, "content": text, **known} for n, text in enumerate(special)]
     if decoder is not None:
         tokenizer["decoder"] = decoder
+    if bare:
+        tokenizer["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = json.loads((source / "tokenizer_config.json").read_text())
-    if isinstance(eos, str):
+    if eos is not None:
         settings["eos_token"] = eos
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | config))
     (folder / "config.json").write_text((source / "config.json").read_text())

@@ -1,0 +1,247 @@
+"""From content to tokens: a context that grows turn by turn has the tokens of one rendered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from tests.engine.templates import STYLES, Style
+from tests.engine.tokenizers import built_in, ids, variant
+from warmkv_server.engine.text import Chat, Ending, Message, RawText, Text, TokenIds
+from warmkv_server.errors import InvalidField
+
+BOS, END = 0, 1
+THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
+
+anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<|[>"), max_size=30)
+answers = st.from_regex(r"[A-Za-z][A-Za-z ,.\n]{0,20}[a-z]", fullmatch=True)
+
+
+@dataclass
+class Talk:
+    """A conversation in one style, and what a model with that template would have seen of it."""
+
+    style: Style
+    tokenizer: TokenizerWrapper
+
+    @cached_property
+    def text(self) -> Text:
+        return Text(self.tokenizer, len(self.tokenizer))
+
+    def render(self, messages: Sequence[Message], answer: bool) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=answer
+        )
+        return str(rendered)
+
+    def at_once(self, messages: Sequence[Message], answer: bool) -> list[int]:
+        return ids(self.tokenizer, self.render(messages, answer))
+
+    def start(self, *messages: Message, answer: bool) -> list[int]:
+        return self.text.encode(Chat(messages), starts=True, ending="", last_token=None, answer=answer)
+
+    def go_on(self, held: list[int], *messages: Message, ending: Ending, answer: bool) -> list[int]:
+        return held + self.text.encode(Chat(messages), starts=False, ending=ending, last_token=held[-1], answer=answer)
+
+    def answered(self, messages: Sequence[Message], reply: str) -> list[int]:
+        """What the model writes behind these messages when this is its reply, the end of sequence included."""
+        prompt = self.render(messages, answer=True)
+        whole = self.render([*messages, Message("assistant", reply)], answer=False)
+        assert whole.startswith(prompt)
+        written, end, _ = whole.removeprefix(prompt).partition(self.style.eos)
+        assert end == self.style.eos
+        return ids(self.tokenizer, written + end)
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def talk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Talk:
+    style = STYLES[request.param]
+    return Talk(style, style.tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def user(content: str) -> Message:
+    return Message("user", content)
+
+
+def assistant(content: str) -> Message:
+    return Message("assistant", content)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    system=st.none() | anything,
+    turns=st.lists(st.tuples(anything, answers), min_size=1, max_size=3),
+    last=anything,
+    finished=st.booleans(),
+)
+@example(system=None, turns=[("Hi", "the earlier answer")], last="the earlier answer", finished=True)
+@example(system="Be brief.", turns=[("-", "-a")], last="-", finished=False)
+def test_follow_ups_have_the_tokens_of_the_whole_conversation(
+    talk: Talk, system: str | None, turns: list[tuple[str, str]], last: str, finished: bool
+) -> None:
+    """Whether the answers before were finished by the model or cut off, by length or by a stop string."""
+    messages = [Message("system", system)] if system is not None and talk.style.takes_system else []
+    held: list[int] = []
+    for question, reply in [*turns, (last, "")]:
+        messages.append(user(question))
+        if held:
+            held = talk.go_on(held, messages[-1], ending=Ending.ANSWER, answer=True)
+        else:
+            held = talk.start(*messages, answer=True)
+        assert held == talk.at_once(messages, answer=True)
+        written = talk.answered(messages, reply) if reply else []
+        held = held + (written if finished else written[:-1])
+        messages.append(assistant(reply))
+
+
+def test_messages_behind_a_closed_turn(talk: Talk) -> None:
+    held = talk.start(user("One?"), assistant("Two."), answer=False)
+    assert held == talk.at_once([user("One?"), assistant("Two.")], answer=False)
+    held = talk.go_on(held, user("Three?"), assistant("Four."), user("Five?"), ending=Ending.TURN, answer=True)
+    messages = [user("One?"), assistant("Two."), user("Three?"), assistant("Four."), user("Five?")]
+    assert held == talk.at_once(messages, answer=True)
+
+
+def test_an_answer_given_by_the_caller_behind_a_question(talk: Talk) -> None:
+    held = talk.start(user("One?"), answer=False)
+    held = talk.go_on(held, assistant("Two."), user("Three?"), ending=Ending.TURN, answer=True)
+    assert held == talk.at_once([user("One?"), assistant("Two."), user("Three?")], answer=True)
+
+
+def test_a_question_added_behind_an_answer_closes_it_first(talk: Talk) -> None:
+    """Extend, then Generate with the next question: the generation prompt comes once."""
+    first = talk.start(user("One?"), answer=True)
+    held = first + talk.answered([user("One?")], "Two.")
+    held = talk.go_on(held, user("Three?"), assistant("Four."), ending=Ending.ANSWER, answer=False)
+    held = talk.go_on(held, user("Five?"), ending=Ending.TURN, answer=True)
+    messages = [user("One?"), assistant("Two."), user("Three?"), assistant("Four."), user("Five?")]
+    assert held == talk.at_once(messages, answer=True)
+
+
+def test_behind_raw_tokens_messages_get_no_beginning_of_text_and_no_default_system_text(talk: Talk) -> None:
+    raw = talk.text.encode(RawText("Once upon a time"), starts=True, ending="", last_token=None, answer=False)
+    added = talk.go_on(raw, user("Hi"), ending=Ending.RAW, answer=True)[len(raw) :]
+    assert BOS not in added
+    written = str(talk.tokenizer.decode(added))
+    assert "careful assistant" not in written
+    assert talk.render([user("Hi")], answer=True).endswith(written.removeprefix("\n"))
+    assert "Hi" in written
+
+
+def test_the_text_begins_once(talk: Talk) -> None:
+    held = talk.start(user("One?"), answer=True)
+    assert held.count(BOS) == talk.render([user("One?")], answer=True).count("<|bos|>") <= 1
+    held += talk.answered([user("One?")], "Two.")
+    for turn in range(3):
+        held = talk.go_on(held, user(f"{turn}?"), ending=Ending.ANSWER, answer=True)
+    assert held.count(BOS) <= 1
+
+
+@pytest.fixture
+def thinking(tmp_path: Path) -> Talk:
+    return Talk(STYLES["thinking"], STYLES["thinking"].tokenizer(tmp_path))
+
+
+def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking: Talk) -> None:
+    """What the model thought is in its KV: only what is new is written, as the template writes it."""
+    held = thinking.start(user("2+2?"), answer=True)
+    held += thinking.answered([user("2+2?")], THOUGHT + "Four.")
+    before = len(held)
+    held = thinking.go_on(held, user("3+3?"), ending=Ending.ANSWER, answer=True)
+    messages = [user("2+2?"), assistant(THOUGHT + "Four."), user("3+3?")]
+    at_once = thinking.at_once(messages, answer=True)
+    assert "Two and two" not in str(thinking.tokenizer.decode(at_once)), "the template must drop it to show anything"
+    assert "Two and two" in str(thinking.tokenizer.decode(held))
+    assert at_once[-(len(held) - before) :] == held[before:]
+
+
+@pytest.mark.parametrize(
+    ("content", "answered", "previous", "after"),
+    [
+        (Chat((user("Hi"),)), True, "", Ending.ANSWER),
+        (Chat((user("Hi"),)), False, Ending.RAW, Ending.TURN),
+        (RawText("Hi"), True, Ending.TURN, Ending.RAW),
+        (TokenIds((7,)), False, Ending.ANSWER, Ending.RAW),
+        (None, True, Ending.ANSWER, Ending.ANSWER),
+        (None, True, Ending.TURN, Ending.RAW),
+        (None, True, "", Ending.RAW),
+    ],
+)
+def test_what_a_context_ends_with(
+    content: Chat | RawText | TokenIds | None, answered: bool, previous: str, after: Ending
+) -> None:
+    text = Text(built_in(), 4096)
+    assert text.ending_after(content, answered=answered, previous=previous) == after
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_raw_text_gets_the_beginning_once_and_only_where_it_starts(raw: str) -> None:
+    text = Text(built_in(), 4096)
+
+    def encode(content: str, starts: bool) -> list[int]:
+        return text.encode(RawText(content), starts=starts, ending="raw", last_token=9, answer=True)
+
+    alone = ids(built_in(), raw)
+    assert encode(raw, starts=False) == alone
+    assert encode(raw, starts=True) == list(built_in().encode(raw)) == [BOS, *alone]
+    assert encode("<|bos|>" + raw, starts=True) == [BOS, *alone]
+
+
+def test_a_tokenizer_without_a_beginning_adds_none(tmp_path: Path) -> None:
+    bare = variant(tmp_path, bare=True)
+    text = Text(bare, 4096)
+    assert text.encode(RawText("so"), starts=True, ending="", last_token=None, answer=True) == ids(bare, "so")
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    text = Text(built_in(), 4096)
+    for starts in (True, False):
+        taken = text.encode(TokenIds((0, 7, 4095)), starts=starts, ending="raw", last_token=1, answer=True)
+        assert taken == [0, 7, 4095]
+
+
+@pytest.mark.parametrize("wrong", [-1, 4096, 2**31 - 1])
+def test_a_token_id_outside_the_vocabulary_is_named(wrong: int) -> None:
+    text = Text(built_in(), 4096)
+    with pytest.raises(InvalidField, match=str(wrong)) as caught:
+        text.encode(TokenIds((5, 6, wrong)), starts=True, ending="", last_token=None, answer=True)
+    (violation,) = caught.value.violations
+    assert violation.field == "content.token_ids.ids[2]"
+    assert "4095" in violation.description
+
+
+def test_chat_without_a_template_says_what_to_send_instead(tmp_path: Path) -> None:
+    text = Text(variant(tmp_path, chat_template=None), 4096)
+    with pytest.raises(InvalidField, match=r"no chat template.*content\.text") as caught:
+        text.encode(Chat((user("Hi"),)), starts=True, ending="", last_token=None, answer=True)
+    assert caught.value.violations[0].field == "content.chat"
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_messages_that_the_template_refuses_are_the_callers(starts: bool, tmp_path: Path) -> None:
+    talk = Talk(STYLES["gemma"], STYLES["gemma"].tokenizer(tmp_path))
+    with pytest.raises(InvalidField, match="must alternate") as caught:
+        talk.text.encode(
+            Chat((user("One?"), user("Two?"))), starts=starts, ending=Ending.ANSWER, last_token=END, answer=True
+        )
+    assert caught.value.violations[0].field == "content.chat.messages"
+
+
+def test_threads_may_share_it() -> None:
+    text = Text(built_in(), 4096)
+    contents = [Chat((user(f"What is {n}?"),)) if n % 2 else RawText("word " * n) for n in range(40)]
+
+    def encode(content: Chat | RawText) -> list[int]:
+        return text.encode(content, starts=True, ending="", last_token=None, answer=True)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(encode, contents * 5)) == [encode(content) for content in contents] * 5
