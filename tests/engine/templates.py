@@ -25,7 +25,7 @@ class Style:
     takes_system: bool = True
 
     def tokenizer(self, folder: Path) -> TokenizerWrapper:
-        return variant(folder, special=self.special, eos=self.eos, chat_template=self.template, **self.tokenizer_config)
+        return variant(folder, special=self.special, eos=self.eos, chat_template=self.template)
 
 
 _CHATML = """\
