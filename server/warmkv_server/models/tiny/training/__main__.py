@@ -28,7 +28,9 @@ _MODEL = Path(__file__).parent.parent
 
 def main() -> None:
     """Run one step."""
-    parser = argparse.ArgumentParser(prog="training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("step", choices=["fetch", "collect", "tokenizer", "prepare", "basis", "finish"])
     parser.add_argument("--work", type=Path, required=True, help="folder for what is downloaded and made on the way")
     parser.add_argument("--tokens", type=int, help="tokens to train on (default: as the shipped weights)")

@@ -54,12 +54,10 @@ def read_scripture(package: Path) -> Iterator[tuple[str, str]]:
 
 
 def _osis_chapters(osis: str) -> Iterator[tuple[str, str]]:
-    osis = re.sub(r"<note\b.*?</note>|<title\b.*?</title>", "", osis, flags=re.S)
+    osis = re.sub(r"<note\b.*?</note>|<title\b.*?</title>", "", osis, flags=re.DOTALL)
     starts = list(re.finditer(r'<chapter [^>]*osisID="([^"]+)"[^>]*sID=[^>]*>', osis))
     ends = [match.start() for match in starts[1:]] + [len(osis)]
     for start, end in zip(starts, ends, strict=False):
         body = re.sub(r'<(?:div [^>]*type="x-p"|lg|l) ?[^>]*>', "\n", osis[start.end() : end])
         lines = (" ".join(line.split()) for line in re.sub(r"<[^>]+>", "", body).split("\n"))
         yield start.group(1), "\n".join(line for line in lines if line)
-
-

@@ -24,7 +24,11 @@ _MANUALS = {
     ),
     "golang-1.19-doc": ("usr/share/doc/golang-1.19-doc/html", ".", "*.html"),
     "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html", ".", "*.html"),
-    "python-django-doc": ("usr/share/doc/python-django-doc/html", "intro topics howto ref faq misc internals", "*.html"),
+    "python-django-doc": (
+        "usr/share/doc/python-django-doc/html",
+        "intro topics howto ref faq misc internals",
+        "*.html",
+    ),
     "python-sqlalchemy-doc": ("usr/share/doc/python-sqlalchemy-doc/html", "core orm tutorial faq dialects", "*.html"),
     "python-flask-doc": ("usr/share/doc/python-flask-doc/html", ".", "*.html"),
     "python-pandas-doc": ("usr/share/doc/python-pandas-doc/html", "user_guide getting_started development", "*.html"),

@@ -67,7 +67,9 @@ def read_elements(package: Path) -> list[Element]:
     """The first hundred elements."""
     text = gzip.decompress((package / "usr/share/dictd/elements.dict.dz").read_bytes()).decode("utf-8", "replace")
     found = re.findall(
-        r"^([a-z]+)\nSymbol: (\w+)\nAtomic number: (\d+)\nAtomic weight: [^\n]*\n(.*?)(?=\n\n|\Z)", text, re.M | re.S
+        r"^([a-z]+)\nSymbol: (\w+)\nAtomic number: (\d+)\nAtomic weight: [^\n]*\n(.*?)(?=\n\n|\Z)",
+        text,
+        re.MULTILINE | re.DOTALL,
     )
     return [
         Element(name, symbol, int(number), " ".join(note.split()))
@@ -90,7 +92,7 @@ def read_calls(documents: Iterable[Document]) -> Iterator[Call]:
 
 def _python_calls(text: str, builtins: bool) -> Iterator[Call]:
     """Names without a dot are ambiguous (`start`, `release`) unless they are built in."""
-    for match in re.finditer(r"^ ?([a-z][\w.]*)\([^\n]*\)[^\n]*\n\n([A-Z][^\n]{20,})", text, re.M):
+    for match in re.finditer(r"^ ?([a-z][\w.]*)\([^\n]*\)[^\n]*\n\n([A-Z][^\n]{20,})", text, re.MULTILINE):
         sentence = re.split(r"(?<=[a-z)])\. ", match[2])[0].rstrip(".:")
         if len(sentence) < 160 and ("." in match[1] or builtins):
             yield Call(match[1], "Python", sentence + ".")

@@ -26,7 +26,14 @@ from random import Random
 Message = tuple[str, str]  # role, text
 _CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 _SLOT = re.compile(r"\{(a |A )?(\w+?)(\d?)(?:\.(\w+))?\}(s\b)?")
-_IRREGULAR = {"mouse": "mice", "sheep": "sheep", "deer": "deer", "wolf": "wolves", "knife": "knives", "mango": "mangoes"}
+_IRREGULAR = {
+    "mouse": "mice",
+    "sheep": "sheep",
+    "deer": "deer",
+    "wolf": "wolves",
+    "knife": "knives",
+    "mango": "mangoes",
+}
 
 
 @dataclass

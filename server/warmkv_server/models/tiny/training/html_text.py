@@ -6,15 +6,65 @@ import re
 from html.parser import HTMLParser
 
 _BLOCKS = frozenset(
-    "p h1 h2 h3 h4 h5 h6 li dt dd pre tr table ul ol dl div section article main blockquote br".split()
+    [
+        "p",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "li",
+        "dt",
+        "dd",
+        "pre",
+        "tr",
+        "table",
+        "ul",
+        "ol",
+        "dl",
+        "div",
+        "section",
+        "article",
+        "main",
+        "blockquote",
+        "br",
+    ]
 )
-_SKIPPED = frozenset("script style nav header footer head button svg form aside summary".split())
+_SKIPPED = frozenset(
+    ["script", "style", "nav", "header", "footer", "head", "button", "svg", "form", "aside", "summary"]
+)
 _SKIPPED_NAMES = frozenset(
-    "headerlink sphinxsidebar related navheader navfooter toc nav-wrapper nav-wide-wrapper menu-bar sidebar "
-    "fancy_title_menu nosearch searchmenu fancy_toc mark api_metadata api_stability out-of-band src-links "
-    "column2 rightside rustdoc-toggle-hide permalink footer".split()
+    [
+        "headerlink",
+        "sphinxsidebar",
+        "related",
+        "navheader",
+        "navfooter",
+        "toc",
+        "nav-wrapper",
+        "nav-wide-wrapper",
+        "menu-bar",
+        "sidebar",
+        "fancy_title_menu",
+        "nosearch",
+        "searchmenu",
+        "fancy_toc",
+        "mark",
+        "api_metadata",
+        "api_stability",
+        "out-of-band",
+        "src-links",
+        "column2",
+        "rightside",
+        "rustdoc-toggle-hide",
+        "permalink",
+        "footer",
+    ]
 )
-_VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+_VOID = frozenset(
+    ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"]
+)
 
 
 class _Reader(HTMLParser):

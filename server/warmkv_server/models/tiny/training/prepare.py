@@ -57,7 +57,12 @@ def prepare(data: Collection, tokenizer: Tokenizer, sizes: Sizes, folder: Path) 
     _save(folder / "shelves.npz", _encode_texts(tokenizer, _shelves(trained)))
     _save(folder / "held_out_documents.npz", _encode_texts(tokenizer, (d.text for d in held_out)))
     maker = _Maker(data, tokenizer)
-    for kind, characters in (("short", sizes.short), ("facts", sizes.facts), ("medium", sizes.medium), ("long", sizes.long)):
+    for kind, characters in (
+        ("short", sizes.short),
+        ("facts", sizes.facts),
+        ("medium", sizes.medium),
+        ("long", sizes.long),
+    ):
         _save(folder / f"{kind}.npz", maker.stream(kind, characters))
     _save(folder / "held_out_short.npz", maker.shard("short", 0, min(sizes.short, 1_000_000), seed="held out"))
 

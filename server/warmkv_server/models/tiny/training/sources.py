@@ -70,9 +70,7 @@ def _fetch_debian(source: Source, folder: Path, target: Path) -> None:
 
 def _fetch_npm(source: Source, folder: Path, target: Path) -> None:
     wanted = f"{source.name}@{source.version}"
-    packed = subprocess.run(
-        ["npm", "pack", "--silent", wanted], cwd=folder, check=True, capture_output=True, text=True
-    )
+    packed = subprocess.run(["npm", "pack", "--silent", wanted], cwd=folder, check=True, capture_output=True, text=True)
     archive = folder / packed.stdout.strip().splitlines()[-1]
     with tarfile.open(archive) as tar:
         tar.extractall(target, filter="data")

@@ -87,7 +87,9 @@ class Talks:
                 said += waiting.pop(rng.randrange(len(waiting)))
             elif rng.random() < 0.35:
                 text = passage(self._data, rng, rng.choice([800, 2000, 4000]))
-                said += ask(_handed_over(text, rng), rng.choice(["Thank you, I have read it.", "I have read it.", "All right."]))
+                said += ask(
+                    _handed_over(text, rng), rng.choice(["Thank you, I have read it.", "I have read it.", "All right."])
+                )
             else:
                 said += self._part(TOPICS, rng, first=False)
             size += sum(len(text) for _, text in said[before:])
@@ -132,11 +134,90 @@ def _as_typed(text: str, rng: Random) -> str:
 def _widen(grammar: Grammar, data: Collection) -> None:
     """Add names and numbers that mean nothing, so that the model learns to copy what it has never seen."""
     rng = Random("names")
-    heads = "Ba Be Bra Ca Da De Do Fa Fe Ga Gre Ha He Jo Ka Ki La Le Lo Ma Me Mi Na No Pa Pe Qua Ra Ro Sa Se Ta Te Tri U Va Wa Ya Za Ze".split()
-    tails = "bel bin dan dor fin gan kin la lan len lia lin lo lon mar mer mi na nel nia nor ra ran rik ro sen ta tan tin vel via vin zo".split()
+    heads = [
+        "Ba",
+        "Be",
+        "Bra",
+        "Ca",
+        "Da",
+        "De",
+        "Do",
+        "Fa",
+        "Fe",
+        "Ga",
+        "Gre",
+        "Ha",
+        "He",
+        "Jo",
+        "Ka",
+        "Ki",
+        "La",
+        "Le",
+        "Lo",
+        "Ma",
+        "Me",
+        "Mi",
+        "Na",
+        "No",
+        "Pa",
+        "Pe",
+        "Qua",
+        "Ra",
+        "Ro",
+        "Sa",
+        "Se",
+        "Ta",
+        "Te",
+        "Tri",
+        "U",
+        "Va",
+        "Wa",
+        "Ya",
+        "Za",
+        "Ze",
+    ]
+    tails = [
+        "bel",
+        "bin",
+        "dan",
+        "dor",
+        "fin",
+        "gan",
+        "kin",
+        "la",
+        "lan",
+        "len",
+        "lia",
+        "lin",
+        "lo",
+        "lon",
+        "mar",
+        "mer",
+        "mi",
+        "na",
+        "nel",
+        "nia",
+        "nor",
+        "ra",
+        "ran",
+        "rik",
+        "ro",
+        "sen",
+        "ta",
+        "tan",
+        "tin",
+        "vel",
+        "via",
+        "vin",
+        "zo",
+    ]
     made = ["".join([rng.choice(heads), *rng.sample(tails, rng.randint(1, 2))]) for _ in range(600)]
     grammar.tables["name"].rows += [[name] for name in made[:400]]
     grammar.tables["petname"].rows += [[name] for name in made[400:]]
     grammar.tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]
-    nouns = [w.word for w in data.words if w.part == "noun" and w.meaning.startswith(("a ", "an ")) and " " not in w.word]
-    grammar.tables["item"] = Table(["item"], grammar.tables["thing"].rows + [[noun] for noun in rng.sample(nouns, 1500)])
+    nouns = [
+        w.word for w in data.words if w.part == "noun" and w.meaning.startswith(("a ", "an ")) and " " not in w.word
+    ]
+    grammar.tables["item"] = Table(
+        ["item"], grammar.tables["thing"].rows + [[noun] for noun in rng.sample(nouns, 1500)]
+    )

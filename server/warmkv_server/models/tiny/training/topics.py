@@ -10,14 +10,79 @@ from .facts import Country
 from .grammar import Message
 from .words import Word
 
-
 _KNOWN_WORDS = 4_000
 _KNOWN_COUNTRIES = frozenset(
-    "Argentina Australia Austria Belgium Brazil Bulgaria Canada Chile China Colombia Croatia Cuba Czechia Denmark Egypt Estonia "
-    "Ethiopia Finland France Germany Greece Hungary Iceland India Indonesia Iran Iraq Ireland Israel Italy Jamaica Japan Jordan "
-    "Kenya Latvia Lebanon Lithuania Luxembourg Malaysia Malta Mexico Mongolia Morocco Nepal Netherlands Nigeria Norway Pakistan "
-    "Panama Peru Philippines Poland Portugal Romania Russia Serbia Singapore Slovakia Slovenia Spain Sweden Switzerland Syria "
-    "Thailand Tunisia Ukraine Uruguay Venezuela Vietnam".split()
+    [
+        "Argentina",
+        "Australia",
+        "Austria",
+        "Belgium",
+        "Brazil",
+        "Bulgaria",
+        "Canada",
+        "Chile",
+        "China",
+        "Colombia",
+        "Croatia",
+        "Cuba",
+        "Czechia",
+        "Denmark",
+        "Egypt",
+        "Estonia",
+        "Ethiopia",
+        "Finland",
+        "France",
+        "Germany",
+        "Greece",
+        "Hungary",
+        "Iceland",
+        "India",
+        "Indonesia",
+        "Iran",
+        "Iraq",
+        "Ireland",
+        "Israel",
+        "Italy",
+        "Jamaica",
+        "Japan",
+        "Jordan",
+        "Kenya",
+        "Latvia",
+        "Lebanon",
+        "Lithuania",
+        "Luxembourg",
+        "Malaysia",
+        "Malta",
+        "Mexico",
+        "Mongolia",
+        "Morocco",
+        "Nepal",
+        "Netherlands",
+        "Nigeria",
+        "Norway",
+        "Pakistan",
+        "Panama",
+        "Peru",
+        "Philippines",
+        "Poland",
+        "Portugal",
+        "Romania",
+        "Russia",
+        "Serbia",
+        "Singapore",
+        "Slovakia",
+        "Slovenia",
+        "Spain",
+        "Sweden",
+        "Switzerland",
+        "Syria",
+        "Thailand",
+        "Tunisia",
+        "Ukraine",
+        "Uruguay",
+        "Venezuela",
+        "Vietnam",
+    ]
 ) | {"New Zealand", "South Africa", "South Korea", "North Korea", "United Kingdom", "United States", "Saudi Arabia"}
 
 
@@ -48,7 +113,9 @@ def define(word: Word, rng: Random) -> list[Message]:
     questions = [f"What does {name} mean?", f'What does "{name}" mean?', f"Define {name}.", f"Define the word {name}.",
                  f"What is the meaning of {name}?", f"Explain the word {name}."]  # fmt: skip
     if word.part == "noun":
-        questions += [f"What is {_a(name) if counted else name}?"] * 8 + [f"Explain what {_a(name) if counted else name} is."]
+        questions += [f"What is {_a(name) if counted else name}?"] * 8 + [
+            f"Explain what {_a(name) if counted else name} is."
+        ]
     answer = f'"{_capital(name)}" means {meaning}.'
     if counted:
         answer = f"{_capital(_a(name))} is {meaning}."
@@ -66,7 +133,9 @@ def _more(word: Word, rng: Random) -> list[Message]:
         question = rng.choice(["Can you give me an example?", "Give me an example.", f"Use {word.word} in a sentence."])
         choices.append(ask(question, f"For example: {_capital(rng.choice(examples))}."))
     if word.synonyms:
-        question = rng.choice(["Is there another word for it?", f"What is another word for {word.word}?", "Any synonyms?"])
+        question = rng.choice(
+            ["Is there another word for it?", f"What is another word for {word.word}?", "Any synonyms?"]
+        )
         choices.append(ask(question, f'Another word for it is "{word.synonyms[0]}".'))
     if word.opposites:
         question = rng.choice(["What is the opposite?", f"What is the opposite of {word.word}?"])
@@ -121,8 +190,13 @@ def element(data: Collection, rng: Random) -> list[Message]:
 def call(data: Collection, rng: Random) -> list[Message]:
     item = rng.choice(data.calls)
     question = rng.choice(
-        [f"What does {item.name} do?", f"What does {item.name} do in {item.manual}?", f"What is {item.name} for?",
-         f"Explain {item.name}.", f"What is {item.name} in {item.manual}?"]  # fmt: skip
+        [
+            f"What does {item.name} do?",
+            f"What does {item.name} do in {item.manual}?",
+            f"What is {item.name} for?",
+            f"Explain {item.name}.",
+            f"What is {item.name} in {item.manual}?",
+        ]  # fmt: skip
     )
     return ask(question, f"{item.name} ({item.manual}): {_capital(item.does)}")
 
@@ -175,8 +249,17 @@ def reading(data: Collection, rng: Random) -> list[Message]:
         return reading(data, rng)
     first, last = sentences[0].strip(), sentences[-1].strip().rstrip(".")
     tasks = [
-            (rng.choice(["Summarize this text in one sentence:", "What is this about?", "Give me the main point:",
-                         "Sum up this text:"]), f"In short: {first}."),  # fmt: skip
+        (
+            rng.choice(
+                [
+                    "Summarize this text in one sentence:",
+                    "What is this about?",
+                    "Give me the main point:",
+                    "Sum up this text:",
+                ]
+            ),
+            f"In short: {first}.",
+        ),  # fmt: skip
         ("What is the first sentence of this text?", f"{first}."),
     ]
     if text.endswith((".", "!", "?")):
@@ -194,7 +277,9 @@ def unknown_word(data: Collection, rng: Random) -> list[Message]:
     """A rare word, which the model had better not explain."""
     word = rng.choice(data.words[2 * _KNOWN_WORDS :]).word
     question = rng.choice([f"What is {_a(word)}?", f"What is {word}?", f"What does {word} mean?", f"Define {word}."])
-    return ask(question, rng.choice([f'I don\'t know the word "{word}".', f'I am sorry, I don\'t know what "{word}" means.']))
+    return ask(
+        question, rng.choice([f'I don\'t know the word "{word}".', f'I am sorry, I don\'t know what "{word}" means.'])
+    )
 
 
 def known_country(data: Collection, rng: Random) -> list[Message]:

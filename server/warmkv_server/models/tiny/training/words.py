@@ -11,7 +11,7 @@ _PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 _UNFIT = re.compile(
     r"\b(offensive|slur|obscene|vulgar|disparaging|ethnic|sexual\w*|genital\w*|penis|vagina|intercourse|prostitut\w*|"
     r"semen|vulva|copulat\w*|erotic|orgasm\w*|fornicat\w*|rape|torture|feces|excrement|urin\w+|nazi)\b",
-    re.I,
+    re.IGNORECASE,
 )
 
 
@@ -96,7 +96,9 @@ def _read_synsets(path: Path) -> dict[str, _Synset]:
         lemmas = [re.sub(r"\(.*\)$", "", word) for word in fields[4 : 4 + 2 * words : 2]]
         at = 4 + 2 * words
         pointers = [
-            (fields[i], fields[i + 1]) for i in range(at + 1, at + 1 + 4 * int(fields[at]), 4) if fields[i + 2] == fields[2]
+            (fields[i], fields[i + 1])
+            for i in range(at + 1, at + 1 + 4 * int(fields[at]), 4)
+            if fields[i + 2] == fields[2]
         ]
         synsets[fields[0]] = _Synset(lemmas, pointers, gloss.strip())
     return synsets
