@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from tests.engine import families
 from tests.engine.folders import write_model
+from warmkv_server.engine.model import prepare_device
 
-# As the engine's own thread does: on a CPU, mx.compile would run the system's compiler.
-mx.disable_compile()
+# Tests run models on their own thread too.
+prepare_device()
 
 FolderOf = Callable[[str], Path]
 
