@@ -39,12 +39,14 @@ class Agents:
     """All agents of the server, of all tenants. Used from one event loop.
 
     Args:
+        fingerprint: digest of all that the KV depends on besides the tokens.
         max_waiting: requests that may wait for the turn of their agent, over all agents.
     """
 
-    def __init__(self, engine: Engine, store: Store, max_waiting: int) -> None:
+    def __init__(self, engine: Engine, store: Store, fingerprint: str, max_waiting: int) -> None:
         self.engine = engine
         self.store = store
+        self.fingerprint = fingerprint
         self.tally = Tally()
         self._turns = Turns(max_waiting)
         self._tools = Tools(engine, store, self._turns, self.tally)

@@ -1,0 +1,102 @@
+"""Who calls: bearer tokens, and the tenant that each stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from warmkv_server.errors import AgentForbidden, OperatorError, TokenInvalid, TokenMissing
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A caller.
+
+    Attributes:
+        tenant: sees its own agents only, and shares no block with another.
+        agent_prefix: what the agent_ids it may name begin with.
+    """
+
+    tenant: str = ""
+    agent_prefix: str = ""
+
+    def require(self, agent_id: str) -> None:
+        """Raise AgentForbidden unless it may name this agent. No agent_id is always allowed."""
+        if agent_id and not agent_id.startswith(self.agent_prefix):
+            raise AgentForbidden(f"this token may only name agents whose agent_id begins with {self.agent_prefix!r}")
+
+
+class Open:
+    """Lets everybody in, as one tenant."""
+
+    def identify(self, metadata: Metadata) -> Principal:  # noqa: ARG002
+        return Principal()
+
+
+class BearerTokens:
+    """Lets in who brings a known token.
+
+    Tokens are kept and compared as digests, all of them each time, so that neither memory nor timing tells one.
+    """
+
+    def __init__(self, principals: dict[bytes, Principal]) -> None:
+        self._principals = principals
+
+    @classmethod
+    def load(cls, path: Path) -> BearerTokens:
+        """Read a token file: a line for each token, `TENANT TOKEN [AGENT_PREFIX]`; `#` begins a comment.
+
+        Raises:
+            OperatorError: if it can't be read or has a line of another form.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OperatorError(f"the token file {path} can't be read: {error}") from error
+        principals: dict[bytes, Principal] = {}
+        for number, line in enumerate(lines, start=1):
+            words = line.partition("#")[0].split()
+            if not words:
+                continue
+            if len(words) not in (2, 3):
+                raise OperatorError(
+                    f"line {number} of the token file {path} has {len(words)} words; "
+                    "a line is TENANT TOKEN, or TENANT TOKEN AGENT_PREFIX"
+                )
+            tenant, token, *prefix = words
+            principals[_digest(token)] = Principal(tenant, prefix[0] if prefix else "")
+        if not principals:
+            raise OperatorError(f"the token file {path} has no token, so nobody could call this server")
+        return cls(principals)
+
+    def identify(self, metadata: Metadata) -> Principal:
+        """The principal of a call.
+
+        Raises:
+            TokenMissing, TokenInvalid
+        """
+        header = next((value for key, value in metadata if key == "authorization"), None)
+        if header is None:
+            raise TokenMissing("this server needs the metadata `authorization: Bearer TOKEN`")
+        scheme, _, token = str(header).partition(" ")
+        if scheme.lower() != "bearer":
+            raise TokenInvalid("the metadata `authorization` has to be `Bearer TOKEN`")
+        presented, found = _digest(token.strip()), None
+        for digest, principal in self._principals.items():
+            if hmac.compare_digest(digest, presented):
+                found = principal
+        if found is None:
+            raise TokenInvalid("this server does not know the token")
+        return found
+
+
+Auth = Open | BearerTokens
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()

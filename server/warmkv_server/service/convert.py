@@ -1,0 +1,267 @@
+"""Between messages and what the agents take and answer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from warmkv.v1 import agent_service_pb2 as pb
+from warmkv_server.agents.types import (
+    Activity,
+    AgentKey,
+    AgentView,
+    CacheReport,
+    EvictResult,
+    GenerateEvent,
+    GenerateFinished,
+    GenerateRequest,
+    GenerateStarted,
+    Identity,
+    PrefillProgress,
+    PrimeRequest,
+    PrimeResult,
+    Timings,
+)
+from warmkv_server.engine.text import Chat, Content, RawText, TokenIds
+from warmkv_server.engine.text import Message as ChatMessage
+from warmkv_server.engine.types import Answer, Delta, Finish, Logprobs, Sampling
+from warmkv_server.kv.store import Tier
+from warmkv_server.kv.types import Fallback, Source
+
+SOURCES = {
+    Source.WARM: pb.CACHE_SOURCE_WARM,
+    Source.HOT: pb.CACHE_SOURCE_HOT,
+    Source.SHARED: pb.CACHE_SOURCE_SHARED,
+    Source.COLD: pb.CACHE_SOURCE_COLD,
+}
+FALLBACKS = {
+    None: pb.FALLBACK_REASON_UNSPECIFIED,
+    Fallback.CHECKSUM: pb.FALLBACK_REASON_CHECKSUM,
+    Fallback.MISSING_BLOCK: pb.FALLBACK_REASON_MISSING_BLOCK,
+    Fallback.FINGERPRINT: pb.FALLBACK_REASON_FINGERPRINT,
+    Fallback.FORMAT: pb.FALLBACK_REASON_FORMAT,
+    Fallback.NOT_TRIMMABLE: pb.FALLBACK_REASON_NOT_TRIMMABLE,
+    Fallback.LOAD_TIMEOUT: pb.FALLBACK_REASON_LOAD_TIMEOUT,
+    Fallback.QUARANTINED: pb.FALLBACK_REASON_QUARANTINED,
+}
+FINISHES = {
+    Finish.STOP: pb.FINISH_REASON_STOP,
+    Finish.LENGTH: pb.FINISH_REASON_LENGTH,
+    Finish.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
+}
+TIERS = {Tier.HOT: pb.TIER_HOT, Tier.WARM: pb.TIER_WARM}
+ACTIVITIES = {
+    Activity.IDLE: pb.ACTIVITY_IDLE,
+    Activity.QUEUED: pb.ACTIVITY_QUEUED,
+    Activity.LOADING: pb.ACTIVITY_LOADING,
+    Activity.PREFILLING: pb.ACTIVITY_PREFILLING,
+    Activity.DECODING: pb.ACTIVITY_DECODING,
+}
+
+
+def content(message: pb.Content) -> Content | None:
+    match message.WhichOneof("kind"):
+        case "text":
+            return RawText(message.text)
+        case "token_ids":
+            return TokenIds(tuple(message.token_ids.ids))
+        case "chat":
+            return Chat(tuple(ChatMessage(m.role, m.content) for m in message.chat.messages))
+    return None
+
+
+def identity(request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest | pb.ForkAgentRequest) -> Identity | None:
+    """The request's id and a digest of everything else in it, its kind included; None without an id."""
+    if not request.request_id:
+        return None
+    body = type(request)()
+    body.CopyFrom(request)  # type: ignore[arg-type]
+    body.ClearField("request_id")
+    hasher = hashlib.blake2b(request.DESCRIPTOR.full_name.encode() + b"\0", digest_size=16)
+    hasher.update(body.SerializeToString(deterministic=True))
+    return Identity(request.request_id, hasher.digest())
+
+
+def prime_request(request: pb.PrimeRequest, key: AgentKey, arrived: float) -> PrimeRequest:
+    return PrimeRequest(
+        key=key,
+        content=content(request.content),
+        pinned=request.pinned if request.HasField("pinned") else None,
+        ttl=seconds(request.ttl) if request.HasField("ttl") else None,
+        labels=dict(request.labels) or None,
+        expected_revision=_expected_revision(request),
+        identity=identity(request),
+        arrived=arrived,
+    )
+
+
+def extend_request(request: pb.ExtendRequest, key: AgentKey, arrived: float) -> PrimeRequest:
+    return PrimeRequest(
+        key=key,
+        content=content(request.content),
+        append=True,
+        expected_revision=_expected_revision(request),
+        identity=identity(request),
+        arrived=arrived,
+    )
+
+
+def generate_request(
+    request: pb.GenerateRequest, key: AgentKey, arrived: float, defaults: Sampling, default_max_tokens: int
+) -> GenerateRequest:
+    return GenerateRequest(
+        key=key,
+        content=content(request.content),
+        answer=Answer(
+            sampling=sampling(request.sampling, defaults),
+            max_tokens=request.max_tokens or default_max_tokens,
+            stop=tuple(request.stop),
+            ignore_eos=request.ignore_eos,
+            top_logprobs=request.top_logprobs,
+        ),
+        replace=request.context_mode == pb.CONTEXT_MODE_REPLACE,
+        whole=request.stream_mode == pb.STREAM_MODE_FINAL,
+        ephemeral=request.ephemeral,
+        expected_revision=_expected_revision(request),
+        identity=identity(request),
+        arrived=arrived,
+    )
+
+
+def sampling(message: pb.SamplingParams, defaults: Sampling) -> Sampling:
+    """The server's defaults, with what the request sets."""
+    given = {field.name: value for field, value in message.ListFields() if field.name != "logit_bias"}
+    return replace(defaults, logit_bias=dict(message.logit_bias) or defaults.logit_bias, **given)
+
+
+def prime_response(result: PrimeResult) -> pb.PrimeResponse:
+    return pb.PrimeResponse(
+        agent=agent(result.agent),
+        cache=cache_report(result.cache),
+        timings=timings(result.timings),
+        persisted=result.persisted,
+    )
+
+
+def extend_response(result: PrimeResult) -> pb.ExtendResponse:
+    return pb.ExtendResponse(
+        agent=agent(result.agent),
+        cache=cache_report(result.cache),
+        timings=timings(result.timings),
+        persisted=result.persisted,
+    )
+
+
+def evict_response(result: EvictResult) -> pb.EvictAgentResponse:
+    return pb.EvictAgentResponse(
+        agent=agent(result.agent),
+        bytes_freed=result.bytes_freed,
+        resident_bytes_before=result.resident_before,
+        resident_bytes_after=result.resident_after,
+    )
+
+
+def generate_response(event: GenerateEvent) -> pb.GenerateResponse:
+    match event:
+        case GenerateStarted(agent_id, cache):
+            return pb.GenerateResponse(started=pb.GenerateStarted(agent_id=agent_id, cache=cache_report(cache)))
+        case PrefillProgress(done, total):
+            return pb.GenerateResponse(prefill_progress=pb.PrefillProgress(tokens_done=done, tokens_total=total))
+        case Delta(token_ids, text, logprobs):
+            delta = pb.GenerateDelta(text=text, token_ids=token_ids, logprobs=[_logprobs(each) for each in logprobs])
+            return pb.GenerateResponse(delta=delta)
+        case GenerateFinished():
+            return pb.GenerateResponse(finished=_finished(event))
+
+
+def agent(view: AgentView) -> pb.Agent:
+    record = view.record
+    return pb.Agent(
+        agent_id=record.agent_id,
+        tier=TIERS[record.tier],
+        token_count=record.token_count,
+        revision=record.revision,
+        hot_bytes=record.hot_bytes,
+        warm_bytes=record.warm_bytes,
+        shared_bytes=record.shared_bytes,
+        pinned=record.pinned,
+        ttl=duration(record.ttl) if record.ttl is not None else None,
+        labels=record.labels,
+        create_time=timestamp(record.create_time),
+        update_time=timestamp(record.update_time),
+        last_used_time=timestamp(record.last_used_time),
+        expire_time=timestamp(record.expire_time) if record.expire_time is not None else None,
+        parent_agent_id=record.parent_agent_id,
+        activity=ACTIVITIES[view.doing.activity],
+        tokens_done=view.doing.done,
+        tokens_total=view.doing.total,
+    )
+
+
+def cache_report(cache: CacheReport) -> pb.CacheReport:
+    return pb.CacheReport(
+        source=SOURCES[cache.source],
+        prompt_tokens=cache.prompt_tokens,
+        cached_tokens=cache.cached_tokens,
+        hot_tokens=cache.hot_tokens,
+        warm_tokens=cache.warm_tokens,
+        shared_tokens=cache.shared_tokens,
+        prefilled_tokens=cache.prefilled_tokens,
+        bytes_loaded=cache.bytes_loaded,
+        fallback_reason=FALLBACKS[cache.fallback],
+    )
+
+
+def timings(value: Timings) -> pb.Timings:
+    return pb.Timings(
+        queue=duration(value.queue),
+        load=duration(value.load),
+        prefill=duration(value.prefill),
+        first_token=duration(value.first_token),
+        decode=duration(value.decode),
+        commit=duration(value.commit),
+    )
+
+
+def duration(value: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(value * 1e9))
+    return message
+
+
+def seconds(value: Duration) -> float:
+    return value.seconds + value.nanos / 1e9
+
+
+def timestamp(value: float) -> Timestamp:
+    message = Timestamp()
+    message.FromMicroseconds(round(value * 1e6))
+    return message
+
+
+def _finished(event: GenerateFinished) -> pb.GenerateFinished:
+    return pb.GenerateFinished(
+        finish_reason=FINISHES[event.finish],
+        matched_stop=event.matched_stop,
+        usage=pb.Usage(
+            prompt_tokens=event.cache.prompt_tokens,
+            cached_tokens=event.cache.cached_tokens,
+            completion_tokens=event.completion_tokens,
+        ),
+        cache=cache_report(event.cache),
+        timings=timings(event.timings),
+        agent=agent(event.agent) if event.agent is not None else None,
+        persisted=event.persisted,
+    )
+
+
+def _logprobs(value: Logprobs) -> pb.TokenLogprobs:
+    top = [pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in value.top]
+    return pb.TokenLogprobs(token_id=value.token_id, logprob=value.logprob, top=top)
+
+
+def _expected_revision(request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest) -> int | None:
+    return request.expected_revision if request.HasField("expected_revision") else None

@@ -1,0 +1,92 @@
+"""Every error as a gRPC status: the one map from reasons to codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from warmkv_server import errors
+
+DOMAIN = "warmkv"
+DETAILS_KEY = "grpc-status-details-bin"
+
+CODES: dict[type[errors.WarmKVError], grpc.StatusCode] = {
+    errors.InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.EmptyContent: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ContextTooLong: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.MalformedMessage: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.AgentNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AgentExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
+    errors.NotDurable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RevisionMismatch: grpc.StatusCode.ABORTED,
+    errors.AgentDeleted: grpc.StatusCode.ABORTED,
+    errors.RequestCancelled: grpc.StatusCode.ABORTED,
+    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.MemoryBudget: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.TokenMissing: grpc.StatusCode.UNAUTHENTICATED,
+    errors.TokenInvalid: grpc.StatusCode.UNAUTHENTICATED,
+    errors.AgentForbidden: grpc.StatusCode.PERMISSION_DENIED,
+    errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.Loading: grpc.StatusCode.UNAVAILABLE,
+    errors.StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.EngineError: grpc.StatusCode.INTERNAL,
+}
+
+# A status travels in HTTP/2 headers, for which clients take 8 KiB in all.
+_MESSAGE_CHARACTERS = 300
+_DETAILS_BYTES = 3000
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `ServicerContext.abort` takes."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, bytes], ...]
+
+
+def status_of(error: errors.WarmKVError) -> Status:
+    """The status that a client gets for an error, with its details."""
+    code = CODES[type(error)]
+    message = _cut(str(error), _MESSAGE_CHARACTERS)
+    number: int = code.value[0]
+    rich = status_pb2.Status(code=number, message=message)
+    rich.details.append(_packed(error_details_pb2.ErrorInfo(domain=DOMAIN, reason=error.reason)))
+    if error.retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
+        rich.details.append(_packed(retry))
+    if error.violations:
+        room = _DETAILS_BYTES - rich.ByteSize()
+        rich.details.append(_packed(_bad_request(error.violations, room)))
+    return Status(code, message, ((DETAILS_KEY, rich.SerializeToString()),))
+
+
+def _bad_request(violations: tuple[errors.Violation, ...], room: int) -> error_details_pb2.BadRequest:
+    """As many violations as fit, and how many more there are."""
+    bad = error_details_pb2.BadRequest()
+    for number, violation in enumerate(violations):
+        bad.field_violations.add(field=_cut(violation.field, 120), description=_cut(violation.description, 200))
+        if bad.ByteSize() > room:
+            bad.field_violations[-1].field = _cut(violation.field, 20)
+            bad.field_violations[-1].description = f"and {len(violations) - number - 1} fields more are wrong"
+            break
+    return bad
+
+
+def _packed(message: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"

@@ -1,0 +1,52 @@
+"""Whether calls come in: not while the model loads, and not while the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from warmkv_server.agents.agents import Agents
+from warmkv_server.errors import Draining, Loading
+
+
+class Gate:
+    """Stands before everything but health and reflection. Closed until `open`, and again from `close` on."""
+
+    def __init__(self) -> None:
+        self._agents: Agents | None = None
+        self._closed = False
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def open(self, agents: Agents) -> None:
+        self._agents = agents
+
+    def close(self) -> None:
+        """Let nobody in any more. Who is inside stays."""
+        self._closed = True
+
+    @contextmanager
+    def enter(self) -> Iterator[Agents]:
+        """Be inside for the block.
+
+        Raises:
+            Loading, Draining
+        """
+        if self._closed:
+            raise Draining("the server is shutting down; try another, or this one again later", retry_after=5.0)
+        if self._agents is None:
+            raise Loading("the server is loading its model; try again", retry_after=1.0)
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield self._agents
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    async def empty(self) -> None:
+        """Wait until nobody is inside."""
+        await self._empty.wait()

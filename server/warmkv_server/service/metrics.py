@@ -1,0 +1,132 @@
+"""Prometheus metrics: counted as calls end, and gauges read when somebody looks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from threading import Thread
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from warmkv_server.agents.agents import Agents
+from warmkv_server.agents.types import GenerateFinished
+from warmkv_server.errors import OperatorError
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_SCRAPE_SECONDS = 5.0
+
+
+class Metrics:
+    """What is counted while calls are served."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._calls = Counter("warmkv_rpcs", "RPCs that ended", ["method", "code"], registry=self.registry)
+        self._duration = Histogram(
+            "warmkv_rpc_seconds",
+            "From an RPC's arrival to its end",
+            ["method"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._first_token = Histogram(
+            "warmkv_first_token_seconds",
+            "From a Generate's arrival to its first token",
+            ["source"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._http: tuple[ThreadingHTTPServer, Thread] | None = None
+
+    def served(self, method: str, code: str, seconds: float) -> None:
+        self._calls.labels(method, code).inc()
+        self._duration.labels(method).observe(seconds)
+
+    def answered(self, finished: GenerateFinished) -> None:
+        self._first_token.labels(finished.cache.source).observe(finished.timings.first_token)
+
+    def expose(self, host: str, port: int) -> None:
+        """Serve /metrics over HTTP, on threads of its own.
+
+        Raises:
+            OperatorError: if the port can't be had.
+        """
+        try:
+            self._http = start_http_server(port, host, self.registry)  # type: ignore[assignment]
+        except OSError as error:
+            raise OperatorError(
+                f"metrics can't be served on {host}:{port} ({error.strerror}); choose another --metrics-port"
+            ) from error
+
+    def watch(self, agents: Agents) -> None:
+        """Also tell what agents, engine and store say of themselves. Called on the event loop they live on."""
+        self.registry.register(_Gauges(asyncio.get_running_loop(), agents))
+
+    def close(self) -> None:
+        if self._http is not None:
+            server, thread = self._http
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _Gauges(Collector):
+    """What engine, store and agents say of themselves, read on the event loop where they live."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, agents: Agents) -> None:
+        self._loop = loop
+        self._agents = agents
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # named only when collected: registering must not look
+
+    def collect(self) -> Iterator[Metric]:
+        async def look() -> list[Metric]:
+            return list(_families(self._agents))
+
+        yield from asyncio.run_coroutine_threadsafe(look(), self._loop).result(_SCRAPE_SECONDS)
+
+
+def _families(agents: Agents) -> Iterator[Metric]:
+    engine, store, tally = agents.engine.stats(), agents.store.stats(), agents.tally
+    counters: dict[str, tuple[str, float]] = {
+        "hot_tokens_reused": ("Prompt tokens whose KV was in RAM", tally.hot_tokens),
+        "warm_tokens_reused": ("Prompt tokens whose KV was read from disk", tally.warm_tokens),
+        "shared_tokens_reused": ("Prompt tokens whose KV was another agent's", tally.shared_tokens),
+        "prefilled_tokens": ("Prompt tokens whose KV was computed", tally.prefilled_tokens),
+        "decoded_tokens": ("Tokens sampled", engine.decoded_tokens),
+        "loaded_bytes": ("Bytes read from block files", store.bytes_loaded),
+        "kv_written_bytes": ("Bytes of block files written", store.kv_bytes_written),
+        "metadata_written_bytes": ("Bytes of the index written", store.metadata_bytes_written),
+        "evictions": ("Agents that left RAM", store.evictions),
+        "quarantined_files": ("Files put into quarantine", store.quarantined),
+        "failed_commits": ("Commits that the disk refused", store.commits_failed),
+    }
+    for name, (text, total) in counters.items():
+        yield CounterMetricFamily(f"warmkv_{name}", text, value=total)
+    gauges: dict[str, tuple[str, float]] = {
+        "hot_bytes": ("Bytes of RAM that the hot tier holds", store.hot_bytes),
+        "disk_bytes": ("Bytes that the data directory holds", store.disk_bytes),
+        "in_flight_bytes": ("Bytes of caches of running sequences", engine.in_flight_bytes),
+        "not_durable_agents": ("Agents whose last commit is in RAM only", store.not_durable),
+        "queue_depth": ("Requests that wait", agents.waiting),
+        "prefilling": ("Sequences whose prompt is being computed", engine.prefilling),
+        "decoding": ("Sequences whose answer is being sampled", engine.decoding),
+    }
+    for name, (text, now) in gauges.items():
+        yield GaugeMetricFamily(f"warmkv_{name}", text, value=now)
+    tiers = GaugeMetricFamily("warmkv_agents", "Agents by tier", labels=["tier"])
+    for tier, number in store.agents_by_tier.items():
+        tiers.add_metric([tier], number)
+    yield tiers
+    sources = CounterMetricFamily("warmkv_requests", "Finished requests by cache source", labels=["source"])
+    for source, number in tally.requests.items():
+        sources.add_metric([source], number)
+    yield sources
+    fallbacks = CounterMetricFamily("warmkv_fallbacks", "Requests that reused less than expected", labels=["reason"])
+    for reason, number in tally.fallbacks.items():
+        fallbacks.add_metric([reason], number)
+    yield fallbacks

@@ -1,0 +1,131 @@
+"""The gRPC server: its sockets, its services, health and reflection."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from warmkv.v1 import agent_service_pb2, server_service_pb2
+from warmkv_server.errors import OperatorError
+from warmkv_server.service.agent_servicer import AgentServicer
+from warmkv_server.service.endpoint import Endpoints
+from warmkv_server.service.server_servicer import ServerServicer
+
+_AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
+_SERVER = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
+_STATES_OF = ("", _AGENTS.full_name, _SERVER.full_name)
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+_RECEIVE_FACTOR = 8
+"""gRPC itself cuts off requests larger than so many times the limit, and says less about why than we do."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files in PEM form."""
+
+    certificate: Path
+    key: Path
+
+
+class GrpcServer:
+    """Serves from `start` on; says NOT_SERVING until `announce`."""
+
+    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer) -> None:
+        self._server = grpc.aio.server(
+            options=[
+                # A second server on the port must fail, not take every other connection.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", endpoints.message_bytes * _RECEIVE_FACTOR),
+                ("grpc.max_send_message_length", -1),
+            ]
+        )
+        self._health = health.aio.HealthServicer()
+        self._server.add_generic_rpc_handlers(
+            (endpoints.handlers(_AGENTS, agents), endpoints.handlers(_SERVER, server), *_reflection())
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    def bind(self, host: str, port: int, tls: Tls | None) -> int:
+        """Take the port, 0 for a free one, and return it.
+
+        Raises:
+            OperatorError: if it can't be had, or the certificate is not good.
+        """
+        _probe(host, port)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if tls is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, _credentials(tls))
+        except RuntimeError as error:
+            raise OperatorError(f"can't listen on {host}:{port}: {error}") from error
+
+    async def start(self) -> None:
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+
+    async def announce(self) -> None:
+        """Say SERVING."""
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    async def withdraw(self) -> None:
+        """Say NOT_SERVING, for good."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse connections, and end the calls that are left after so many seconds."""
+        await self._server.stop(grace)
+
+    async def _say(self, status: Any) -> None:
+        for service in _STATES_OF:
+            await self._health.set(service, status)
+
+
+def _reflection() -> list[grpc.GenericRpcHandler]:
+    """Server reflection v1alpha, and v1, whose messages are the same on the wire."""
+    names = (_AGENTS.full_name, _SERVER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return [
+        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
+        for name in (reflection.SERVICE_NAME, _REFLECTION_V1)
+    ]
+
+
+def _probe(host: str, port: int) -> None:
+    """Find out why a port can't be had: gRPC says only that it can't."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise OperatorError(f"{host!r} is no address to listen on: {error.strerror}") from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OperatorError(
+                f"can't listen on {host}:{port} ({error.strerror}); choose another --port, or --port 0 for a free one"
+            ) from error
+
+
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+        pair = tls.key.read_bytes(), tls.certificate.read_bytes()
+    except (OSError, ssl.SSLError) as error:
+        raise OperatorError(
+            f"the TLS certificate {tls.certificate} and key {tls.key} can't be used: {error.strerror or error}"
+        ) from error
+    return grpc.ssl_server_credentials([pair])

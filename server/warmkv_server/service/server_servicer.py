@@ -1,0 +1,151 @@
+"""warmkv.v1.ServerService."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass, field, fields
+from time import time
+
+from warmkv.v1 import agent_service_pb2 as pb
+from warmkv.v1 import server_service_pb2 as server_pb
+from warmkv_server.engine.model import LayerInfo, ModelInfo, ModelKind
+from warmkv_server.engine.types import Sampling
+from warmkv_server.kv.store import Durability, Tier
+from warmkv_server.kv.types import Fallback, Source
+from warmkv_server.service import convert, validate
+from warmkv_server.service.endpoint import Call
+
+MODEL_KINDS = {
+    ModelKind.BUILT_IN: server_pb.MODEL_KIND_BUILTIN,
+    ModelKind.LOCAL: server_pb.MODEL_KIND_LOCAL,
+    ModelKind.HUB: server_pb.MODEL_KIND_HUB,
+    ModelKind.RANDOM: server_pb.MODEL_KIND_RANDOM,
+}
+CACHE_KINDS = {
+    "append": server_pb.CACHE_KIND_APPEND_ONLY,
+    "window": server_pb.CACHE_KIND_WINDOWED,
+    "state": server_pb.CACHE_KIND_RECURRENT,
+    "composite": server_pb.CACHE_KIND_COMPOSITE,
+}
+DURABILITIES = {
+    Durability.FULL: server_pb.DURABILITY_FULL,
+    Durability.FSYNC: server_pb.DURABILITY_FSYNC,
+    Durability.NONE: server_pb.DURABILITY_NONE,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the server is set to, besides its model. Bytes."""
+
+    hot_bytes: int
+    disk_bytes: int
+    durability: Durability
+    default_max_tokens: int
+    block_format: str
+
+
+@dataclass(frozen=True)
+class ServerServicer:
+    """The RPCs of ServerService. proto/warmkv/v1/server_service.proto says what each promises."""
+
+    facts: Facts
+    started: float = field(default_factory=time)
+
+    async def get_server_info(
+        self,
+        _: server_pb.GetServerInfoRequest,
+        call: Call,
+    ) -> server_pb.GetServerInfoResponse:
+        info = call.agents.engine.info
+        return server_pb.GetServerInfoResponse(
+            model_id=info.model_id,
+            model_kind=MODEL_KINDS[info.kind],
+            weights_digest=info.weights_digest,
+            fingerprint=call.agents.fingerprint,
+            device=info.device,
+            blas=info.blas,
+            context_limit=info.context_limit,
+            layers=[_layer(layer, info.kv_bits) for layer in info.layers],
+            kv_bits=info.kv_bits,
+            kv_group_size=info.kv_group_size,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            hot_bytes_limit=self.facts.hot_bytes,
+            disk_bytes_limit=self.facts.disk_bytes,
+            durability=DURABILITIES[self.facts.durability],
+            versions=_versions(info, self.facts.block_format),
+            sampling_defaults=_sampling(info.sampling_defaults),
+            default_max_tokens=self.facts.default_max_tokens,
+        )
+
+    async def get_server_stats(
+        self,
+        _: server_pb.GetServerStatsRequest,
+        call: Call,
+    ) -> server_pb.GetServerStatsResponse:
+        tally, store, engine = call.agents.tally, call.agents.store.stats(), call.agents.engine.stats()
+        return server_pb.GetServerStatsResponse(
+            start_time=convert.timestamp(self.started),
+            counters=server_pb.ServerCounters(
+                requests_by_source={
+                    pb.CacheSource.Name(convert.SOURCES[Source(source)]): n for source, n in tally.requests.items()
+                },
+                fallbacks_by_reason={
+                    pb.FallbackReason.Name(convert.FALLBACKS[Fallback(reason)]): n
+                    for reason, n in tally.fallbacks.items()
+                },
+                hot_tokens_reused=tally.hot_tokens,
+                warm_tokens_reused=tally.warm_tokens,
+                shared_tokens_reused=tally.shared_tokens,
+                prefilled_tokens=tally.prefilled_tokens,
+                bytes_loaded=store.bytes_loaded,
+                kv_bytes_written=store.kv_bytes_written,
+                metadata_bytes_written=store.metadata_bytes_written,
+                evictions=store.evictions,
+                quarantined=store.quarantined,
+                commits_failed=store.commits_failed,
+            ),
+            gauges=server_pb.ServerGauges(
+                hot_bytes=store.hot_bytes,
+                disk_bytes=store.disk_bytes,
+                agents_by_tier={pb.Tier.Name(convert.TIERS[Tier(t)]): n for t, n in store.agents_by_tier.items()},
+                queue_depth=call.agents.waiting,
+                batch_size=engine.prefilling + engine.decoding,
+            ),
+        )
+
+    async def count_tokens(self, request: server_pb.CountTokensRequest, call: Call) -> server_pb.CountTokensResponse:
+        validate.count_tokens(request, call.agents.engine.info.vocab_size)
+        replace = request.context_mode == pb.CONTEXT_MODE_REPLACE
+        tokens = await call.agents.count_tokens(call.key(request.agent_id), convert.content(request.content), replace)
+        return server_pb.CountTokensResponse(
+            token_count=len(tokens), token_ids=tokens if request.include_token_ids else None
+        )
+
+
+def _layer(layer: LayerInfo, kv_bits: int) -> server_pb.LayerInfo:
+    quantised = layer.cache_kind in ("append", "window")
+    return server_pb.LayerInfo(
+        cache_kind=CACHE_KINDS[layer.cache_kind],
+        kv_heads=layer.kv_heads,
+        key_dim=layer.key_dim,
+        value_dim=layer.value_dim,
+        kv_bits=kv_bits if quantised else 0,
+        window=layer.window,
+        members=[_layer(member, kv_bits) for member in layer.members],
+    )
+
+
+def _sampling(defaults: Sampling) -> pb.SamplingParams:
+    message = pb.SamplingParams(logit_bias=defaults.logit_bias)
+    for each in fields(defaults):
+        value = getattr(defaults, each.name)
+        if each.name != "logit_bias" and value is not None:
+            setattr(message, each.name, value)
+    return message
+
+
+def _versions(info: ModelInfo, block_format: str) -> dict[str, str]:
+    own = {name: importlib.metadata.version(name) for name in ("warmkv", "grpcio", "protobuf")}
+    return {**own, **info.versions, "python": platform.python_version(), "block-format": block_format}
