@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -19,12 +19,13 @@ class Lease:
     """The nodes that cover the longest usable prefix of a requested context, kept from collection until released.
 
     Attributes:
-        length: tokens promised. `Store.load` may shorten it.
+        tokens: the requested context, whole.
         incarnation: of the agent, or None if it doesn't exist.
+        length: tokens promised. `Store.load` may shorten it.
         nodes: in order; they cover [0, length), and the last may reach beyond.
+        own_nodes: how many of them, from the first, are in the agent's own context.
         snapshot: the node with the recurrent state after `length` tokens, for models that have one.
-        own_length: tokens of the prefix that were in the agent's own context already.
-        fallback: why the records promise less than one could expect.
+        fallback: why it is shorter than what the agent's own context has in common with the request, if it is.
     """
 
     tenant: str
@@ -33,16 +34,25 @@ class Lease:
     incarnation: int | None
     length: int = 0
     nodes: list[Node] = field(default_factory=list)
+    own_nodes: int = 0
     snapshot: Node | None = None
-    own_length: int = 0
     fallback: Fallback | None = None
-    on_release: Callable[[Lease], None] | None = None
+    on_release: Callable[[Iterable[Node]], None] | None = None
+    _pinned: list[Node] = field(default_factory=list)
+
+    def pin(self, *nodes: Node) -> None:
+        """Keep these from collection until the lease is released."""
+        for node in nodes:
+            node.pins += 1
+        self._pinned += nodes
 
     def release(self) -> None:
         """Let go. Doing so twice is harmless."""
-        done, self.on_release = self.on_release, None
-        if done is not None:
-            done(self)
+        pinned, self._pinned = self._pinned, []
+        for node in pinned:
+            node.pins -= 1
+        if pinned and self.on_release is not None:
+            self.on_release(pinned)
 
     def __enter__(self) -> Self:
         return self

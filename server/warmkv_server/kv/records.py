@@ -174,7 +174,7 @@ class Commit:
     ending: str = ""
     keep_boundaries: frozenset[int] = frozenset()
     pinned: bool | Unset = UNSET
-    ttl: float | None | Unset = UNSET
+    ttl: float | Unset | None = UNSET
     labels: Mapping[str, str] | Unset = UNSET
     request: RequestOutcome | OutcomeOf | None = None
 

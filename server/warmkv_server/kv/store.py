@@ -6,10 +6,25 @@ for SQLite, a few for files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Self
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from typing import Any, Self, TypeVar
 
+from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound, NotDurable, StorageUnavailable
+from warmkv_server.kv import rows
+from warmkv_server.kv.collect import Collector
+from warmkv_server.kv.commit import Committer
+from warmkv_server.kv.core import Core, KeptOutcome
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.index import Agent, Node
+from warmkv_server.kv.journal import Journal
 from warmkv_server.kv.lease import Lease
+from warmkv_server.kv.loader import Loader
+from warmkv_server.kv.lock import DirectoryLock
+from warmkv_server.kv.match import Matcher
+from warmkv_server.kv.parts import PartWriter
 from warmkv_server.kv.records import (
     UNSET,
     AgentRecord,
@@ -18,6 +33,7 @@ from warmkv_server.kv.records import (
     Durability,
     Evicted,
     Fingerprint,
+    OutcomeOf,
     RequestOutcome,
     StoreSettings,
     StoreStats,
@@ -25,7 +41,10 @@ from warmkv_server.kv.records import (
     TokenIds,
     Unset,
 )
+from warmkv_server.kv.residency import drop_pages, resident_bytes
+from warmkv_server.kv.startup import open_directory
 from warmkv_server.kv.types import KVLayout, Reuse
+from warmkv_server.kv.upkeep import Upkeep
 
 __all__ = [
     "UNSET",
@@ -45,29 +64,66 @@ __all__ = [
     "Unset",
 ]
 
+T = TypeVar("T")
+
 
 class Store:
     """The contexts of all agents. Make one with `Store.open`; all methods are called on the event loop's thread."""
 
+    def __init__(self, core: Core, lock: DirectoryLock) -> None:
+        self._core = core
+        self._lock = lock
+        self._collector = Collector(core)
+        self._loader = Loader(core)
+        self._writer = PartWriter(core, self._loader)
+        self._committer = Committer(core, self._writer, self._collector)
+        self._matcher = Matcher(core.index, core.layout, core.has)
+        self._upkeep = Upkeep(core, self._committer, self.delete)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._hot_agents: set[Agent] = set()
+
     @classmethod
-    async def open(cls, settings: StoreSettings, layout: KVLayout, fingerprint: Fingerprint) -> Self:
+    async def open(
+        cls, settings: StoreSettings, layout: KVLayout, fingerprint: Fingerprint, files: Files | None = None
+    ) -> Self:
         """Lock the directory, read the index, sweep what a crash left behind.
+
+        Args:
+            files: a stand-in for the disk, for tests.
 
         Raises:
             OperatorError: the directory is in use, can't be written, or was written by a newer version.
         """
-        raise NotImplementedError
+        files = files or Files(settings.durability, settings.headroom_bytes)
+        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files)
+        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files)
+        core.outcomes = opened.outcomes
+        core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
+        return cls(core, opened.lock)
 
     async def close(self) -> None:
         """Wait for what is in flight, then let go of the directory."""
-        raise NotImplementedError
+        await self._upkeep.close()
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loader.idle()
+        await self._collector.idle()
+        await self._core.journal.close()
+        self._core.shutdown()
+        self._lock.release()
+
+    # Looking
 
     def agent(self, tenant: str, agent_id: str) -> AgentRecord | None:
-        raise NotImplementedError
+        agent = self._core.index.agents.get((tenant, agent_id))
+        return None if agent is None else self._core.record(agent)
 
     def agents(self, tenant: str, after: str = "") -> Iterator[AgentRecord]:
         """A tenant's agents by agent_id, from the first one behind `after`."""
-        raise NotImplementedError
+        for agent_id in self._core.index.names(tenant, after):
+            agent = self._core.index.agents.get((tenant, agent_id))
+            if agent is not None:
+                yield self._core.record(agent)
 
     def tokens(self, tenant: str, agent_id: str) -> TokenIds:
         """The committed context, read-only.
@@ -75,7 +131,38 @@ class Store:
         Raises:
             AgentNotFound
         """
-        raise NotImplementedError
+        return self._existing(tenant, agent_id).tokens
+
+    def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
+        """What the request of this id answered, if it is still kept."""
+        kept = self._core.outcomes.get((tenant, request_id))
+        return None if kept is None else kept.outcome
+
+    def stats(self) -> StoreStats:
+        core = self._core
+        agents = core.index.agents.values()
+        tiers = Counter(core.tier(agent).value for agent in agents)
+        self._note_cooled()
+        counters = core.counters
+        return StoreStats(
+            loads_by_source=dict(counters.loads_by_source),
+            fallbacks_by_reason=dict(counters.fallbacks_by_reason),
+            hot_tokens_reused=counters.hot_tokens_reused,
+            warm_tokens_reused=counters.warm_tokens_reused,
+            shared_tokens_reused=counters.shared_tokens_reused,
+            bytes_loaded=counters.bytes_loaded,
+            kv_bytes_written=counters.kv_bytes_written,
+            metadata_bytes_written=core.journal.database.bytes_written,
+            evictions=counters.evictions,
+            quarantined=counters.quarantined,
+            commits_failed=counters.commits_failed,
+            hot_bytes=core.hot.nbytes,
+            disk_bytes=core.disk_bytes,
+            agents_by_tier=dict(tiers),
+            not_durable=len(self._committer.not_durable),
+        )
+
+    # Reusing
 
     def resolve(self, tenant: str, agent_id: str, tokens: TokenIds, limit: int) -> Lease:
         """Find the longest prefix of tokens[:limit] whose KV the store has; from memory, at once.
@@ -84,14 +171,41 @@ class Store:
             agent_id: "" for a request without an agent: only other agents' blocks are found.
             limit: at most so many tokens; one less than all when an answer is to be sampled.
         """
-        raise NotImplementedError
+        core = self._core
+        agent = core.index.agents.get((tenant, agent_id)) if agent_id else None
+        found = self._matcher.match(agent, core.root(tenant), core.fingerprint, tokens[:limit])
+        lease = Lease(
+            tenant=tenant,
+            agent_id=agent_id,
+            tokens=tokens,
+            incarnation=agent.incarnation if agent is not None else None,
+            length=found.prefix.length,
+            nodes=list(found.prefix.nodes),
+            own_nodes=found.own_nodes,
+            snapshot=found.prefix.snapshot,
+            fallback=found.fallback,
+            on_release=self._collector.suspect,
+        )
+        lease.pin(*lease.nodes, *([lease.snapshot] if lease.snapshot is not None else []))
+        now = time.time()
+        if agent is not None:
+            agent.last_used = now
+        for node in lease.nodes:
+            node.last_used = now
+        return lease
 
     async def load(self, lease: Lease) -> Reuse:
         """Bring a lease's KV into RAM, each file verified before it is used.
 
         A bad, missing or slow file shortens the result, which then says why; it never raises for one.
         """
-        raise NotImplementedError
+        reuse = await self._loader.load(lease)
+        agent = self._core.index.agents.get((lease.tenant, lease.agent_id))
+        if agent is not None:
+            if reuse.warm_tokens and agent in self._hot_agents:
+                self._core.counters.evictions += 1
+            self._hot_agents.add(agent)
+        return reuse
 
     async def commit(self, commit: Commit) -> Committed:
         """Make `commit.tokens` the agent's context: files first, then one transaction.
@@ -102,18 +216,86 @@ class Store:
         Raises:
             AgentDeleted: the incarnation is gone. Nothing is kept.
             AgentExists: the incarnation is None and the agent exists.
+            MemoryBudget: the disk refuses, and what it refused before fills the memory budget.
         """
-        raise NotImplementedError
+        nodes = [*commit.lease.nodes, *([commit.lease.snapshot] if commit.lease.snapshot is not None else [])]
+        for node in nodes:
+            node.pins += 1
+        try:
+            committed = await self._finish(self._commit(commit, nodes))
+        finally:
+            self._upkeep.wake()
+        return committed
+
+    async def _commit(self, commit: Commit, pinned: Iterable[Node]) -> Committed:
+        try:
+            committed = await self._committer.commit(commit)
+        finally:
+            for node in pinned:
+                node.pins -= 1
+            self._collector.suspect(pinned)
+        agent = self._core.index.agents.get((commit.tenant, commit.agent_id))
+        if agent is not None:
+            self._hot_agents.add(agent)
+        return committed
+
+    # Changing
 
     async def fork(
-        self, tenant: str, source_id: str, target_id: str, request: RequestOutcome | None = None
+        self, tenant: str, source_id: str, target_id: str, request: RequestOutcome | OutcomeOf | None = None
     ) -> AgentRecord:
         """A new agent with the source's committed context. Copies a list of node ids, no KV.
 
         Raises:
             AgentNotFound, AgentExists, StorageUnavailable
         """
-        raise NotImplementedError
+        return await self._finish(self._fork(tenant, source_id, target_id, request))
+
+    async def _fork(
+        self, tenant: str, source_id: str, target_id: str, request: RequestOutcome | OutcomeOf | None
+    ) -> AgentRecord:
+        core = self._core
+        source = self._existing(tenant, source_id)
+        target = (tenant, target_id)
+        if target in core.index.agents or target in self._committer.tickets:
+            raise AgentExists(f"agent {target_id!r} exists already; fork to another id, or delete it first")
+        if not source.durable:
+            raise StorageUnavailable(
+                f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.settings.retry_seconds
+            )
+        now = time.time()
+        head = len(source.tokens)
+        agent = Agent(tenant, target_id, core.index.new_incarnation(), source.fingerprint, tokens=source.tokens)
+        agent.nodes, agent.snapshots = list(source.nodes), dict(source.snapshots)
+        agent.windowed = set(source.windowed)
+        agent.kept, agent.previous = (*source.kept, head) if head else (), source.previous
+        agent.ttl, agent.labels, agent.ending = source.ttl, dict(source.labels), source.ending
+        agent.create_time = agent.update_time = agent.last_used = now
+        agent.parent_agent_id = source_id
+        agent.durable = True
+        core.index.add_agent(agent)
+        outcome = request(core.record(agent), True) if callable(request) else request
+        nodes = list(agent.all_nodes())
+        statements = [rows.put_node(node) for node in nodes if node.dirty or not node.saved]
+        statements += rows.insert_agent(agent)
+        if outcome is not None:
+            statements.append(rows.insert_outcome(tenant, outcome, now))
+        try:
+            await core.journal.apply(statements)
+        except OSError as error:
+            if core.index.agents.get(agent.key) is agent:
+                core.index.remove_agent(agent)
+            self._collector.suspect(nodes)
+            raise StorageUnavailable(
+                "the disk doesn't take the fork", retry_after=core.settings.retry_seconds
+            ) from error
+        agent.saved = True
+        if core.index.agents.get(agent.key) is not agent:
+            raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
+        if outcome is not None:
+            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, now, saved=True)
+        self._upkeep.wake()
+        return core.record(agent)
 
     async def update(
         self,
@@ -121,7 +303,7 @@ class Store:
         agent_id: str,
         *,
         pinned: bool | Unset = UNSET,
-        ttl: float | None | Unset = UNSET,
+        ttl: float | Unset | None = UNSET,
         labels: Mapping[str, str] | Unset = UNSET,
     ) -> AgentRecord:
         """Change what is not KV. Durable before it returns.
@@ -129,7 +311,40 @@ class Store:
         Raises:
             AgentNotFound, StorageUnavailable
         """
-        raise NotImplementedError
+        return await self._finish(self._update(tenant, agent_id, pinned, ttl, labels))
+
+    async def _update(
+        self,
+        tenant: str,
+        agent_id: str,
+        pinned: bool | Unset,
+        ttl: float | Unset | None,
+        labels: Mapping[str, str] | Unset,
+    ) -> AgentRecord:
+        core = self._core
+        agent = self._existing(tenant, agent_id)
+        before = agent.pinned, agent.ttl, agent.labels, agent.update_time
+        if not isinstance(pinned, Unset):
+            core.index.set_pinned(agent, pinned)
+        if not isinstance(ttl, Unset):
+            agent.ttl = ttl
+        if not isinstance(labels, Unset):
+            agent.labels = dict(labels)
+        if (agent.pinned, agent.ttl, agent.labels) != before[:3]:
+            agent.update_time = time.time()
+        columns = {**rows.option_columns(agent), "update_time": agent.update_time}
+        try:
+            if not agent.saved:
+                raise OSError("the agent is not on disk yet")
+            await core.journal.apply([rows.update_columns(agent.incarnation, columns)])
+        except OSError as error:
+            core.index.set_pinned(agent, before[0])
+            _, agent.ttl, agent.labels, agent.update_time = before
+            raise StorageUnavailable(
+                "the disk doesn't take the change", retry_after=core.settings.retry_seconds
+            ) from error
+        self._upkeep.wake()
+        return core.record(agent)
 
     async def evict(self, tenant: str, agent_id: str, drop_page_cache: bool = False) -> Evicted:
         """Drop the RAM copy of the agent's nodes, also where others share them.
@@ -138,7 +353,23 @@ class Store:
             AgentNotFound
             NotDurable: RAM holds the only copy.
         """
-        raise NotImplementedError
+        core = self._core
+        agent = self._existing(tenant, agent_id)
+        if not agent.durable:
+            raise NotDurable(
+                f"the last commit of agent {agent_id!r} is in RAM only, because the disk refused it; "
+                "free disk space, and it is written by itself"
+            )
+        nodes = list(agent.all_nodes())
+        paths = [core.path(node, kind) for node in nodes for kind in node.parts]
+        before = await core.reading(resident_bytes, paths)
+        freed = sum(core.hot.drop(node) for node in nodes)
+        core.counters.evictions += bool(freed)
+        self._hot_agents.discard(agent)
+        if drop_page_cache:
+            await core.reading(drop_pages, paths)
+        after = await core.reading(resident_bytes, paths) if drop_page_cache else before
+        return Evicted(core.record(agent), freed, before, after)
 
     async def delete(self, tenant: str, agent_id: str) -> bool:
         """Remove an agent, durably, without reading any of its files. False if there was none.
@@ -146,11 +377,51 @@ class Store:
         Raises:
             StorageUnavailable: the disk doesn't take the deletion; the agent is still there.
         """
-        raise NotImplementedError
+        return await self._finish(self._delete(tenant, agent_id))
 
-    def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
-        """What the request of this id answered, if it is still kept."""
-        raise NotImplementedError
+    async def _delete(self, tenant: str, agent_id: str) -> bool:
+        core = self._core
+        key = tenant, agent_id
+        ticket = self._committer.tickets.get(key)
+        if ticket is not None:
+            ticket.deleted = True
+        agent = core.index.agents.get(key)
+        if agent is None:
+            return ticket is not None
+        agent.deleting = True
+        try:
+            if agent.saved or agent.durable:
+                await core.journal.apply([*rows.delete_agent(agent.incarnation)])
+        except OSError as error:
+            agent.deleting = False
+            raise StorageUnavailable(
+                "the disk doesn't take the deletion; the agent is still there",
+                retry_after=core.settings.retry_seconds,
+            ) from error
+        if core.index.agents.get(key) is agent:
+            core.index.remove_agent(agent)
+            self._hot_agents.discard(agent)
+            self._committer.forget(agent)
+            self._collector.suspect(agent.all_nodes())
+        return True
 
-    def stats(self) -> StoreStats:
-        raise NotImplementedError
+    # Helpers
+
+    def _existing(self, tenant: str, agent_id: str) -> Agent:
+        agent = self._core.index.agents.get((tenant, agent_id))
+        if agent is None:
+            raise AgentNotFound(f"there is no agent {agent_id!r}")
+        return agent
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end, even if the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    def _note_cooled(self) -> None:
+        """Count the agents that the memory budget has put out of RAM."""
+        cooled = {agent for agent in self._hot_agents if self._core.tier(agent) is Tier.WARM}
+        self._core.counters.evictions += len(cooled)
+        self._hot_agents -= cooled

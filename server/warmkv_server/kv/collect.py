@@ -1,0 +1,96 @@
+"""Taking away what no agent references any more: rows first, files second, so that no row ever lacks its file for long
+and a crash in between leaves only files that the next start sweeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from warmkv_server.kv import rows
+from warmkv_server.kv.core import Core
+from warmkv_server.kv.index import Node
+from warmkv_server.kv.types import PartKind
+
+log = logging.getLogger(__name__)
+
+
+class Collector:
+    """At most one collection runs at a time."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._suspects: dict[Node, None] = {}
+        self._removing: set[bytes] = set()
+        self._running: asyncio.Task[None] | None = None
+
+    def suspect(self, nodes: Iterable[Node]) -> None:
+        """These have lost a reference, a pin, or the need for their window: look at them soon."""
+        for node in nodes:
+            if not node.pins and (not node.refs or self._spare_window(node)):
+                self._suspects[node] = None
+        if self._suspects and self._running is None:
+            self._running = asyncio.create_task(self._run())
+
+    def removing(self, nodes: Iterable[Node]) -> bool:
+        """Whether files under one of these ids are being removed just now."""
+        return any(node.id in self._removing for node in nodes)
+
+    async def idle(self) -> None:
+        """Wait until nothing is being removed."""
+        while self._running is not None:
+            await asyncio.shield(self._running)
+
+    async def _run(self) -> None:
+        try:
+            while self._suspects:
+                suspects, self._suspects = list(self._suspects), {}
+                gone = [node for node in suspects if not node.refs and not node.pins]
+                slimmer = [node for node in suspects if node.refs and not node.pins and self._spare_window(node)]
+                if (gone or slimmer) and not await self._remove(gone, slimmer):
+                    return  # The disk refuses. What is left is looked at again at the next start.
+        finally:
+            self._running = None
+
+    @staticmethod
+    def _spare_window(node: Node) -> bool:
+        return PartKind.WINDOW in node.parts and not node.window_refs
+
+    async def _remove(self, gone: list[Node], slimmer: list[Node]) -> bool:
+        """Remove nodes, and the windows of others. False if the disk refuses; all is as before then."""
+        core = self._core
+        paths = [core.path(node, kind) for node in gone for kind in node.parts]
+        paths += [core.path(node, PartKind.WINDOW) for node in slimmer]
+        windows = {node: node.parts.pop(PartKind.WINDOW) for node in slimmer}
+        for node in gone:
+            del core.index.nodes[node.id]
+        ids = {node.id for node in (*gone, *slimmer)}
+        self._removing |= ids
+        try:
+            statements = [rows.delete_node(node) for node in gone if node.saved]
+            statements += [rows.update_node(node) for node in slimmer if node.saved]
+            if statements:
+                await core.journal.apply(statements)
+            await core.writing(_unlink_all, core, paths)
+        except OSError as error:
+            log.warning("the disk refuses to remove blocks that nobody needs: %s", error)
+            core.index.nodes.update((node.id, node) for node in gone)
+            for node, part in windows.items():
+                node.parts[PartKind.WINDOW] = part
+            return False
+        finally:
+            self._removing -= ids
+        for node in gone:
+            core.block_bytes -= node.disk_bytes
+            core.hot.drop(node, unsaved_too=True)
+        for node, part in windows.items():
+            core.block_bytes -= part.nbytes
+            core.hot.drop(node, PartKind.WINDOW)
+        return True
+
+
+def _unlink_all(core: Core, paths: list[Path]) -> None:
+    for path in paths:
+        core.files.unlink(path)

@@ -1,0 +1,222 @@
+"""The durable log of the index: one SQLite file, read whole at start, appended to by small transactions.
+
+One transaction is the commit point of everything the store does. A single thread owns the connection, so transactions
+happen in the order in which they were submitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.records import Durability
+
+SCHEMA_VERSION = 1
+FILE_NAME = "index.sqlite"
+PAGE_BYTES = 4096
+_FRAME_BYTES = PAGE_BYTES + 24
+_CHECKPOINT_BYTES = 4 << 20
+"""Size of the write-ahead log at which it is folded into the file."""
+
+Statement = tuple[str, Sequence[Any]]
+
+_SCHEMA = """
+CREATE TABLE fingerprints (
+    number INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL UNIQUE,
+    fields TEXT NOT NULL           -- JSON object
+);
+CREATE TABLE nodes (
+    row INTEGER PRIMARY KEY,
+    id BLOB NOT NULL,
+    tenant TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,     -- digest
+    parent BLOB NOT NULL,
+    start INTEGER NOT NULL,
+    tokens BLOB NOT NULL,          -- little-endian int32, from the start of the block to the node's end
+    parts TEXT NOT NULL,           -- JSON: kind -> [bytes, xxh3-128]
+    lost TEXT                      -- why a file it should have is gone
+);
+CREATE TABLE agents (
+    incarnation INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant TEXT NOT NULL,
+    agent_id TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    revision INTEGER NOT NULL,
+    kept TEXT NOT NULL,            -- JSON list of boundaries
+    previous INTEGER NOT NULL,
+    pinned INTEGER NOT NULL,
+    ttl REAL,
+    labels TEXT NOT NULL,          -- JSON object
+    create_time REAL NOT NULL,
+    update_time REAL NOT NULL,
+    last_used REAL NOT NULL,
+    parent_agent_id TEXT NOT NULL,
+    ending TEXT NOT NULL,
+    UNIQUE (tenant, agent_id)
+);
+CREATE TABLE chain (
+    agent INTEGER NOT NULL,
+    start INTEGER NOT NULL,
+    node INTEGER NOT NULL,
+    PRIMARY KEY (agent, start)
+) WITHOUT ROWID;
+CREATE TABLE snapshots (
+    agent INTEGER NOT NULL,
+    length INTEGER NOT NULL,
+    node INTEGER NOT NULL,
+    PRIMARY KEY (agent, length)
+) WITHOUT ROWID;
+CREATE TABLE outcomes (
+    row INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    body_hash BLOB NOT NULL,
+    payload BLOB NOT NULL,
+    time REAL NOT NULL
+);
+"""
+
+
+class JournalDamaged(Exception):
+    """The file is not a readable index any more."""
+
+
+class Database:
+    """The connection. Blocking; used by one thread at a time."""
+
+    def __init__(self, path: Path, durability: Durability) -> None:
+        """
+        Raises:
+            JournalDamaged
+            OperatorError: it was written by a newer version, or can't be opened.
+        """
+        self.path = path
+        self._wal = path.with_name(path.name + "-wal")
+        self.bytes_written = 0
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise OperatorError(f"the index {path} can't be opened: {error}") from error
+        try:
+            self._prepare(durability)
+        except sqlite3.OperationalError as error:
+            self._db.close()
+            raise OperatorError(f"the index {path} can't be used: {error}") from error
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise JournalDamaged(str(error)) from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, durability: Durability) -> None:
+        run = self._db.execute
+        run(f"PRAGMA page_size = {PAGE_BYTES}")
+        run("PRAGMA journal_mode = WAL").fetchall()
+        run("PRAGMA wal_autocheckpoint = 0").fetchall()
+        run("PRAGMA secure_delete = ON").fetchall()  # Deleted contexts are to be gone, not merely unlisted.
+        run(f"PRAGMA synchronous = {'OFF' if durability is Durability.NONE else 'FULL'}")
+        if durability is Durability.FULL:
+            run("PRAGMA fullfsync = ON")
+            run("PRAGMA checkpoint_fullfsync = ON")
+        version = run("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise OperatorError(
+                f"the index {self.path} has format {version}, and this version of WarmKV knows up to {SCHEMA_VERSION}; "
+                "start the newer version, or give another --data-dir"
+            )
+        if version == 0:
+            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        if (found := run("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise JournalDamaged(str(found))
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self._db.execute(sql, parameters).fetchall()
+
+    def apply(self, statements: Iterable[Statement]) -> None:
+        """One transaction: all of them, durably, or none.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        before = self._wal_size()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for sql, parameters in statements:
+                self._db.execute(sql, parameters)
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            self._rollback()
+            code = errno.ENOSPC if "full" in str(error) else errno.EIO
+            raise OSError(code, f"the index refused a transaction: {error}") from error
+        except BaseException:
+            self._rollback()
+            raise
+        after = self._wal_size()
+        self.bytes_written += after - before
+        if after >= _CHECKPOINT_BYTES:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Fold the write-ahead log into the file and empty it."""
+        frames = self._wal_size() // _FRAME_BYTES
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.OperationalError:
+            return  # The log goes on growing; nothing in it is lost.
+        pages = self._db.execute("PRAGMA page_count").fetchone()[0]
+        self.bytes_written += min(frames, pages) * PAGE_BYTES  # Each page once: at most so many.
+
+    def close(self) -> None:
+        self.checkpoint()
+        self._db.close()
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.path.stat().st_size + self._wal_size()
+
+    def _rollback(self) -> None:
+        if self._db.in_transaction:
+            with contextlib.suppress(sqlite3.OperationalError):  # SQLite may have rolled back by itself.
+                self._db.execute("ROLLBACK")
+
+    def _wal_size(self) -> int:
+        try:
+            return self._wal.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+
+class Journal:
+    """The database with its thread."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-journal")
+
+    async def apply(self, statements: Sequence[Statement]) -> None:
+        """See `Database.apply`. Submitted before this first awaits, so the order of calls is the order of commits."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.database.apply, statements)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.database.close)
+        self._thread.shutdown()
+
+
+def insert(table: str, **values: Any) -> Statement:
+    """Put a row. One with the same key is replaced."""
+    names = ", ".join(values)
+    return f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({', '.join('?' * len(values))})", tuple(values.values())
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

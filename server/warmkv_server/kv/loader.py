@@ -1,0 +1,223 @@
+"""Bringing KV into RAM for a request: reading, verifying, and making the best of what can't be read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+
+from warmkv_server.kv import rows
+from warmkv_server.kv.blockfile import BadFile
+from warmkv_server.kv.boundaries import Has, in_window, longest_usable
+from warmkv_server.kv.core import QUARANTINE, Core
+from warmkv_server.kv.hot import PartKey
+from warmkv_server.kv.index import Node
+from warmkv_server.kv.lease import Lease
+from warmkv_server.kv.quarantine import quarantine
+from warmkv_server.kv.types import Fallback, PartKind, Reuse, Span, Tensors
+from warmkv_server.kv.words import read_part
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._reads: dict[PartKey, asyncio.Task[Tensors]] = {}
+
+    async def load(self, lease: Lease) -> Reuse:
+        """See `Store.load`."""
+        began = time.perf_counter()
+        deadline = began + self._core.settings.load_timeout
+        held: dict[PartKey, Tensors] = {}
+        read: dict[PartKey, int] = {}
+        while lease.length:
+            wanted = self._parts(lease)
+            bad = await self._gather(wanted, held, read, deadline)
+            if bad is None:
+                break
+            node, lease.fallback = bad
+            self._shorten(lease, node, held, late=time.perf_counter() >= deadline)
+        for node in reversed(lease.nodes):
+            self._core.hot.touch(node)
+        return self._reuse(lease, held, read, time.perf_counter() - began)
+
+    def read(self, node: Node, kind: PartKind) -> asyncio.Task[Tensors]:
+        """One part into the hot tier. Whoever wants it meanwhile gets the same task: wait for it, don't cancel it.
+
+        The task raises BadFile if the file can't be used (if it was damaged, it is in quarantine then), and OSError if
+        it can't be read now.
+        """
+        key = node.id, kind
+        task = self._reads.get(key)
+        if task is None:
+            task = self._reads[key] = asyncio.create_task(self._read(node, kind))
+            task.add_done_callback(lambda done: self._done(key, done))
+        return task
+
+    async def idle(self) -> None:
+        """Wait for reads that nobody waits for any more."""
+        await asyncio.gather(*self._reads.values(), return_exceptions=True)
+
+    def _done(self, key: PartKey, task: asyncio.Task[Tensors]) -> None:
+        del self._reads[key]
+        if not task.cancelled():
+            task.exception()  # Seen: whoever waits for it gets it.
+
+    def _parts(self, lease: Lease) -> list[tuple[Node, PartKind]]:
+        parts = [(node, PartKind.APPEND) for node in lease.nodes]
+        parts += [(node, PartKind.WINDOW) for node in in_window(lease.nodes, lease.length, self._core.layout.window)]
+        if lease.snapshot is not None:
+            parts.append((lease.snapshot, PartKind.STATE))
+        return [(node, kind) for node, kind in parts if self._core.specs[kind]]
+
+    async def _gather(
+        self,
+        wanted: Iterable[tuple[Node, PartKind]],
+        held: dict[PartKey, Tensors],
+        read: dict[PartKey, int],
+        deadline: float,
+    ) -> tuple[Node, Fallback] | None:
+        """Fill `held` with the wanted parts. Returns the first node whose part can't be had in time, and why."""
+        reads: dict[asyncio.Task[Tensors], tuple[Node, PartKind]] = {}
+        for node, kind in wanted:
+            key = node.id, kind
+            if key in held:
+                continue
+            tensors = self._core.hot.get(node, kind)
+            if tensors is not None:
+                held[key] = tensors
+            else:
+                reads[self.read(node, kind)] = node, kind
+        if not reads:
+            return None
+        _, late = await asyncio.wait(reads, timeout=max(deadline - time.perf_counter(), 0))
+        failed: list[tuple[Node, Fallback]] = []
+        for task, (node, kind) in reads.items():
+            if task in late:
+                failed.append((node, Fallback.LOAD_TIMEOUT))
+                continue
+            try:
+                held[node.id, kind] = task.result()
+            except BadFile as bad:
+                failed.append((node, bad.reason))
+            except OSError as error:
+                log.warning("block %s can't be read: %s", node.id.hex(), error)
+                failed.append((node, Fallback.MISSING_BLOCK))
+            else:
+                part = node.parts.get(kind)
+                read[node.id, kind] = part.nbytes if part is not None else 0
+        return min(failed, key=lambda f: f[0].start, default=None)
+
+    def _shorten(self, lease: Lease, bad: Node, held: dict[PartKey, Tensors], *, late: bool) -> None:
+        """Go back to the longest usable prefix before a bad node; when time is up, to one that is in RAM already."""
+        core = self._core
+
+        def at_hand(node: Node, kind: PartKind) -> bool:
+            return (node.id, kind) in held or core.hot.has(node, kind)
+
+        has: Has = at_hand if late else core.has
+        nodes = [node for node in lease.nodes if has(node, PartKind.APPEND)] if late else lease.nodes
+        nodes = nodes[: _contiguous(nodes)]
+        reach = min(bad.start, nodes[-1].end if nodes else 0) if not bad.snapshot else bad.end - 1
+        reach = min(reach, nodes[-1].end if nodes else 0)
+        nodes = [node for node in nodes if node.start < reach]
+        best = longest_usable(core.index, core.layout, nodes, reach, core.root(lease.tenant), has)
+        lease.length, lease.nodes, lease.snapshot = best.length, list(best.nodes), best.snapshot
+        lease.own_nodes = min(lease.own_nodes, len(lease.nodes))
+        if best.snapshot is not None:
+            lease.pin(best.snapshot)
+
+    async def _read(self, node: Node, kind: PartKind) -> Tensors:
+        core = self._core
+        path, info, specs = core.path(node, kind), core.info(node, kind), core.specs[kind]
+        try:
+            if kind not in node.parts:
+                raise BadFile(node.lost or Fallback.MISSING_BLOCK, "gone")
+            tensors: Tensors = await core.reading(read_part, path, info, specs, node.parts[kind].digest)
+        except BadFile as bad:
+            if kind in node.parts:
+                await self._lose(node, kind, bad)
+            raise
+        core.counters.bytes_loaded += node.parts[kind].nbytes if kind in node.parts else 0
+        if core.index.nodes.get(node.id) is node:  # not collected meanwhile
+            core.hot.put(node, kind, tensors)
+            tensors = core.hot.get(node, kind) or tensors
+            core.hot.shrink()
+        return tensors
+
+    async def _lose(self, node: Node, kind: PartKind, bad: BadFile) -> None:
+        """Take note that a file can't be used, and put it away."""
+        core = self._core
+        log.warning("block %s (%s) can't be used: %s", node.id.hex(), kind, bad)
+        part = node.parts.pop(kind)
+        core.block_bytes -= part.nbytes
+        missing = bad.reason is Fallback.MISSING_BLOCK
+        node.lost = Fallback.MISSING_BLOCK if missing else Fallback.QUARANTINED
+        try:
+            if not missing:
+                folder = core.settings.data_dir / QUARANTINE
+                core.counters.quarantined += 1
+                core.quarantine_bytes = await core.writing(
+                    quarantine, core.files, core.path(node, kind), folder, core.settings.quarantine_bytes
+                )
+            if node.saved:
+                await core.journal.apply([rows.update_node(node)])
+        except OSError as error:
+            node.dirty = True
+            log.warning("block %s can't be put into quarantine: %s", node.id.hex(), error)
+
+    def _reuse(self, lease: Lease, held: dict[PartKey, Tensors], read: dict[PartKey, int], seconds: float) -> Reuse:
+        core = self._core
+        windowed = set(in_window(lease.nodes, lease.length, core.layout.window))
+        spans = []
+        hot = warm = shared = 0
+        snapshot_read = lease.snapshot is not None and (lease.snapshot.id, PartKind.STATE) in read
+        last = len(lease.nodes) - 1
+        for number, node in enumerate(lease.nodes):
+            kinds = [PartKind.APPEND, PartKind.WINDOW] if node in windowed else [PartKind.APPEND]
+            parts = {kind: held[node.id, kind] for kind in kinds if core.specs[kind]}
+            spans.append(Span(node.start, node.count, parts))
+            tokens = min(node.end, lease.length) - node.start
+            if number >= lease.own_nodes:
+                shared += tokens
+            elif any((node.id, kind) in read for kind in kinds if core.specs[kind]) or (
+                snapshot_read and (number == last or not parts)
+            ):
+                warm += tokens
+            else:
+                hot += tokens
+        if lease.snapshot is not None:
+            spans.append(Span(lease.length, 0, {PartKind.STATE: held[lease.snapshot.id, PartKind.STATE]}))
+        reuse = Reuse(
+            length=lease.length,
+            spans=tuple(spans),
+            hot_tokens=hot,
+            warm_tokens=warm,
+            shared_tokens=shared,
+            bytes_loaded=sum(read.values()),
+            fallback=lease.fallback,
+            seconds=seconds,
+        )
+        self._count(reuse)
+        return reuse
+
+    def _count(self, reuse: Reuse) -> None:
+        counters = self._core.counters
+        counters.loads_by_source[reuse.source] += 1
+        if reuse.fallback is not None:
+            counters.fallbacks_by_reason[reuse.fallback] += 1
+        counters.hot_tokens_reused += reuse.hot_tokens
+        counters.warm_tokens_reused += reuse.warm_tokens
+        counters.shared_tokens_reused += reuse.shared_tokens
+
+
+def _contiguous(nodes: list[Node]) -> int:
+    """How many of the nodes, from the first, follow each other without a gap."""
+    end = 0
+    for number, node in enumerate(nodes):
+        if node.start != end:
+            return number
+        end = node.end
+    return len(nodes)

@@ -1,0 +1,117 @@
+"""Making the files of new nodes, and keeping their words in RAM."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from warmkv_server.kv.blockfile import BadFile
+from warmkv_server.kv.core import Core
+from warmkv_server.kv.hot import PartKey
+from warmkv_server.kv.index import Node
+from warmkv_server.kv.loader import Loader
+from warmkv_server.kv.types import PartKind, Tensors
+from warmkv_server.kv.words import Words, write_part
+
+
+@dataclass
+class Effort:
+    """What one commit has written so far.
+
+    Attributes:
+        refusal: the disk's, once it has refused; nothing more is tried then.
+    """
+
+    folders: set[Path] = field(default_factory=set)
+    bytes_written: int = 0
+    refusal: OSError | None = None
+
+
+class PartWriter:
+    def __init__(self, core: Core, loader: Loader) -> None:
+        self._core = core
+        self._loader = loader
+        self._making: dict[PartKey, asyncio.Future[None]] = {}
+
+    async def write(self, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
+        """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
+        effort = Effort()
+        wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, words.reuse.length)]
+        await asyncio.gather(*(self._write(node, kind, words, effort) for node, kind in wanted))
+        await self._sync(effort)
+        return effort
+
+    async def write_unsaved(self, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
+        """Try once more what the disk has refused."""
+        effort = Effort()
+        for node, kind in parts:
+            tensors = self._core.hot.get(node, kind)
+            if kind not in node.parts and tensors is not None:
+                await self._save(node, kind, tensors, effort)
+        await self._sync(effort)
+        return effort
+
+    def _is_wanted(self, node: Node, kind: PartKind, reused: int) -> bool:
+        """What has no file needs one. What others have made meanwhile is taken into RAM, as what was made here is; what
+        was reused was in RAM a moment ago, and need not come back."""
+        if kind not in node.parts:
+            return True
+        return node.end > reused and bool(self._core.specs[kind]) and not self._core.hot.has(node, kind)
+
+    async def _write(self, node: Node, kind: PartKind, words: Words, effort: Effort) -> None:
+        core = self._core
+        key = node.id, kind
+        while (other := self._making.get(key)) is not None:
+            await asyncio.shield(other)
+        if kind in node.parts:
+            # Somebody was first with this context: their bytes are the ones to go on with.
+            effort.folders.add(core.path(node, kind).parent)
+            if not core.specs[kind] or core.hot.has(node, kind) or await self._readable(node, kind):
+                return
+        making = self._making[key] = asyncio.get_running_loop().create_future()
+        try:
+            tensors = core.hot.get(node, kind)
+            if tensors is None:
+                tensors = await core.writing(words.copy, kind, node.start, node.end, core.specs[kind])
+                core.hot.put(node, kind, tensors, unsaved=True)
+            await self._save(node, kind, tensors, effort)
+        finally:
+            del self._making[key]
+            making.set_result(None)
+
+    async def _readable(self, node: Node, kind: PartKind) -> bool:
+        """Take the stored bytes into RAM."""
+        try:
+            await asyncio.shield(self._loader.read(node, kind))
+        except BadFile:
+            return False
+        except OSError:
+            return True  # Not now, but nothing says that the file is bad.
+        return True
+
+    async def _save(self, node: Node, kind: PartKind, tensors: Tensors, effort: Effort) -> None:
+        core = self._core
+        if effort.refusal is not None:
+            return
+        path = core.path(node, kind)
+        try:
+            part = await core.writing(write_part, core.files, path, core.info(node, kind), core.specs[kind], tensors)
+        except OSError as error:
+            effort.refusal = error
+            return
+        node.parts[kind] = part
+        node.lost, node.dirty = None, True
+        core.block_bytes += part.nbytes
+        core.counters.kv_bytes_written += part.nbytes
+        core.hot.saved(node, kind)
+        effort.folders.add(path.parent)
+        effort.bytes_written += part.nbytes
+
+    async def _sync(self, effort: Effort) -> None:
+        if effort.refusal is None and effort.folders:
+            try:
+                await self._core.writing(self._core.files.sync_folders, sorted(effort.folders))
+            except OSError as error:
+                effort.refusal = error

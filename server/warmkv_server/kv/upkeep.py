@@ -1,0 +1,85 @@
+"""What the store does by itself: delete agents whose time is up, write what the disk refused, forget old outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from warmkv_server.errors import StorageUnavailable
+from warmkv_server.kv import rows
+from warmkv_server.kv.commit import Committer
+from warmkv_server.kv.core import Core
+
+log = logging.getLogger(__name__)
+
+_LONGEST_PAUSE = 60.0
+"""Seconds; also how late an old outcome may be forgotten."""
+
+
+class Upkeep:
+    """Sleeps until something is due; `wake` when what is due may have changed."""
+
+    def __init__(self, core: Core, committer: Committer, delete: Callable[[str, str], Awaitable[bool]]) -> None:
+        self._core = core
+        self._committer = committer
+        self._delete = delete
+        self._changed = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await self._expire()
+                await self._forget()
+                await self._retry()
+            except Exception:
+                log.exception("upkeep failed; it goes on")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause()):
+                    await self._changed.wait()
+
+    def _pause(self) -> float:
+        now = time.time()
+        times = [a.expires - now for a in self._core.index.agents.values() if a.expires is not None]
+        if self._committer.not_durable:
+            times.append(self._core.settings.retry_seconds)
+        return min([max(t, 0.05) for t in times] + [_LONGEST_PAUSE])
+
+    async def _expire(self) -> None:
+        now = time.time()
+        due = [a for a in self._core.index.agents.values() if a.expires is not None and a.expires <= now]
+        for agent in due:
+            if agent.key in self._committer.tickets:
+                continue
+            try:
+                await self._delete(agent.tenant, agent.agent_id)
+            except StorageUnavailable as error:
+                log.warning("agent %r has expired but can't be deleted: %s", agent.agent_id, error)
+                return
+
+    async def _forget(self) -> None:
+        before = time.time() - self._core.settings.outcome_seconds
+        old = [key for key, kept in self._core.outcomes.items() if kept.time < before]
+        if old:
+            for key in old:
+                del self._core.outcomes[key]
+            try:
+                await self._core.journal.apply([rows.delete_outcomes(before)])
+            except OSError as error:
+                log.warning("old request outcomes can't be removed: %s", error)
+
+    async def _retry(self) -> None:
+        for agent in list(self._committer.not_durable):
+            if not await self._committer.retry(agent):
+                return

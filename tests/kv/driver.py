@@ -1,0 +1,94 @@
+"""Working the store as the server does: resolve, load, compute what is lacking, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.kv import words
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.store import (
+    Commit,
+    Committed,
+    Durability,
+    Fingerprint,
+    Store,
+    StoreSettings,
+    TokenIds,
+)
+from warmkv_server.kv.types import KVLayout, Reuse
+
+TENANT = "t"
+FINGERPRINT = Fingerprint({"weights": "w1", "kv_bits": "4"})
+OTHER_MODEL = Fingerprint({"weights": "w2", "kv_bits": "4"})
+
+
+def settings(data_dir: Path, **changes: Any) -> StoreSettings:
+    base = StoreSettings(
+        data_dir=data_dir, hot_bytes=64 << 20, durability=Durability.NONE, headroom_bytes=0, retry_seconds=0.05
+    )
+    return dataclasses.replace(base, **changes)
+
+
+class Driver:
+    """One tenant's agents on one store."""
+
+    def __init__(self, store: Store, layout: KVLayout, tenant: str = TENANT) -> None:
+        self.store = store
+        self.layout = layout
+        self.tenant = tenant
+
+    @classmethod
+    async def open(
+        cls,
+        data_dir: Path,
+        layout: KVLayout = words.LAYOUTS["append"],
+        fingerprint: Fingerprint = FINGERPRINT,
+        files: Files | None = None,
+        **changes: Any,
+    ) -> Driver:
+        return cls(await Store.open(settings(data_dir, **changes), layout, fingerprint, files), layout)
+
+    async def close(self) -> None:
+        await self.store.close()
+
+    async def reuse(self, agent_id: str, tokens: TokenIds, limit: int | None = None) -> Reuse:
+        """What a request for these tokens would get; every word of it checked."""
+        limit = len(tokens) if limit is None else limit
+        with self.store.resolve(self.tenant, agent_id, tokens, limit) as lease:
+            promised = lease.length
+            reuse = await self.store.load(lease)
+            assert reuse.length <= promised <= limit
+            words.check(self.layout, tokens, reuse)
+            return reuse
+
+    async def put(
+        self, agent_id: str, tokens: TokenIds, *, keep: Iterable[int] = (), answer: bool = False, **changes: Any
+    ) -> tuple[Reuse, Committed]:
+        """Make these tokens the agent's context, computing what the store doesn't have."""
+        limit = len(tokens) - 1 if answer else len(tokens)
+        keep = frozenset(keep)
+        with self.store.resolve(self.tenant, agent_id, tokens, limit) as lease:
+            reuse = await self.store.load(lease)
+            words.check(self.layout, tokens, reuse)
+            growth = words.grow(self.layout, tokens, reuse.length, sorted(keep))
+            committed = await self.store.commit(
+                Commit(
+                    tenant=self.tenant,
+                    agent_id=agent_id,
+                    incarnation=lease.incarnation,
+                    tokens=tokens,
+                    reuse=reuse,
+                    growth=growth,
+                    lease=lease,
+                    keep_boundaries=keep,
+                    **changes,
+                )
+            )
+        assert committed.agent.token_count == len(tokens)
+        assert np.array_equal(self.store.tokens(self.tenant, agent_id), tokens)
+        return reuse, committed
