@@ -16,7 +16,7 @@ from warmkv_server.engine.model import ModelInfo
 from warmkv_server.engine.schedule import cost
 from warmkv_server.engine.text import Text
 from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started
-from warmkv_server.errors import MemoryBudget, QueueFull, WarmKVError
+from warmkv_server.errors import Draining, MemoryBudget, QueueFull, WarmKVError
 
 STREAM_EVENTS = 256
 """Events a stream holds for a slow reader; deltas beyond that are joined to the last one."""
@@ -133,6 +133,7 @@ class Engine:
         self._asyncio = asyncio.get_running_loop()
         self._handles: dict[int, Handle] = {}
         self._idents = itertools.count()
+        self._stopping = False
         codec = Codec(settings.kv_bits, settings.kv_group_size)
         self._loop = StepLoop(
             lambda: model.load(
@@ -168,9 +169,12 @@ class Engine:
         """Queue a job.
 
         Raises:
+            Draining: once `stop` was called.
             MemoryBudget: if it could never run within `inflight_bytes`.
             QueueFull: if too many are waiting.
         """
+        if self._stopping:
+            raise Draining("the server is shutting down")
         assert self._loop.loaded is not None
         needed = cost(job, self._loop.loaded.cache_map)
         if needed > self._settings.inflight_bytes:
@@ -193,6 +197,7 @@ class Engine:
 
     async def stop(self) -> None:
         """End the thread; jobs still running fail as draining."""
+        self._stopping = True
         self._loop.send(Stop())
         await asyncio.to_thread(self._loop.join)
 
