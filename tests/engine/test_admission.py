@@ -1,0 +1,137 @@
+"""What an engine takes on: within its memory, its batch and its queue, and nothing once it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from tests.engine.conftest import FolderOf
+from tests.engine.families import FAMILIES
+from tests.engine.runs import job_of, outcome, outcomes, prompt_of, running
+from warmkv_server.engine.engine import Engine, EngineSettings
+from warmkv_server.engine.schedule import cost
+from warmkv_server.engine.types import EngineStats, Finish, Job
+from warmkv_server.errors import Draining, MemoryBudget, OperatorError, QueueFull
+
+
+async def watched(engine: Engine, work: asyncio.Future[None] | asyncio.Task[None]) -> list[EngineStats]:
+    """The engine's gauges, read over and over while the work goes on."""
+    seen = []
+    while not work.done():
+        seen.append(engine.stats())
+        await asyncio.sleep(0)
+    await work
+    return seen
+
+
+def task(engine: Engine, jobs: list[Job]) -> asyncio.Task[None]:
+    async def run() -> None:
+        for got in await outcomes(engine, jobs):
+            assert got.finished.finish is Finish.LENGTH
+
+    return asyncio.create_task(run())
+
+
+def test_the_need_of_a_job_counts_attention_and_the_words_of_new_tokens(folder_of: FolderOf) -> None:
+    """For a model of two layers with one head of 64: 32-bit keys and values, and 4.5 bits for each new value."""
+    from tests.engine.runs import Solo
+
+    cache_map = Solo(folder_of("llama")).loaded.cache_map
+    values = 2 * 2 * 64
+    assert cost(job_of(prompt_of(30), 10), cache_map) == 40 * values * 4 + 40 * values * 36 // 64
+
+
+async def test_a_job_that_never_fits_is_refused_at_once(folder_of: FolderOf) -> None:
+    async with running(folder_of("llama"), inflight_bytes=60_000) as engine:
+        with pytest.raises(MemoryBudget, match=r"\d+ bytes .* 60000.*--inflight-bytes"):
+            engine.submit(job_of(prompt_of(40), 2000))
+        assert (await outcome(engine.submit(job_of(prompt_of(30), 5)))).finished.finish is Finish.LENGTH
+
+
+async def test_running_jobs_stay_within_the_bytes(folder_of: FolderOf) -> None:
+    """Two fit, so six jobs run two at a time."""
+    async with running(folder_of("llama"), inflight_bytes=2 * 50_000) as engine:
+        jobs = [job_of(prompt_of(30), 10) for _ in range(6)]
+        seen = await watched(engine, task(engine, jobs))
+    assert max(stats.in_flight_bytes for stats in seen) <= 100_000
+    assert max(stats.prefilling + stats.decoding for stats in seen) == 2
+
+
+async def test_no_more_run_at_once_than_the_batch(folder_of: FolderOf) -> None:
+    async with running(folder_of("llama"), max_batch=3) as engine:
+        seen = await watched(engine, task(engine, [job_of(prompt_of(30), 20) for _ in range(7)]))
+    assert max(stats.prefilling + stats.decoding for stats in seen) == 3
+    assert max(stats.batch_size for stats in seen) == 3
+    assert max(stats.queue_depth for stats in seen) >= 4
+
+
+async def test_a_full_queue_refuses_and_then_takes_again(folder_of: FolderOf) -> None:
+    async with running(folder_of("llama"), max_batch=1, max_queue=2) as engine:
+        handles = [engine.submit(job_of(prompt_of(200), 5)) for _ in range(3)]
+        with pytest.raises(QueueFull) as caught:
+            engine.submit(job_of(prompt_of(5), 1))
+        assert caught.value.retry_after is not None
+        assert caught.value.retry_after > 0
+        handles[1].cancel()
+        await outcome(handles[1])
+        handles.append(engine.submit(job_of(prompt_of(5), 1)))
+        for handle in handles:
+            if handle.phase != "done":
+                assert (await outcome(handle)).finished.finish is Finish.LENGTH
+
+
+def mlx_threads() -> int:
+    return sum(thread.name == "mlx" for thread in threading.enumerate())
+
+
+async def test_stopping_ends_every_job_and_the_thread(folder_of: FolderOf) -> None:
+    """Whether it waits, prefills or decodes."""
+    async with running(folder_of("gemma3_text"), max_batch=4) as engine:
+        handles = [engine.submit(job_of(prompt_of(20 + n), 3000)) for n in range(3)]
+        handles += [engine.submit(job_of(prompt_of(3000), 5)) for _ in range(2)]
+        async for _ in handles[0]:
+            if all(handle.phase == "decoding" for handle in handles[:3]) and handles[3].phase == "prefilling":
+                break
+        assert handles[4].phase == "queued"
+        before = mlx_threads()
+        await engine.stop()
+        assert mlx_threads() == before - 1
+        for handle in handles:
+            with pytest.raises(Draining):
+                await outcome(handle)
+
+
+async def test_nothing_is_taken_on_once_stopping_began(folder_of: FolderOf) -> None:
+    async with running(folder_of("llama")) as engine:
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            engine.submit(job_of(prompt_of(5), 1))
+        await stopping
+        with pytest.raises(Draining):
+            engine.submit(job_of(prompt_of(5), 1))
+
+
+async def test_stopping_twice_is_harmless(folder_of: FolderOf) -> None:
+    async with running(folder_of("llama")) as engine:
+        await asyncio.gather(engine.stop(), engine.stop())
+
+
+@pytest.mark.parametrize("spec", ["builtin:none", "random:none", "/nowhere"])
+async def test_a_model_that_cannot_be_served_leaves_no_thread(spec: str) -> None:
+    before = mlx_threads()
+    with pytest.raises(OperatorError):
+        await Engine.start(EngineSettings(model=spec))
+    assert mlx_threads() == before
+
+
+async def test_one_engine_after_another(folder_of: FolderOf) -> None:
+    """Stopping one takes nothing from the next, nor from one that runs beside it."""
+    async with running(folder_of("llama")) as beside:
+        for name in ("llama", "qwen3", "mamba2"):
+            async with running(folder_of(name), FAMILIES[name].group_size) as engine:
+                both = [outcome(each.submit(job_of(prompt_of(40), 5))) for each in (engine, beside)]
+                for got in await asyncio.gather(*both):
+                    assert got.finished.finish is Finish.LENGTH

@@ -1,0 +1,214 @@
+"""Sequences come, wait, run, are cancelled and go, and none holds up another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tests.engine.conftest import FolderOf
+from tests.engine.runs import (
+    CHUNK,
+    Outcome,
+    Solo,
+    after,
+    check_greedy,
+    check_growth,
+    job_of,
+    outcome,
+    prompt_of,
+    running,
+)
+from tests.engine.spans import grown, needed
+from warmkv_server.engine.engine import STREAM_EVENTS, Engine, Handle
+from warmkv_server.engine.types import Answer, Delta, Event, Finish, Finished, Job, Progress, Started
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LONG = 1500
+"""Tokens of a prompt that takes many chunks."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder_of: FolderOf) -> AsyncIterator[Engine]:
+    async with running(folder_of("llama")) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def narrow(folder_of: FolderOf) -> AsyncIterator[Engine]:
+    """It runs one sequence at a time."""
+    async with running(folder_of("llama"), max_batch=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def solo(folder_of: FolderOf) -> Solo:
+    return Solo(folder_of("llama"))
+
+
+async def until(handle: Handle, kind: type[Event], count: int = 1) -> Outcome:
+    """Read up to the so many-th event of a kind; the rest can still be read."""
+    got = Outcome()
+    events = aiter(handle)
+    while sum(isinstance(event, kind) for event in got.events) < count:
+        got.events.append(await anext(events))
+    return got
+
+
+async def test_phases_and_progress_of_a_handle(engine: Engine) -> None:
+    handle = engine.submit(job_of(prompt_of(100), 5))
+    assert (handle.phase, handle.tokens_done, handle.tokens_total) == ("queued", 0, 100)
+    seen = []
+    async for _ in handle:
+        seen.append((handle.phase, handle.tokens_total))
+        assert handle.tokens_done <= handle.tokens_total
+    assert seen[-1] == ("done", 5)
+    assert handle.tokens_done == 5
+
+
+async def test_a_job_cancelled_in_the_queue_never_starts(narrow: Engine) -> None:
+    first, second = narrow.submit(job_of(prompt_of(LONG), 3)), narrow.submit(job_of(prompt_of(20), 3))
+    await until(first, Started)
+    second.cancel()
+    got = await outcome(second)
+    assert [type(event) for event in got.events] == [Finished]
+    assert (got.finished.finish, got.finished.completion, got.finished.prompt_ready) == (Finish.CANCELLED, (), False)
+    check_growth(got.finished.growth, 0, 0)
+    assert first.phase == "prefilling"
+    assert (await outcome(first)).finished.finish is Finish.LENGTH
+
+
+async def test_a_job_with_a_reused_prefix_cancelled_in_the_queue_has_grown_nothing(narrow: Engine) -> None:
+    spans = grown([(await outcome(narrow.submit(Job(prompt_of(20))))).finished.growth], 20)
+    first = narrow.submit(job_of(prompt_of(LONG), 3))
+    second = narrow.submit(after(prompt_of(30), spans, 20, Answer(max_tokens=3)))
+    second.cancel()
+    check_growth((await outcome(second)).finished.growth, 20, 20)
+    first.cancel()
+    await outcome(first)
+
+
+async def test_a_prefill_stops_within_a_chunk_and_what_it_computed_is_good(engine: Engine, solo: Solo) -> None:
+    prompt = prompt_of(LONG)
+    handle = engine.submit(job_of(prompt, 3))
+    await until(handle, Progress, count=3)
+    handle.cancel()
+    seen, prefilled = handle.tokens_done, engine.stats().prefilled_tokens
+    got = await outcome(handle)
+    assert engine.stats().prefilled_tokens - prefilled <= CHUNK, "only the chunk under way may still be computed"
+    finished = got.finished
+    assert (finished.finish, finished.completion, finished.prompt_ready) == (Finish.CANCELLED, (), False)
+    computed = finished.growth.end
+    assert 0 < seen <= computed < LONG
+    assert computed % CHUNK == 0
+    check_growth(finished.growth, 0, computed)
+
+    tokens = prompt[: computed + 9]
+    spans = needed(grown([finished.growth], computed), engine.info.layout, computed)
+    resumed = await outcome(engine.submit(after(tokens, spans, computed, Answer(max_tokens=5, ignore_eos=True))))
+    check_greedy(resumed.tokens, solo.answer(tokens, 5))
+
+
+async def test_decoding_stops_within_a_step(engine: Engine) -> None:
+    handle = engine.submit(job_of(prompt_of(20), 2000))
+    await until(handle, Delta, count=4)
+    handle.cancel()
+    decoded = engine.stats().decoded_tokens
+    got = await outcome(handle)
+    assert got.finished.finish is Finish.CANCELLED
+    assert len(got.finished.completion) >= 4
+    assert engine.stats().decoded_tokens - decoded <= 1, "only the step under way may still give a token"
+    check_growth(got.finished.growth, 0, 20 + len(got.finished.completion))
+
+
+async def test_cancelling_twice_or_too_late_does_nothing(engine: Engine) -> None:
+    handle = engine.submit(job_of(prompt_of(20), 2000))
+    await until(handle, Delta)
+    handle.cancel()
+    handle.cancel()
+    assert (await outcome(handle)).finished.finish is Finish.CANCELLED
+    handle.cancel()
+    done = engine.submit(job_of(prompt_of(20), 2))
+    assert (await outcome(done)).finished.finish is Finish.LENGTH
+    done.cancel()
+    assert (await outcome(engine.submit(job_of(prompt_of(20), 2)))).finished.finish is Finish.LENGTH
+
+
+async def test_a_cancelled_row_leaves_the_others_as_they_are(engine: Engine, solo: Solo) -> None:
+    handles = [engine.submit(job_of(prompt_of(40 + n), 30)) for n in range(4)]
+    await until(handles[1], Delta, count=3)
+    handles[1].cancel()
+    for n, handle in enumerate(handles):
+        got = await outcome(handle)
+        assert got.finished.finish is (Finish.CANCELLED if n == 1 else Finish.LENGTH)
+        if n != 1:
+            check_greedy(got.tokens, solo.answer(prompt_of(40 + n), 30))
+
+
+async def test_a_long_prefill_and_a_long_answer_do_not_wait_for_each_other(engine: Engine) -> None:
+    order: list[tuple[str, Event]] = []
+
+    answers = asyncio.Event()
+
+    async def read(name: str, handle: Handle) -> None:
+        async for event in handle:
+            order.append((name, event))
+            if isinstance(event, Delta):
+                answers.set()
+
+    reading = [asyncio.create_task(read("answering", engine.submit(job_of(prompt_of(10), 400))))]
+    await answers.wait()
+    reading.append(asyncio.create_task(read("prefilling", engine.submit(job_of(prompt_of(LONG), 5)))))
+    reading.append(asyncio.create_task(read("short", engine.submit(job_of(prompt_of(12), 5)))))
+    await asyncio.gather(*reading)
+
+    def first(name: str, kind: type[Event]) -> int:
+        return next(n for n, (who, event) in enumerate(order) if who == name and isinstance(event, kind))
+
+    between = order[first("prefilling", Started) : first("prefilling", Delta)]
+    assert sum(name == "answering" and isinstance(event, Delta) for name, event in between) >= LONG // CHUNK // 2
+    assert first("prefilling", Finished) < first("answering", Finished)
+    assert first("short", Finished) < first("prefilling", Delta)
+
+
+async def test_waiting_jobs_run_in_order_of_arrival(narrow: Engine) -> None:
+    ended: list[int] = []
+
+    async def read(number: int, handle: Handle) -> None:
+        await outcome(handle)
+        ended.append(number)
+
+    handles = [narrow.submit(job_of(prompt_of(70 - 10 * number), 3)) for number in range(6)]
+    await asyncio.gather(*(read(number, handle) for number, handle in enumerate(handles)))
+    assert ended == list(range(6))
+
+
+async def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(engine: Engine) -> None:
+    answer = 2 * STREAM_EVENTS + 50
+    slow = engine.submit(job_of(prompt_of(30), answer, top_logprobs=1))
+    await until(slow, Delta)
+    other = await outcome(engine.submit(job_of(prompt_of(31), answer)))  # as long, and begun later
+    assert len(other.tokens) == answer
+    assert slow.phase == "done"
+    got = await outcome(slow)
+    assert len(got.events) <= STREAM_EVENTS + 1
+    assert tuple(got.tokens)[-100:] == got.finished.completion[-100:]
+    assert len(got.tokens) == len(got.finished.completion) - 1  # the first was read before
+    assert [each.token_id for each in got.logprobs] == got.tokens
+    text = (await outcome(engine.submit(job_of(prompt_of(30), answer)))).text
+    assert text.endswith(got.text)
+    assert len(got.text) > answer // 2
+
+
+async def test_counters_count_what_was_computed(engine: Engine) -> None:
+    growth = (await outcome(engine.submit(Job(prompt_of(50))))).finished.growth
+    before = engine.stats()
+    job = after(prompt_of(70), grown([growth], 50), 50, Answer(max_tokens=6, ignore_eos=True))
+    await outcome(engine.submit(job))
+    now = engine.stats()
+    assert now.prefilled_tokens - before.prefilled_tokens == 20
+    assert now.decoded_tokens - before.decoded_tokens == 6
+    assert (now.queue_depth, now.prefilling, now.decoding, now.in_flight_bytes) == (0, 0, 0, 0)
