@@ -20,6 +20,7 @@ from warmkv_bench.options import (
     listed,
     usage_error,
 )
+from warmkv_bench.peers.cli import peers
 from warmkv_bench.presets import PRESETS, Preset
 from warmkv_bench.results import Results, ResultsError
 from warmkv_bench.run import report, run_matrix
@@ -33,6 +34,7 @@ app = typer.Typer(
     help="Measure a WarmKV server, and prove what was measured.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(workloads, name="workload")
+app.command()(peers)
 
 
 @app.command()

@@ -28,6 +28,10 @@ class SetupFault(Exception):
     """A step before the measurement did not do its work."""
 
 
+# What a server can do wrong, as far as a client sees it.
+FAULTS = (RequestFailed, BrokenStream, SetupFault)
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a round gave: samples, seconds of each step as (step, seconds), and problems outside of any sample."""
@@ -82,10 +86,14 @@ class RoundRunner:
         ]
         outcome = Outcome()
         clock = _Clock(outcome)
-        if round_.isolation == Isolation.FORK:
-            await self._run_forked(round_, members, outcome, clock)
-        else:
-            await self._run_strict(round_, members, outcome, clock)
+        run = self._run_forked if round_.isolation == Isolation.FORK else self._run_strict
+        try:
+            await run(round_, members, outcome, clock)
+        except FAULTS as fault:
+            measured = {sample.state for sample in outcome.samples}
+            rest = [state for state in round_.states if state not in measured]
+            outcome.samples += self._invalid(round_, rest, str(fault))
+            self._target.raise_if_dead()
         if round_.batch_size == 1:
             agree(outcome.samples)
         return outcome
@@ -101,7 +109,7 @@ class RoundRunner:
             try:
                 if others:
                     await self._prime(round_, members, sources, outcome, clock, before, computed=False)
-            except (RequestFailed, SetupFault) as fault:
+            except FAULTS as fault:
                 outcome.samples += self._invalid(round_, others, f"prime: {fault}")
                 return
             for state in others:
@@ -112,7 +120,7 @@ class RoundRunner:
                         client = self._target.client
                         agents = [await client.fork(*pair) for pair in zip(sources, forks, strict=True)]
                         outcome.samples += await self._warm_or_hot(round_, state, members, agents, begin)
-                    except (RequestFailed, SetupFault) as fault:
+                    except FAULTS as fault:
                         outcome.samples += self._invalid(round_, [state], f"set-up: {fault}")
                 clock.lap(state)
 
@@ -130,7 +138,7 @@ class RoundRunner:
                     await self._prime(round_, members, names, outcome, clock, before, computed=True)
                     agents = [await self._target.client.agent(name) for name in names]
                     outcome.samples += await self._warm_or_hot(round_, state, members, agents, begin)
-                except (RequestFailed, SetupFault) as fault:
+                except FAULTS as fault:
                     outcome.samples += self._invalid(round_, [state], f"set-up: {fault}")
             clock.lap(state)
 

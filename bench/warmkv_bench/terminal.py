@@ -12,13 +12,17 @@ from warmkv_bench.plan import Round
 from warmkv_bench.rounds import Outcome
 from warmkv_bench.tables import Table
 
+LOG_WIDTH = 160
+
 
 class Terminal:
     """Prints plan, progress and results; a line for each round, so that a log file reads as well as a screen."""
 
     def __init__(self) -> None:
         # Brackets hold intervals here, not markup.
-        self.console = Console(markup=False, highlight=False)
+        console = Console(markup=False, highlight=False)
+        # A log file has no width; the default of 80 columns would break every table.
+        self.console = console if console.is_terminal else Console(markup=False, highlight=False, width=LOG_WIDTH)
         self._total_s = 0.0
         self._done_s = 0.0
 

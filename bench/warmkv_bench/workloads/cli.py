@@ -19,11 +19,12 @@ from warmkv_bench.options import (
     TargetOption,
     usage_error,
 )
+from warmkv_bench.prompts import Prompts
 from warmkv_bench.spawn import ServerFailed
 from warmkv_bench.terminal import Terminal
 from warmkv_bench.workloads.conversation import Conversation, Loop
 from warmkv_bench.workloads.replay import Replay
-from warmkv_bench.workloads.round_robin import RoundRobin, server_hot_bytes
+from warmkv_bench.workloads.round_robin import RoundRobin
 from warmkv_bench.workloads.run import REQUEST_TIMEOUT_S, Workload, parameters_of, run_workload, show, write
 from warmkv_bench.workloads.shared_prompt import SharedPrompt
 from warmkv_bench.workloads.trace import TraceError, read_trace
@@ -41,7 +42,7 @@ def round_robin(
     agents: Annotated[int, typer.Option(help="Agents that are visited in turn.")] = 8,
     resident: Annotated[int, typer.Option(help="How many of them fit into RAM.")] = 4,
     context: Annotated[int, typer.Option(help="Tokens of each agent's context.")] = 4096,
-    laps: Annotated[int, typer.Option(help="Requests to each agent, on average.")] = 3,
+    laps: Annotated[int, typer.Option(help="Times around, with loads and without.")] = 3,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 2,
     suffix_tokens: Annotated[int, typer.Option(help="New tokens of each request.")] = 32,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
@@ -56,7 +57,7 @@ def round_robin(
         workload = RoundRobin(agents, resident, context, laps, concurrency, suffix_tokens, output_tokens)
         sizing = ServerChoice.of(None, True, model, server_args)
         async with sizing.connected(REQUEST_TIMEOUT_S) as target:
-            hot_bytes = await server_hot_bytes(target.client, workload)
+            hot_bytes = await workload.hot_bytes(target.client, await Prompts.of_server(target.client, seed))
         server = ServerChoice.of(None, True, model, f"{server_args} --hot-bytes {hot_bytes}")
         parameters = {**parameters_of(workload, seed), "hot_bytes": hot_bytes}
         async with server.connected(REQUEST_TIMEOUT_S) as target:

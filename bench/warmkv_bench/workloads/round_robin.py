@@ -1,8 +1,11 @@
 """More agents than RAM holds, one after another: does the reload hide behind other agents' decoding?
 
-Two phases with the same number of requests and the same number at once. RESIDENT goes around agents that fit into the
-hot tier together; ROTATING goes around all of them, so that every request has to load, if the least recently used goes.
-What the loads added to the run, against the time that they took, is how much of them was not hidden.
+Laps of two kinds alternate, with the same number of requests and the same number at once. RESIDENT laps go around
+agents that are in RAM together; ROTATING laps go around all of them, so that every request has to load, if the least
+recently used goes first. What the loads added to the laps, against the time that they took, is the part that was not
+hidden.
+
+The requests are ephemeral: the contexts stay as long as they are, and all laps are alike.
 """
 
 from __future__ import annotations
@@ -17,14 +20,14 @@ from warmkv_bench.config import ConfigError
 from warmkv_bench.prompts import Prompts
 from warmkv_bench.workloads.turns import Driver, Figures, Turn
 
-RESIDENT, ROTATING = "resident", "rotating"
-# Above the agents that are to be resident, so that rounding and the growth of contexts don't push one of them out.
-HEADROOM = 1.10
+HEATING, RESIDENT, ROTATING = "heating", "resident", "rotating"
+# Loads that take less than this part of the run drown in its noise.
+TELLING_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRobin:
-    """`agents` contexts of `context_tokens`, of which `resident` fit into RAM; `laps` requests to each."""
+    """`agents` contexts of `context_tokens`, of which `resident` fit into RAM; each kind of lap `laps` times."""
 
     agents: int
     resident: int
@@ -41,46 +44,52 @@ class RoundRobin:
                 f"--agents ({self.agents})"
             )
 
-    def hot_bytes(self, bytes_per_token: int) -> int:
-        """A limit of the hot tier that holds the resident agents at their full length, and no other one."""
-        turns = self.laps * self.agents / self.resident + self.laps + 2
-        growth = turns * (self.suffix_tokens + self.output_tokens)
-        return int(self.resident * (self.context_tokens + growth) * bytes_per_token * HEADROOM)
+    async def hot_bytes(self, client: Client, prompts: Prompts) -> int:
+        """A limit of the hot tier that holds `resident` agents and not one more, by what one takes on this server."""
+        name = f"{AGENT_PREFIX}round-robin.sizing"
+        before = (await client.stats()).gauges.hot_bytes
+        await client.prime(name, tokens_content(prompts.tokens(0, self.context_tokens)))
+        one = (await client.stats()).gauges.hot_bytes - before
+        await client.delete(name)
+        return int((self.resident + 0.5) * one)
 
     async def run(self, driver: Driver, prompts: Prompts) -> Figures:
-        """Primes the agents and runs both phases; returns the figures."""
+        """Primes the agents and goes around them; returns the figures."""
         names = [f"{AGENT_PREFIX}round-robin.{index}" for index in range(self.agents)]
         for index, name in enumerate(names):
             await driver.client.prime(name, tokens_content(prompts.tokens(index, self.context_tokens)))
-        requests = self.agents * self.laps
-        # The resident agents are loaded once before they are measured.
-        for name in names[: self.resident]:
-            await driver.client.generate(self._request(name, prompts, 0))
+        resident = names[: self.resident]
+        # From the first agent that is not in RAM, so that the first request has to load, too.
+        turned = names[self.resident :] + resident
+        seconds = {RESIDENT: 0.0, ROTATING: 0.0}
         await driver.start()
-        resident_s = await self._phase(driver, prompts, names[: self.resident], requests, RESIDENT)
-        # From the first agent that is not in RAM, so that the first lap has to load, too.
-        turned = names[self.resident :] + names[: self.resident]
-        rotating_s = await self._phase(driver, prompts, turned, requests, ROTATING)
-        return self._figures(driver.turns, resident_s, rotating_s)
+        for _ in range(self.laps):
+            for name in resident:
+                await driver.ask(self._request(name, prompts, 1), HEATING)
+            seconds[RESIDENT] += await self._lap(driver, prompts, resident, RESIDENT)
+            seconds[ROTATING] += await self._lap(driver, prompts, turned, ROTATING)
+        return self._figures(driver.turns, seconds[RESIDENT], seconds[ROTATING])
 
-    async def _phase(self, driver: Driver, prompts: Prompts, names: list[str], requests: int, phase: str) -> float:
-        """Goes around the agents until `requests` are done; returns the seconds that it took."""
-        waiting = iter(range(requests))
+    async def _lap(self, driver: Driver, prompts: Prompts, names: list[str], phase: str) -> float:
+        """As many requests as there are agents, to `names` in turn; returns the seconds that they took."""
+        waiting = iter(range(self.agents))
 
         async def worker() -> None:
             for index in waiting:
-                await driver.ask(self._request(names[index % len(names)], prompts, index), phase)
+                await driver.ask(self._request(names[index % len(names)], prompts, self.output_tokens), phase)
 
         begin = time.perf_counter()
         await asyncio.gather(*(worker() for _ in range(self.concurrency)))
         return time.perf_counter() - begin
 
-    def _request(self, name: str, prompts: Prompts, index: int) -> pb.GenerateRequest:
-        return generation(name, tokens_content(prompts.tokens(index, self.suffix_tokens)), self.output_tokens)
+    def _request(self, name: str, prompts: Prompts, output_tokens: int) -> pb.GenerateRequest:
+        content = tokens_content(prompts.tokens(0, self.suffix_tokens))
+        return generation(name, content, output_tokens, ephemeral=True)
 
     def _figures(self, turns: list[Turn], resident_s: float, rotating_s: float) -> Figures:
         loads_s = sum(turn.load_ms for turn in turns if turn.phase == ROTATING) / 1e3
         added_s = rotating_s - resident_s
+        telling = loads_s > TELLING_SHARE * resident_s
         return {
             "resident_s": resident_s,
             "rotating_s": rotating_s,
@@ -88,13 +97,9 @@ class RoundRobin:
             "rotating_warm_share": _share(turns, ROTATING, "WARM"),
             "loads_s": loads_s,
             "added_s": added_s,
-            "hidden_share_of_loads": 1 - added_s / loads_s if loads_s else None,
+            "loads_share_of_resident_time": loads_s / resident_s,
+            "hidden_share_of_loads": 1 - added_s / loads_s if telling else "too little was loaded to tell",
         }
-
-
-async def server_hot_bytes(client: Client, workload: RoundRobin) -> int:
-    """The hot tier that the workload needs on this server's model, in bytes."""
-    return workload.hot_bytes((await client.info()).kv_bytes_per_token)
 
 
 def _share(turns: list[Turn], phase: str, source: str) -> float | None:
