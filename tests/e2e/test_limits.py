@@ -1,0 +1,82 @@
+"""A context ends at its limit, and what can't fit is refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
+from warmkv import v1
+
+TOO_LONG = (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_TOO_LONG")
+LIMIT = 64
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with serving(tmp_path_factory.mktemp("small") / "data", "--context-limit", str(LIMIT)) as (_, client):
+        yield client
+
+
+def test_a_prompt_up_to_the_limit_is_taken_and_one_more_is_not(small: Client, agent: str) -> None:
+    assert small.info().context_limit == LIMIT
+    assert small.prime(agent, token_ids(some_tokens(LIMIT))).agent.token_count == LIMIT
+    prefilled = small.stats().counters.prefilled_tokens
+    for call in (small.prime, small.generate):
+        with refused(*TOO_LONG):
+            call(agent, token_ids(some_tokens(LIMIT + 1)), **_replace(call == small.generate))
+    with refused(*TOO_LONG):
+        small.extend(agent, token_ids([301]))
+    with refused(*TOO_LONG):
+        small.generate(agent, token_ids([301]))
+    assert small.stats().counters.prefilled_tokens == prefilled
+    assert small.get(agent).revision == 1
+
+
+def _replace(generate: bool) -> dict[str, object]:
+    return {"context_mode": v1.CONTEXT_MODE_REPLACE} if generate else {}
+
+
+def test_an_answer_that_reaches_the_limit_ends_there(small: Client, agent: str) -> None:
+    answer = small.generate(agent, token_ids(some_tokens(LIMIT - 5)), max_tokens=50)
+    assert answer.finished.finish_reason == v1.FINISH_REASON_LENGTH
+    assert answer.finished.usage.completion_tokens == 5
+    assert answer.finished.agent.token_count == LIMIT
+
+
+def test_a_full_context_leaves_no_room_for_an_answer(small: Client, agent: str) -> None:
+    full = small.generate(agent, token_ids(some_tokens(LIMIT)), max_tokens=50)
+    assert full.finished.finish_reason == v1.FINISH_REASON_LENGTH
+    assert full.finished.usage.completion_tokens == 0
+    assert (full.text, full.tokens) == ("", [])
+    assert full.finished.agent.token_count == LIMIT
+    assert small.generate(agent).finished.usage.completion_tokens == 0
+    assert small.get(agent).revision == 1
+
+
+def test_a_request_that_can_never_fit_in_memory_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    data = tmp_path_factory.mktemp("tight") / "data"
+    with serving(data, "--inflight-bytes", "2MiB") as (_, client):
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_BUDGET"):
+            client.prime("a", token_ids(some_tokens(4000)))
+        assert client.generate("b", text("A short one fits.")).finished.agent.revision == 1
+
+
+def test_more_waiting_than_the_queue_holds_is_refused_with_a_time_to_come_back(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    data = tmp_path_factory.mktemp("queue") / "data"
+    with serving(data, "--max-queue", "2") as (_, client):
+        running = client.stream("a", token_ids(some_tokens(20)), max_tokens=5000, ignore_eos=True)
+        assert next(running).WhichOneof("event") == "started"
+        waiting = [client.agents.Prime.future(v1.PrimeRequest(agent_id="a", content=text("x"))) for _ in range(2)]
+        while client.stats().gauges.queue_depth < 2:
+            pass
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL") as refusals:
+            client.prime("a", text("one too many"))
+        assert refusals[0].retry_seconds == 1.0
+        assert client.prime("b", text("another agent is free")).agent.revision == 1
+        running.cancel()
+        assert all(future.result().agent.agent_id == "a" for future in waiting)
