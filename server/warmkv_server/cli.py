@@ -19,6 +19,7 @@ import typer
 
 from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError
+from warmkv_server.evaluation.cli import app as evaluation
 
 app = typer.Typer(
     name="warmkv",
@@ -28,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(evaluation, name="eval")
 
 
 def _flags(serve: Callable[..., None]) -> Callable[..., None]:

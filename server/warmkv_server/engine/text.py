@@ -59,6 +59,8 @@ class Text:
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._bos = _bos_ids(tokenizer)
+        # The server checks the context limit itself; the tokenizer would only warn about it, on stderr.
+        tokenizer.model_max_length = 1 << 60
 
     def encode(self, content: Content, *, starts: bool, ending: str, last_token: int | None, answer: bool) -> list[int]:
         """The tokens to put behind the held context.

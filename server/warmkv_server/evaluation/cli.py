@@ -1,0 +1,78 @@
+"""`warmkv eval`: what quantised KV costs in quality."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from warmkv_server.errors import OperatorError
+
+app = typer.Typer(help="Evaluate what WarmKV does to a model's answers.", no_args_is_help=True)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Evaluate what WarmKV does to a model's answers."""
+
+
+@app.command()
+def kv(
+    model: Annotated[str, typer.Option(help="As for `warmkv serve`.")] = "builtin:tiny",
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to score; by default the language reference of this Python.")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens of context, comma-separated.")] = "1024,4096,16384",
+    bits: Annotated[str, typer.Option(help="KV bits to compare with unquantised KV, comma-separated: 8, 4.")] = "8,4",
+    group_size: Annotated[int, typer.Option(help="Values that share a scale.")] = 64,
+    windows: Annotated[int, typer.Option(min=2, help="Pieces of the text for each context length.")] = 8,
+    scored: Annotated[int, typer.Option(min=2, help="Tokens scored behind each context.")] = 256,
+) -> None:
+    """Perplexity, KL divergence and greedy agreement of quantised KV, each context read back from real block files.
+
+    Prints a row for each context length and width, with 95% confidence intervals by paired bootstrap over the windows.
+    """
+    from warmkv_server.evaluation.kv import evaluate as run
+    from warmkv_server.evaluation.windows import read_text
+
+    async def report() -> None:
+        results = run(
+            model,
+            read_text(text),
+            contexts=_numbers("--contexts", contexts),
+            bits=_numbers("--bits", bits),
+            group_size=group_size,
+            windows=windows,
+            scored=scored,
+        )
+        typer.echo(
+            "| context | KV bits | perplexity | change of perplexity | KL divergence, nats | same greedy token |"
+        )
+        typer.echo("|---:|---:|---:|---:|---:|---:|")
+        async for row in results:
+            change = _interval(row.change, row.change_interval, "{:+.2%}")
+            divergence = _interval(row.divergence, row.divergence_interval, "{:.5f}")
+            agreement = _interval(row.agreement, row.agreement_interval, "{:.1%}")
+            typer.echo(
+                f"| {row.context:,} | {row.bits} | {row.perplexity:.3f} | {change} | {divergence} | {agreement} |"
+            )
+
+    try:
+        asyncio.run(report())
+    except OperatorError as error:
+        typer.echo(f"warmkv: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _numbers(option: str, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise OperatorError(f"{option} takes whole numbers separated by commas, not {value!r}") from None
+
+
+def _interval(value: float, bounds: tuple[float, float], style: str) -> str:
+    low, high = (style.format(bound) for bound in bounds)
+    return f"{style.format(value)} [{low}, {high}]"
