@@ -62,16 +62,17 @@ class Group:
             for cache in self.caches:
                 cache.filter(mx.array(keep))
 
-    def launch(self) -> list[Choice]:
+    def launch(self) -> list[Choice | Exception]:
         """Feed each row's last token and start computing its next one.
 
-        Returns the choices that are being computed. Their tokens are lazy; the KV of the fed tokens is being computed.
+        Returns the choices that are being computed, or why a row can't choose. Their tokens are lazy; the KV of the
+        fed tokens is being computed.
         """
         tokens = [row.pending.token for row in self.sequences if row.pending is not None]
         inputs = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
         logits = self.sequences[0].loaded.model(inputs[:, None], cache=self.caches)[:, -1]
         choices = self._choose(logits, tokens)
-        mx.async_eval([choice.arrays for choice in choices])
+        mx.async_eval([choice.arrays for choice in choices if isinstance(choice, Choice)])
         for sequence in self.sequences:
             sequence.done += 1
         self._steps += 1
@@ -93,14 +94,17 @@ class Group:
         row = self.sequences.index(sequence)
         sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(self.caches, row))
 
-    def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice]:
+    def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
             best = mx.argmax(logits, axis=-1)
             return [Choice(best[row : row + 1]) for row in range(len(self.sequences))]
-        choices = []
+        choices: list[Choice | Exception] = []
         for row, sequence in enumerate(self.sequences):
             assert sequence.chooser is not None
-            choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, fed[row]))
+            try:
+                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, fed[row]))
+            except Exception as error:  # this row's alone: the step itself went well
+                choices.append(error)
         return choices
 
 

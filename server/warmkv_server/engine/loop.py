@@ -20,9 +20,10 @@ from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
 from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, prepare_device
 from warmkv_server.engine.pace import Pace
+from warmkv_server.engine.sampling import Choice
 from warmkv_server.engine.schedule import Schedule, cost
 from warmkv_server.engine.sequence import Sequence
-from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Progress, Started
+from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Logprobs, Progress, Started
 from warmkv_server.errors import Draining, EngineError, WarmKVError
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class StepLoop:
             self._pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 
     def _start_decoding(self, sequence: Sequence) -> None:
-        finish = self._emit(sequence)
+        finish = self._emit(sequence, *sequence.sampled())
         sequence.sent = True
         self._flush()
         if finish is not None:
@@ -211,8 +212,10 @@ class StepLoop:
         group = next((g for g in self._groups if g.fits(sequence, self._max_batch)), None)
         if group is None:
             group = Group()
-            self._groups.append(group)
-        group.join(sequence)
+        with self._containing(sequence, *group.sequences):  # half joined, its layers would hold different rows
+            group.join(sequence)
+            if group not in self._groups:
+                self._groups.append(group)
 
     def _decode(self) -> None:
         launched = []
@@ -223,23 +226,31 @@ class StepLoop:
         for group, choices in launched:
             with self._containing(*group.sequences):
                 leaving: list[tuple[Sequence, Finish]] = []
+                failed: list[Sequence] = []
                 for sequence, choice in zip(group.sequences, choices, strict=True):
-                    finish = None if sequence.sent else self._emit(sequence)
-                    sequence.pending, sequence.sent = choice, False
+                    sampled = None if sequence.sent else sequence.sampled()
+                    try:
+                        finish = None if sampled is None else self._emit(sequence, *sampled)
+                        if finish is None and isinstance(choice, Exception):
+                            raise choice
+                    except Exception:  # of its own text or sampling: the others' step went well
+                        self._fail([sequence])
+                        failed.append(sequence)
+                        continue
+                    sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
                     if finish is not None:
                         group.snapshot(sequence)
                         leaving.append((sequence, finish))
-                if leaving:
+                if leaving or failed:
                     self._flush()
-                    group.leave([sequence for sequence, _ in leaving])
+                    group.leave([*(sequence for sequence, _ in leaving), *failed])
                 for sequence, finish in leaving:
                     with self._containing(sequence):
                         self._finish(sequence, finish)
         self._groups = [group for group in self._groups if group.sequences]
 
-    def _emit(self, sequence: Sequence) -> Finish | None:
-        assert sequence.pending is not None
-        delta, finish = sequence.emit(sequence.pending.read(), sequence.pending.logprobs())
+    def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Finish | None:
+        delta, finish = sequence.emit(token, logprobs)
         self._decoded += 1
         self._send(sequence.ident, delta)
         return finish
@@ -249,13 +260,15 @@ class StepLoop:
         sequence = self._sequences.get(ident)
         if sequence is None:
             return
-        with self._containing(sequence):
-            group = self._group_of(sequence)
-            if group is not None:
+        group = self._group_of(sequence)
+        if group is not None:
+            with self._containing(*group.sequences):
                 group.snapshot(sequence)
                 group.leave([sequence])
-                self._groups = [g for g in self._groups if g.sequences]
-            self._finish(sequence, Finish.CANCELLED)
+            self._groups = [g for g in self._groups if g.sequences]
+        if ident in self._sequences:
+            with self._containing(sequence):
+                self._finish(sequence, Finish.CANCELLED)
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         event = sequence.finished(finish)

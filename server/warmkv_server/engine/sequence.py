@@ -86,6 +86,11 @@ class Sequence:
         if self.loaded.cache_map.states:
             self._snapshots[self.done] = snapshot
 
+    def sampled(self) -> tuple[int, Logprobs | None]:
+        """The pending token and what is to be reported of it; waits for the step that computes them."""
+        assert self.pending is not None
+        return self.pending.read(), self.pending.logprobs()
+
     def emit(self, token: int, logprobs: Logprobs | None) -> tuple[Delta, Finish | None]:
         """Account for one sampled token: what to send, and whether the answer ends with it."""
         answer, text = self.job.answer, self.text
