@@ -44,6 +44,7 @@ def run(
     states: Annotated[str | None, typer.Option(help=f"Any of {', '.join(State)}.")] = None,
     modes: Annotated[str | None, typer.Option(help=f"Any of {', '.join(Mode)}.")] = None,
     runs: Annotated[int | None, typer.Option(help="Repetitions of everything.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Samples of each warm or hot state in one run.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Requests released together, comma-separated.")] = None,
     concurrency: Annotated[
         bool | None, typer.Option("--concurrency/--no-concurrency", help="Also a pair of cold prefills together.")
@@ -74,6 +75,7 @@ def run(
         "states": None if states is None else _checked(listed, "--states", states, State),
         "modes": None if modes is None else _checked(listed, "--modes", modes, Mode),
         "runs": runs,
+        "repeats": repeats,
         "batch_sizes": None if batch_sizes is None else _checked(listed, "--batch-sizes", batch_sizes, int),
         "concurrency": concurrency,
         "output_tokens": output_tokens,

@@ -44,6 +44,7 @@ class MatrixConfig:
 
     `context` is the length of the prefix whose KV is cold, warm or hot; the measured request adds `suffix_tokens` to
     it. Where the model's limit leaves no room for suffix and answer, the prefix is shortened by what is missing.
+    `repeats` are samples of each warm or hot state in one run: with forks they cost little, a cold one costs a prefill.
 
     Raises:
         ConfigError: an axis is empty or holds a value that cannot be measured.
@@ -53,6 +54,7 @@ class MatrixConfig:
     states: tuple[State, ...] = (State.COLD, State.WARM, State.HOT)
     modes: tuple[Mode, ...] = (Mode.STREAMING, Mode.FINAL)
     runs: int = 3
+    repeats: int = 1
     batch_sizes: tuple[int, ...] = (1,)
     concurrency: bool = False
     output_tokens: int = 64
@@ -78,6 +80,7 @@ class MatrixConfig:
             ("--contexts", min(self.contexts), 1),
             ("--batch-sizes", min(self.batch_sizes), 1),
             ("--runs", self.runs, 1),
+            ("--repeats", self.repeats, 1),
             ("--output-tokens", self.output_tokens, 2),
             ("--suffix-tokens", self.suffix_tokens, 1),
             ("--seed", self.seed, 0),

@@ -24,7 +24,7 @@ class Purpose(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One repetition at one size: `batch_size` prefixes, each measured in every one of `states`, in that order."""
+    """One repetition at one size: `batch_size` prefixes, each measured in `states`, in that order and as often."""
 
     context_tokens: int
     mode: Mode
@@ -75,16 +75,26 @@ def calibration(config: MatrixConfig) -> list[Round]:
 
 def _round(config: MatrixConfig, context: int, mode: Mode, batch: int, run: int) -> Round:
     shuffler = random.Random(f"{config.seed}/{context}/{mode}/{batch}/{run}")
-    return Round(context, mode, batch, run, _ordered(config.states, config.isolation, shuffler), config.isolation)
+    states = _ordered(config.states, config.repeats, config.isolation, shuffler)
+    return Round(context, mode, batch, run, states, config.isolation)
 
 
-def _ordered(states: tuple[State, ...], isolation: Isolation, shuffler: random.Random) -> tuple[State, ...]:
-    """Shuffled, but first a cold sample that pays for the prime, and last a restart, which changes the server."""
+def _ordered(
+    states: tuple[State, ...], repeats: int, isolation: Isolation, shuffler: random.Random
+) -> tuple[State, ...]:
+    """Shuffled, but first a cold sample that pays for the prime, and last a restart, which changes the server.
+
+    Cold and restart are measured once; the others as often as they are to be repeated, shuffled anew each time.
+    """
     first = [state for state in states if state == State.COLD and isolation == Isolation.FORK]
     last = [state for state in states if state == State.RESTART]
     between = [state for state in states if state not in first + last]
-    shuffler.shuffle(between)
-    return (*first, *between, *last)
+    order: list[State] = [*first]
+    for repeat in range(repeats):
+        again = [state for state in between if repeat == 0 or state != State.COLD]
+        shuffler.shuffle(again)
+        order += again
+    return (*order, *last)
 
 
 def _measures_pairs(config: MatrixConfig) -> bool:
@@ -98,6 +108,6 @@ def _cross_check(config: MatrixConfig, context: int) -> list[Round]:
         kinds = list(Isolation)
         shuffler.shuffle(kinds)
         for isolation in kinds:
-            states = _ordered(CROSS_CHECK_STATES, isolation, shuffler)
+            states = _ordered(CROSS_CHECK_STATES, 1, isolation, shuffler)
             rounds.append(Round(context, Mode.STREAMING, 1, run, states, isolation, Purpose.CROSS_CHECK))
     return rounds

@@ -20,12 +20,13 @@ class Preset(StrEnum):
 
 # Arguments of MatrixConfig.
 PRESETS: dict[Preset, dict[str, Any]] = {
-    # One run, streaming only: the shape of the results in minutes.
+    # One run, streaming only: the results of each size for the time of one cold prefill.
     Preset.QUICK: {
         "contexts": (1024, 4096, 8192),
         "states": AUDITED_STATES,
         "modes": (Mode.STREAMING,),
         "runs": 1,
+        "repeats": 5,
     },
     # The matrix of the audit that this benchmark began with: at each context 3 states x 2 modes x 3 runs = 18
     # scenarios, a concurrent pair of cold prefills, and pairs in every state; every warm and hot run primed anew.

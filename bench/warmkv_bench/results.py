@@ -26,7 +26,8 @@ class Sample:
         context_tokens: nominal size; `prefix_tokens` is the exact length of the prefix.
         state, mode, isolation, purpose: values of State, Mode, Isolation and Purpose.
         round_key: names the round; samples of one round are pairs for a ratio.
-        run: repetition, from 1; `batch_index` counts the requests that were released together, from 0.
+        run: repetition, from 1; `repeat` counts the samples of one state within it, from 1.
+        batch_index: counts the requests that were released together, from 0.
         page_cache: "dropped" or "not controlled" for warm-dropped, else empty.
         ttft_ms: first delta; None for a final answer, which has only one.
         itl_ms: median gap between tokens; `tpot_ms`: mean gap.
@@ -51,6 +52,7 @@ class Sample:
     isolation: str
     purpose: str
     round_key: str
+    repeat: int = 1
     page_cache: str = ""
     ttft_ms: float | None = None
     itl_ms: float | None = None

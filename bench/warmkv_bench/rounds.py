@@ -17,7 +17,7 @@ from warmkv_bench.plan import Round
 from warmkv_bench.prompts import Prompts
 from warmkv_bench.proof import answer_faults, counter_faults, expectation, prime_faults
 from warmkv_bench.results import Sample
-from warmkv_bench.samples import agree, filled, invalid
+from warmkv_bench.samples import agree, count_repeats, filled, invalid
 from warmkv_bench.states import Made, bring
 from warmkv_bench.target import Target
 
@@ -90,10 +90,10 @@ class RoundRunner:
         try:
             await run(round_, members, outcome, clock)
         except FAULTS as fault:
-            measured = {sample.state for sample in outcome.samples}
-            rest = [state for state in round_.states if state not in measured]
-            outcome.samples += self._invalid(round_, rest, str(fault))
+            measured = len(outcome.samples) // round_.batch_size
+            outcome.samples += self._invalid(round_, round_.states[measured:], str(fault))
             self._target.raise_if_dead()
+        count_repeats(outcome.samples)
         if round_.batch_size == 1:
             agree(outcome.samples)
         return outcome
@@ -112,8 +112,8 @@ class RoundRunner:
             except FAULTS as fault:
                 outcome.samples += self._invalid(round_, others, f"prime: {fault}")
                 return
-            for state in others:
-                forks = [f"{source}.{state}" for source in sources]
+            for number, state in enumerate(others):
+                forks = [f"{source}.{state}.{number}" for source in sources]
                 async with self._agents(forks, outcome):
                     begin = time.perf_counter()
                     try:
@@ -126,8 +126,8 @@ class RoundRunner:
 
     async def _run_strict(self, round_: Round, members: list[Member], outcome: Outcome, clock: _Clock) -> None:
         """Every state on agents of its own, primed from nothing."""
-        for state in round_.states:
-            names = [f"{member.name}.{state}" for member in members]
+        for number, state in enumerate(round_.states):
+            names = [f"{member.name}.{state}.{number}" for member in members]
             async with self._agents(names, outcome):
                 begin = time.perf_counter()
                 if state == State.COLD:

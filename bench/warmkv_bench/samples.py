@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
@@ -54,6 +55,14 @@ def invalid(sample: Sample, reason: str) -> Sample:
     sample.verified = False
     sample.invalid_reason = reason
     return sample
+
+
+def count_repeats(samples: Sequence[Sample]) -> None:
+    """Numbers the samples of each state and place in the batch, in the order in which they were taken."""
+    seen: Counter[tuple[str, int]] = Counter()
+    for sample in samples:
+        seen[sample.state, sample.batch_index] += 1
+        sample.repeat = seen[sample.state, sample.batch_index]
 
 
 def agree(samples: Sequence[Sample]) -> None:

@@ -109,18 +109,19 @@ def _stage(name: str) -> Callable[[Sample], float | None]:
 
 
 def _ratios(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Ratios of latencies, from samples of the same round and place in the batch."""
-    pairs: dict[tuple[int, str, int, str], dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
+    """Ratios of latencies, paired by round and place in the batch; a pair holds the medians of its repeats."""
+    wheres: dict[tuple[int, str, int, str], dict[tuple[str, int], dict[str, list[float]]]] = defaultdict(dict)
     for sample in samples:
         latency = latency_ms(sample)
         if latency is not None:
             where = (sample.context_tokens, sample.mode, sample.batch_size, sample.isolation)
-            pairs[where].setdefault((sample.round_key, sample.batch_index), {})[sample.state] = latency
+            states = wheres[where].setdefault((sample.round_key, sample.batch_index), {})
+            states.setdefault(sample.state, []).append(latency)
     found: list[dict[str, Any]] = []
-    for (context, mode, batch, isolation), by_round in pairs.items():
+    for (context, mode, batch, isolation), by_round in wheres.items():
         for above, below in RATIOS:
             both = [states for states in by_round.values() if above in states and below in states]
-            ratio = paired_ratio([states[above] for states in both], [states[below] for states in both])
+            ratio = paired_ratio([median(s[above]) for s in both], [median(s[below]) for s in both])
             if ratio is not None:
                 found.append(
                     {
@@ -138,17 +139,17 @@ def _ratios(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def _answers(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """How far the answers of one round agree with the hot one: the part of the tokens before the first difference."""
-    rounds: dict[tuple[str, int], dict[str, Sample]] = defaultdict(dict)
+    """How far the answers of one round agree with its hot one: the part of the tokens before the first difference."""
+    rounds: dict[tuple[str, int], list[Sample]] = defaultdict(list)
     for sample in samples:
-        rounds[sample.round_key, sample.batch_index][sample.state] = sample
+        rounds[sample.round_key, sample.batch_index].append(sample)
     shares: dict[tuple[int, int, str], list[float]] = defaultdict(list)
-    for states in rounds.values():
-        hot = states.get(State.HOT)
-        for state, sample in states.items():
-            if hot is not None and state != State.HOT and hot.output_ids:
+    for of_round in rounds.values():
+        hot = next((sample for sample in of_round if sample.state == State.HOT), None)
+        for sample in of_round:
+            if hot is not None and sample is not hot:
                 same = leading_agreement(sample.output_ids, hot.output_ids) / len(hot.output_ids)
-                shares[sample.context_tokens, sample.batch_size, state].append(same)
+                shares[sample.context_tokens, sample.batch_size, sample.state].append(same)
     return [
         {
             "context_tokens": context,

@@ -49,6 +49,15 @@ def test_cold_pays_first_and_a_restart_comes_last() -> None:
     assert all(order[-1] == State.RESTART for order in strict)
 
 
+def test_repeats_are_of_what_forks_make_cheap() -> None:
+    for isolation in Isolation:
+        for round_ in plan(replace(SMALL, states=tuple(State), repeats=3, isolation=isolation)):
+            counts = Counter(round_.states)
+            assert (counts[State.COLD], counts[State.RESTART]) == (1, 1)
+            assert counts[State.WARM] == counts[State.WARM_DROPPED] == counts[State.HOT] == 3
+            assert round_.states[-1] == State.RESTART
+
+
 def test_the_same_seed_gives_the_same_plan_and_another_seed_another() -> None:
     config = replace(SMALL, states=tuple(State), runs=10)
     assert plan(config) == plan(config)

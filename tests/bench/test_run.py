@@ -80,6 +80,17 @@ async def test_streamed_samples_have_gaps_and_final_ones_do_not(tmp_path: Path) 
             assert (sample.ttft_ms, sample.itl_ms, sample.tpot_ms) == (None, None, None)
 
 
+async def test_repeats_are_samples_of_one_run(tmp_path: Path) -> None:
+    good, results = await measured(tmp_path, repeats=3, batch_sizes=(2,))
+    assert good
+    for state, count in ((State.COLD, 1), (State.WARM, 3), (State.HOT, 3)):
+        for context in SMALL.contexts:
+            found = [s for s in results.samples if (s.state, s.context_tokens, s.batch_index) == (state, context, 1)]
+            assert [sample.repeat for sample in found] == list(range(1, count + 1))
+    hot_by_warm = [ratio for ratio in results.summary["ratios"] if ratio["numerator"] == State.HOT]
+    assert [ratio["n"] for ratio in hot_by_warm] == [2, 2]  # pairs of medians: one for each place in the batch
+
+
 async def test_a_page_cache_that_cannot_be_seen_is_labelled(tmp_path: Path) -> None:
     good, results = await measured(tmp_path, states=(State.COLD, State.WARM_DROPPED, State.HOT))
     assert good
