@@ -72,10 +72,13 @@ def train(plan: recipe.Plan, streams: Path, out: Path, start: Path | None = None
     except ImportError:
         cuda = False
     if cuda:
-        from .train_torch import train as run
+        from .train_torch import train as train_with_torch
+
+        train_with_torch(Shape(), plan, streams, out, start)
     else:
-        from .train_mlx import train as run
-    run(Shape(), plan, streams, out, start)
+        from .train_mlx import train as train_with_mlx
+
+        train_with_mlx(Shape(), plan, streams, out, start)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from .documents import Document
 
 _LAST_ELEMENT = 100  # the package's notes on heavier ones come from another work
+_COMMAND = re.compile(r"([A-Z ]+)\n\n\1 — ([^\n]+)")
 _CONTINENTS = {
     "AF": "Africa",
     "AN": "Antarctica",
@@ -25,12 +26,13 @@ _CONTINENTS = {
 
 @dataclass
 class Country:
-    """Names in English."""
+    """Names in English. ``well_known``: most people could be asked about it."""
 
     name: str
     capital: str
     continent: str
     currency: str
+    well_known: bool
 
 
 @dataclass
@@ -56,8 +58,15 @@ def read_countries(package: Path) -> list[Country]:
     """All countries that have a capital."""
     rows = json.loads((package / "package/countries.min.json").read_text())
     currencies = json.loads((package / "package/currencies.min.json").read_text())
+    known = frozenset(Path(__file__).with_name("known_countries.txt").read_text().splitlines())
     return [
-        Country(row["name"], row["capital"], _CONTINENTS[row["continent"]], currencies[row["currency"][0]]["name"])
+        Country(
+            name=row["name"],
+            capital=row["capital"],
+            continent=_CONTINENTS[row["continent"]],
+            currency=currencies[row["currency"][0]]["name"],
+            well_known=row["name"] in known,
+        )
         for _, row in sorted(rows.items())
         if row["capital"] and row["currency"] and row["currency"][0] in currencies
     ]
@@ -85,9 +94,8 @@ def read_calls(documents: Iterable[Document]) -> Iterator[Call]:
             continue
         if document.source == "python3.11-doc" and document.name.startswith("library/"):
             yield from _python_calls(document.text, builtins=document.name.endswith("/functions.html"))
-        elif document.source == "postgresql-doc-15" and document.name.startswith("sql-"):
-            if match := re.match(r"([A-Z ]+)\n\n\1 — ([^\n]+)", document.text):
-                yield Call(match[1], "PostgreSQL", match[2].rstrip(".") + ".")
+        elif match := document.source == "postgresql-doc-15" and _COMMAND.match(document.text):
+            yield Call(match[1], "PostgreSQL", match[2].rstrip(".") + ".")
 
 
 def _python_calls(text: str, builtins: bool) -> Iterator[Call]:

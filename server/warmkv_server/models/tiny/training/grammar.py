@@ -10,9 +10,9 @@ A file holds tables and scenes, separated by blank lines; `#` starts a comment l
     > What does it say?                         and further turns.
     < It says {pet.sound}.
 
-`{pet}` is the first column of a row drawn once for a scene, `{pet2}` of another row; `{a pet}` has its article, `{Pet}`
-a capital, `{pet}s` is the plural. `[x|y]` is a choice, `\\n` a line break, ` / ` separates alternatives. A table's columns
-are separated by `, `; inside a column `;` stands for a comma.
+`{pet}` is the first column of a row drawn once for a scene, `{pet2}` of another row; `{a pet}` has its article,
+`{Pet}` a capital, `{pet}s` is the plural. `[x|y]` is a choice, `\\n` a line break, ` / ` separates alternatives.
+A table's columns are separated by `, `; inside a column `;` stands for a comma.
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ class Grammar:
             word = ("an " if word[0] in "aeiouAEIOU" else "a ") + word
         capital = (column or name)[0].isupper() or article == "A "
         return word[0].upper() + word[1:] if capital else word
+
+
+def ask(question: str, answer: str) -> list[Message]:
+    """One turn of each side."""
+    return [("user", question), ("assistant", answer)]
 
 
 def plural(word: str) -> str:

@@ -5,66 +5,15 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-_BLOCKS = frozenset(
-    [
-        "p",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "li",
-        "dt",
-        "dd",
-        "pre",
-        "tr",
-        "table",
-        "ul",
-        "ol",
-        "dl",
-        "div",
-        "section",
-        "article",
-        "main",
-        "blockquote",
-        "br",
-    ]
+_BLOCK = re.compile(r"p|h[1-6]|li|dt|dd|pre|tr|table|ul|ol|dl|div|section|article|main|blockquote|br")
+_SKIPPED = re.compile(r"script|style|nav|header|footer|head|button|svg|form|aside|summary")
+# Class names and ids of what surrounds the text in the manuals' pages.
+_SKIPPED_NAME = re.compile(
+    r"headerlink|permalink|mark|sphinxsidebar|sidebar|related|nav(header|footer|-wrapper|-wide-wrapper)|toc|fancy_toc|"
+    r"fancy_title_menu|menu-bar|nosearch|searchmenu|api_(metadata|stability)|out-of-band|src-links|column2|rightside|"
+    r"rustdoc-toggle-hide|footer"
 )
-_SKIPPED = frozenset(
-    ["script", "style", "nav", "header", "footer", "head", "button", "svg", "form", "aside", "summary"]
-)
-_SKIPPED_NAMES = frozenset(
-    [
-        "headerlink",
-        "sphinxsidebar",
-        "related",
-        "navheader",
-        "navfooter",
-        "toc",
-        "nav-wrapper",
-        "nav-wide-wrapper",
-        "menu-bar",
-        "sidebar",
-        "fancy_title_menu",
-        "nosearch",
-        "searchmenu",
-        "fancy_toc",
-        "mark",
-        "api_metadata",
-        "api_stability",
-        "out-of-band",
-        "src-links",
-        "column2",
-        "rightside",
-        "rustdoc-toggle-hide",
-        "permalink",
-        "footer",
-    ]
-)
-_VOID = frozenset(
-    ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"]
-)
+_VOID = re.compile(r"area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr")
 
 
 class _Reader(HTMLParser):
@@ -75,15 +24,16 @@ class _Reader(HTMLParser):
         self._skip_from: int | None = None  # depth of the element whose content is skipped
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _VOID:
+        if _VOID.fullmatch(tag):
             if tag == "br":
                 self.parts.append("\n")
             return
         self._open.append(tag)
         names = f"{dict(attrs).get('class') or ''} {dict(attrs).get('id') or ''}".split()
-        if self._skip_from is None and (tag in _SKIPPED or _SKIPPED_NAMES.intersection(names)):
+        skipped = _SKIPPED.fullmatch(tag) or any(map(_SKIPPED_NAME.fullmatch, names))
+        if skipped and self._skip_from is None:
             self._skip_from = len(self._open)
-        if tag in _BLOCKS:
+        if _BLOCK.fullmatch(tag):
             self.parts.append("\n\n" if tag not in ("li", "tr", "dt", "dd") else "\n")
         if tag == "li" and self._skip_from is None:
             self.parts.append("- ")
@@ -99,7 +49,7 @@ class _Reader(HTMLParser):
                 self._skip_from = None
             if closed == tag:
                 break
-        if tag in _BLOCKS:
+        if _BLOCK.fullmatch(tag):
             self.parts.append("\n" if tag in ("li", "tr", "dt", "dd") else "\n\n")
 
     def handle_data(self, data: str) -> None:

@@ -106,7 +106,7 @@ def _rows(phase: Phase, streams: dict[str, Stream], rows: int, rng: np.random.Ge
 
 
 def _row(stream: Stream, name: str, length: int, rng: np.random.Generator) -> npt.NDArray[np.uint16]:
-    """Documents are cut anywhere, conversations begin where they begin. Every row starts with BOS, as every context does."""
+    """Documents are cut anywhere, conversations begin where they begin. Like every context, a row starts with BOS."""
     if name in ("documents", "shelves"):
         start = int(rng.integers(len(stream.tokens)))
     else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 from .collect import Collection
-from .grammar import Grammar, Message, Table, read_grammar
-from .topics import FACTS, TOPICS, ask, passage
+from .grammar import Grammar, Message, Table, ask, read_grammar
+from .topic_reading import passage
+from .topics import FACTS, TOPICS, Topics
 
 _TEXTS = Path(__file__).parent / "texts"
 _SYSTEMS = (
@@ -23,9 +23,6 @@ _SYSTEMS = (
 )
 _SCENE_SHARE = 0.55  # of a conversation's parts; the others come from TOPICS
 _STORY_SHARE = 0.2  # of the scenes
-
-
-Topics = dict[Callable[[Collection, Random], list[Message]], int]
 
 
 class Talks:
@@ -133,91 +130,12 @@ def _as_typed(text: str, rng: Random) -> str:
 
 def _widen(grammar: Grammar, data: Collection) -> None:
     """Add names and numbers that mean nothing, so that the model learns to copy what it has never seen."""
-    rng = Random("names")
-    heads = [
-        "Ba",
-        "Be",
-        "Bra",
-        "Ca",
-        "Da",
-        "De",
-        "Do",
-        "Fa",
-        "Fe",
-        "Ga",
-        "Gre",
-        "Ha",
-        "He",
-        "Jo",
-        "Ka",
-        "Ki",
-        "La",
-        "Le",
-        "Lo",
-        "Ma",
-        "Me",
-        "Mi",
-        "Na",
-        "No",
-        "Pa",
-        "Pe",
-        "Qua",
-        "Ra",
-        "Ro",
-        "Sa",
-        "Se",
-        "Ta",
-        "Te",
-        "Tri",
-        "U",
-        "Va",
-        "Wa",
-        "Ya",
-        "Za",
-        "Ze",
-    ]
-    tails = [
-        "bel",
-        "bin",
-        "dan",
-        "dor",
-        "fin",
-        "gan",
-        "kin",
-        "la",
-        "lan",
-        "len",
-        "lia",
-        "lin",
-        "lo",
-        "lon",
-        "mar",
-        "mer",
-        "mi",
-        "na",
-        "nel",
-        "nia",
-        "nor",
-        "ra",
-        "ran",
-        "rik",
-        "ro",
-        "sen",
-        "ta",
-        "tan",
-        "tin",
-        "vel",
-        "via",
-        "vin",
-        "zo",
-    ]
+    rng, tables = Random("names"), grammar.tables
+    heads, tails = ([row[0] for row in tables[part].rows] for part in ("name_head", "name_tail"))
     made = ["".join([rng.choice(heads), *rng.sample(tails, rng.randint(1, 2))]) for _ in range(600)]
-    grammar.tables["name"].rows += [[name] for name in made[:400]]
-    grammar.tables["petname"].rows += [[name] for name in made[400:]]
-    grammar.tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]
-    nouns = [
-        w.word for w in data.words if w.part == "noun" and w.meaning.startswith(("a ", "an ")) and " " not in w.word
-    ]
-    grammar.tables["item"] = Table(
-        ["item"], grammar.tables["thing"].rows + [[noun] for noun in rng.sample(nouns, 1500)]
-    )
+    tables["name"].rows += [[name] for name in made[:400]]
+    tables["petname"].rows += [[name] for name in made[400:]]
+    tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]
+    nouns = [word.word for word in data.words if word.part == "noun" and word.meaning.startswith(("a ", "an "))]
+    single = [noun for noun in nouns if " " not in noun]
+    tables["item"] = Table(["item"], tables["thing"].rows + [[noun] for noun in rng.sample(single, 1500)])

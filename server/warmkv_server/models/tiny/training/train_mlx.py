@@ -7,18 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import warmkv_server.blas  # loads the fast BLAS, which has to come before MLX
+import mlx.core as mx
+import numpy as np
+from mlx import nn, optimizers
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx_lm.models import llama
 
-warmkv_server.blas.preload()
-
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-from mlx import optimizers  # noqa: E402
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
-
-from .recipe import Plan  # noqa: E402
-from .shape import Shape  # noqa: E402
+from .recipe import Plan
+from .shape import Shape
 
 
 def train(
@@ -31,15 +27,17 @@ def train(
     mx.random.seed(plan.seed)
     model = initial_model(shape)
     if start:
-        model.load_weights([(name, w.astype(mx.float32)) for name, w in mx.load(str(start)).items()])
+        model.load_weights(str(start))
+        model.update(tree_map(lambda weight: weight.astype(mx.float32), model.parameters()))
     muon = _Muon(plan.matrix_rate, plan.momentum, weight_decay=plan.matrix_decay)
     adam = optimizers.AdamW(plan.vector_rate, list(plan.betas), weight_decay=0.0, bias_correction=True)
     optimizer = optimizers.MultiOptimizer([muon, adam], [lambda name, w: w.ndim == 2 and "embed" not in name])
-    loss_and_gradients = nn.value_and_grad(model, loss)
+    loss_and_gradients = nn.utils.value_and_grad(model, loss)
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step_on(tokens: mx.array) -> mx.array:
+        value: mx.array
         value, gradients = loss_and_gradients(model, tokens)
         gradients, _ = optimizers.clip_grad_norm(gradients, plan.clip)
         optimizer.update(model, gradients)
@@ -52,7 +50,7 @@ def train(
         adam.learning_rate = plan.vector_rate * plan.rate_at(step)
         value = step_on(mx.array(batch))
         mx.eval(state, value)
-        losses.append(value.item())
+        losses.append(float(np.array(value)))
         if step % 100 == 0 or step == plan.steps - 1:
             log(f"step {step}/{plan.steps} length {batch.shape[1] - 1} loss {losses[-1]:.4f} "
                 f"{time.monotonic() - started:.0f} s")  # fmt: skip
@@ -65,9 +63,10 @@ class _Muon(optimizers.Muon):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         decay, self.weight_decay = self.weight_decay, 0.0
-        updated = super().apply_single(gradient, parameter, state)
+        updated: mx.array = super().apply_single(gradient, parameter, state)
         self.weight_decay = decay
-        return updated - self.learning_rate * decay * parameter
+        shrunk: mx.array = self.learning_rate * decay * parameter
+        return updated - shrunk
 
 
 def initial_model(shape: Shape) -> llama.Model:

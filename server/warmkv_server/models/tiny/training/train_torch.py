@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from .recipe import Plan
 from .shape import Shape
@@ -94,20 +93,20 @@ def read_weights(path: Path, device: str) -> Weights:
 def loss(weights: Weights, tokens: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Mean negative log-likelihood in nats of ``tokens[:, 1:]``; ``tokens`` is ``(rows, length + 1)``."""
     logits = forward(weights, tokens[:, :-1], shape)
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    return functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def forward(weights: Weights, tokens: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Logits ``(rows, length, vocab)``."""
     rows, length = tokens.shape
     cos, sin = _rotations(length, shape, tokens.device)
-    x = F.embedding(tokens, weights["model.embed_tokens.weight"])
+    x = functional.embedding(tokens, weights["model.embed_tokens.weight"])
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.rms_norm(x.float(), (shape.hidden,), weights[name], shape.norm_eps)
+        return functional.rms_norm(x.float(), (shape.hidden,), weights[name], shape.norm_eps)
 
     def heads(x: torch.Tensor, name: str, count: int) -> torch.Tensor:
-        return F.linear(x, weights[name]).view(rows, length, count, shape.head_dim).transpose(1, 2)
+        return functional.linear(x, weights[name]).view(rows, length, count, shape.head_dim).transpose(1, 2)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         a, b = x.float().chunk(2, dim=-1)
@@ -121,13 +120,13 @@ def forward(weights: Weights, tokens: torch.Tensor, shape: Shape) -> torch.Tenso
         v = heads(h, f"{prefix}.self_attn.v_proj.weight", shape.kv_heads)
         repeat = shape.heads // shape.kv_heads
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + F.linear(attended, weights[f"{prefix}.self_attn.o_proj.weight"])
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + functional.linear(attended, weights[f"{prefix}.self_attn.o_proj.weight"])
         h = norm(x, f"{prefix}.post_attention_layernorm.weight")
-        gated = F.silu(F.linear(h, weights[f"{prefix}.mlp.gate_proj.weight"]))
-        h = gated * F.linear(h, weights[f"{prefix}.mlp.up_proj.weight"])
-        x = x + F.linear(h, weights[f"{prefix}.mlp.down_proj.weight"])
-    return F.linear(norm(x, "model.norm.weight"), weights["model.embed_tokens.weight"])
+        gated = functional.silu(functional.linear(h, weights[f"{prefix}.mlp.gate_proj.weight"]))
+        h = gated * functional.linear(h, weights[f"{prefix}.mlp.up_proj.weight"])
+        x = x + functional.linear(h, weights[f"{prefix}.mlp.down_proj.weight"])
+    return functional.linear(norm(x, "model.norm.weight"), weights["model.embed_tokens.weight"])
 
 
 def _rotations(length: int, shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,16 +134,3 @@ def _rotations(length: int, shape: Shape, device: torch.device) -> tuple[torch.T
     half = torch.arange(0, shape.head_dim, 2, device=device, dtype=torch.float32) / shape.head_dim
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * shape.rope_theta**-half
     return angles.cos(), angles.sin()
-
-
-@torch.no_grad()
-def mean_loss(weights: Weights, tokens: np.ndarray, shape: Shape, length: int) -> float:
-    """Nats per token over a stream cut into rows of ``length``."""
-    count = (len(tokens) - 1) // length
-    rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:count]
-    total = 0.0
-    for start in range(0, count, 64):
-        part = torch.from_numpy(rows[start : start + 64].astype(np.int64)).cuda()
-        with torch.autocast("cuda", torch.bfloat16):
-            total += loss(weights, part, shape).item() * len(part)
-    return total / count
