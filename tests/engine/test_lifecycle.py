@@ -22,7 +22,7 @@ from tests.engine.runs import (
     running,
 )
 from tests.engine.spans import grown, needed
-from warmkv_server.engine.engine import STREAM_EVENTS, Engine, Handle
+from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.types import Answer, Delta, Event, Finish, Finished, Job, Progress, Started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -174,6 +174,30 @@ async def test_a_long_prefill_and_a_long_answer_do_not_wait_for_each_other(engin
     assert first("short", Finished) < first("prefilling", Delta)
 
 
+async def test_short_prompts_do_not_starve_a_long_one(engine: Engine) -> None:
+    """Each of them has less left than it, always; together they have twice as much."""
+    long = engine.submit(job_of(prompt_of(LONG), 1))
+    short = [engine.submit(job_of(prompt_of(3 * CHUNK + 1), 1)) for _ in range(2 * LONG // (3 * CHUNK))]
+    await outcome(long)
+    assert any(handle.phase != "done" for handle in short)
+    await asyncio.gather(*(outcome(handle) for handle in short))
+
+
+async def test_long_answers_that_overlap_leave_whole_contexts(engine: Engine, solo: Solo) -> None:
+    """Their words are gathered along the way, for rows that come and go in between."""
+    first = engine.submit(job_of(prompt_of(40), 150))
+    await until(first, Delta, count=50)
+    second = engine.submit(job_of(prompt_of(90, seed=1), 100))
+    for prompt, handle in ((prompt_of(90, seed=1), second), (prompt_of(40), first)):
+        finished = (await outcome(handle)).finished
+        tokens = [*prompt, *finished.completion]
+        check_growth(finished.growth, 0, len(tokens))
+        spans = grown([finished.growth], len(tokens))
+        more = [*tokens, *prompt_of(4, seed=2)]
+        got = await outcome(engine.submit(after(more, spans, len(tokens), Answer(max_tokens=5, ignore_eos=True))))
+        check_greedy(got.tokens, solo.answer(more, 5))
+
+
 async def test_waiting_jobs_run_in_order_of_arrival(narrow: Engine) -> None:
     ended: list[int] = []
 
@@ -186,17 +210,20 @@ async def test_waiting_jobs_run_in_order_of_arrival(narrow: Engine) -> None:
     assert ended == list(range(6))
 
 
-async def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(engine: Engine) -> None:
-    answer = 2 * STREAM_EVENTS + 50
+async def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, answer = 20, 60
+    monkeypatch.setattr("warmkv_server.engine.engine.STREAM_EVENTS", held)
     slow = engine.submit(job_of(prompt_of(30), answer, top_logprobs=1))
     await until(slow, Delta)
     other = await outcome(engine.submit(job_of(prompt_of(31), answer)))  # as long, and begun later
     assert len(other.tokens) == answer
     assert slow.phase == "done"
     got = await outcome(slow)
-    assert len(got.events) <= STREAM_EVENTS + 1
-    assert tuple(got.tokens)[-100:] == got.finished.completion[-100:]
-    assert len(got.tokens) == len(got.finished.completion) - 1  # the first was read before
+    assert len(got.events) <= held + 1
+    assert len(got.finished.completion) == answer
+    assert tuple(got.tokens) == got.finished.completion[1:]  # the first was read before
     assert [each.token_id for each in got.logprobs] == got.tokens
     text = (await outcome(engine.submit(job_of(prompt_of(30), answer)))).text
     assert text.endswith(got.text)

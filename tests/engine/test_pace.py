@@ -1,0 +1,56 @@
+"""Prefill chunks shrink to what decoders can wait for, and only for them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from warmkv_server.engine.pace import SMALLEST, Pace
+
+
+def learned(pace: Pace, seconds_a_token: float, seconds_a_prefix_token: float = 0.0) -> Pace:
+    """After a few chunks on a machine with these costs."""
+    for prefix in range(0, 20 * pace.chunk, pace.chunk):
+        pace.record(pace.chunk, prefix, pace.chunk * (seconds_a_token + seconds_a_prefix_token * prefix))
+    return pace
+
+
+@given(seconds=st.floats(1e-6, 1.0), prefix=st.integers(0, 100_000))
+def test_nobody_waiting_means_whole_chunks(seconds: float, prefix: int) -> None:
+    assert learned(Pace(256, gap=0.1), seconds).tokens(prefix, decoding=False) == 256
+
+
+def test_before_anything_is_known_chunks_are_whole() -> None:
+    assert Pace(256, gap=0.1).tokens(1000, decoding=True) == 256
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_token", "tokens"), [(0.1 / 256 * 0.99, 256), (0.1 / 256 * 1.01, 128), (0.1 / 40, 32), (1.0, SMALLEST)]
+)
+def test_the_chunk_is_halved_until_it_fits(seconds_a_token: float, tokens: int) -> None:
+    assert learned(Pace(256, gap=0.1), seconds_a_token).tokens(0, decoding=True) == tokens
+
+
+def test_a_long_prefix_makes_chunks_smaller() -> None:
+    pace = learned(Pace(256, gap=0.1), 1e-4, 1e-8)
+    sizes = [pace.tokens(prefix, decoding=True) for prefix in (0, 20_000, 60_000, 200_000)]
+    assert sizes == [256, 256, 128, 32]
+    for prefix in (100, 5_000, 80_000):
+        assert pace.predict(64, prefix) == pytest.approx(64 * (1e-4 + 1e-8 * prefix), rel=1e-3)
+
+
+def test_what_a_machine_did_lately_counts_more() -> None:
+    pace = learned(learned(Pace(256, gap=0.1), 1e-5), 1e-2)
+    assert pace.predict(10, 1000) == pytest.approx(0.1, rel=0.25)
+    pace = learned(pace, 1e-5)
+    assert pace.predict(10, 1000) < 0.02
+
+
+@given(st.lists(st.tuples(st.integers(1, 2048), st.integers(0, 10**6), st.floats(0, 100)), max_size=20))
+def test_no_history_gives_a_negative_time_or_no_chunk(chunks: list[tuple[int, int, float]]) -> None:
+    pace = Pace(256, gap=0.1)
+    for tokens, prefix, seconds in chunks:
+        pace.record(tokens, prefix, seconds)
+    assert pace.predict(256, 5000) >= 0
+    assert SMALLEST <= pace.tokens(5000, decoding=True) <= 256
