@@ -103,7 +103,7 @@ def grow(layout: KVLayout, tokens: TokenIds, start: int, snapshots: Sequence[int
     states = {
         length: {spec.name: made(spec, tokens, 0, length) for spec in layout.of_kind(PartKind.STATE)}
         for length in {*snapshots, end}
-        if layout.has_state and length > start
+        if layout.has_state and start < length <= end
     }
     return Growth(start, end - start, tensors, states)
 

@@ -104,13 +104,17 @@ class Store:
     async def close(self) -> None:
         """Wait for what is in flight, then let go of the directory."""
         await self._upkeep.close()
+        await self.settled()
+        await self._core.journal.close()
+        self._core.shutdown()
+        self._lock.release()
+
+    async def settled(self) -> None:
+        """Wait for everything in flight, collection included."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._loader.idle()
         await self._collector.idle()
-        await self._core.journal.close()
-        self._core.shutdown()
-        self._lock.release()
 
     # Looking
 

@@ -1,0 +1,271 @@
+"""The store against a dictionary: whatever happens to it and to its files, no agent is lost and no word is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import tempfile
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
+from tests.kv.words import LAYOUTS, context
+from warmkv_server.kv.index import common_length
+from warmkv_server.kv.records import TokenIds
+from warmkv_server.kv.types import KVLayout, PartKind
+
+T = TypeVar("T")
+
+AGENTS = st.sampled_from(["a", "b", "c", "d"])
+RAM_DISK = Path("/dev/shm")
+# Contexts that have long prefixes in common: each piece is the beginning of one of three streams of tokens.
+PIECES = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400)), min_size=1, max_size=3)
+
+
+def tokens_of(pieces: list[tuple[int, int]]) -> TokenIds:
+    return context(*[(np.arange(count) * 7 + stream * 1000).tolist() for stream, count in pieces])
+
+
+@dataclass
+class Known:
+    """What an agent must be."""
+
+    tokens: TokenIds
+    revision: int
+    foreign: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    layout: KVLayout
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.folder = Path(tempfile.mkdtemp(prefix="warmkv-", dir=RAM_DISK if RAM_DISK.is_dir() else None))
+        self.data = self.folder / "0"
+        self.driver: Driver | None = None
+        self.agents: dict[str, Known] = {}
+        self.damaged = False
+        self.fingerprint = FINGERPRINT
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)
+
+    @property
+    def d(self) -> Driver:
+        assert self.driver is not None
+        return self.driver
+
+    def start(self) -> None:
+        self.driver = self.run(Driver.open(self.data, self.layout, self.fingerprint, hot_bytes=400_000))
+
+    @initialize()
+    def open(self) -> None:
+        self.start()
+
+    def teardown(self) -> None:
+        if self.driver is not None:
+            self.run(self.driver.close())
+        self.loop.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # What clients do
+
+    @rule(agent=AGENTS, pieces=PIECES, keep=st.booleans())
+    def replace(self, agent: str, pieces: list[tuple[int, int]], keep: bool) -> None:
+        tokens = tokens_of(pieces)
+        keeping = {len(tokens) - 1, len(tokens)} - {0} if keep else set()
+        self.put(agent, tokens, answer=False, keep=keeping)
+
+    @rule(agent=AGENTS, pieces=PIECES)
+    def go_on(self, agent: str, pieces: list[tuple[int, int]]) -> None:
+        before = self.agents[agent].tokens.tolist() if agent in self.agents else []
+        self.put(agent, context(before, tokens_of(pieces).tolist()), answer=True, keep=set())
+
+    @rule(agent=AGENTS, cut=st.integers(1, 300))
+    @precondition(lambda self: self.agents)
+    def cut(self, agent: str, cut: int) -> None:
+        if agent in self.agents and len(self.agents[agent].tokens) > cut:
+            self.put(agent, self.agents[agent].tokens[:-cut], answer=False, keep=set())
+
+    def put(self, agent: str, tokens: TokenIds, *, answer: bool, keep: set[int]) -> None:
+        known = self.agents.get(agent)
+        reuse, committed = self.run(self.d.put(agent, tokens, answer=answer, keep=keep))
+        assert committed.persisted
+        own = known is not None and not known.foreign
+        if own and known is not None and not self.damaged and not self.layout.window and not self.layout.has_state:
+            common = min(common_length(known.tokens, tokens), len(tokens) - answer)
+            assert reuse.length >= common
+        changed = known is None or not np.array_equal(known.tokens, tokens)
+        revision = (known.revision if known is not None else 0) + changed
+        assert committed.agent.revision == revision
+        self.agents[agent] = Known(tokens, revision, labels=known.labels if known is not None else {})
+
+    @rule(source=AGENTS, fork=AGENTS)
+    def fork_agent(self, source: str, fork: str) -> None:
+        if source in self.agents and fork not in self.agents:
+            self.run(self.d.store.fork(TENANT, source, fork))
+            known = self.agents[source]
+            self.agents[fork] = Known(known.tokens, 1, known.foreign, known.labels)
+
+    @rule(agent=AGENTS)
+    def evict(self, agent: str) -> None:
+        if agent in self.agents:
+            self.run(self.d.store.evict(TENANT, agent))
+
+    @rule(agent=AGENTS)
+    def delete(self, agent: str) -> None:
+        existed = self.run(self.d.store.delete(TENANT, agent))
+        assert existed == (agent in self.agents)
+        self.agents.pop(agent, None)
+
+    @rule(agent=AGENTS, value=st.text("xyz", max_size=2), pinned=st.booleans())
+    def update(self, agent: str, value: str, pinned: bool) -> None:
+        if agent in self.agents:
+            self.run(self.d.store.update(TENANT, agent, labels={"k": value}, pinned=pinned))
+            self.agents[agent].labels = {"k": value}
+
+    @rule(agent=AGENTS, pieces=PIECES)
+    def look(self, agent: str, pieces: list[tuple[int, int]]) -> None:
+        tokens = tokens_of(pieces)
+        self.run(self.d.reuse(agent, tokens))
+        self.run(self.d.reuse("", tokens, limit=len(tokens) - 1))
+
+    @rule(agent=AGENTS, pieces=PIECES)
+    def delete_while_committing(self, agent: str, pieces: list[tuple[int, int]]) -> None:
+        before = self.agents[agent].tokens.tolist() if agent in self.agents else []
+        tokens = context(before, tokens_of(pieces).tolist())
+
+        async def both() -> None:
+            await asyncio.gather(
+                self.d.put(agent, tokens), self.d.store.delete(TENANT, agent), return_exceptions=True
+            )
+            # A delete that came before the agent was there has found nothing to delete.
+            await self.d.store.delete(TENANT, agent)
+
+        self.run(both())
+        self.agents.pop(agent, None)
+
+    # What happens to servers
+
+    @rule()
+    def restart(self) -> None:
+        self.run(self.d.close())
+        self.start()
+
+    @rule()
+    def crash(self) -> None:
+        """Go on from a copy of the files as they are now, without any of the orderly end."""
+        number = int(self.data.name) + 1
+        copy = self.folder / str(number)
+        shutil.copytree(self.data, copy)
+        self.run(self.d.close())
+        shutil.rmtree(self.data)
+        self.data = copy
+        self.start()
+
+    @rule()
+    def change_model(self) -> None:
+        self.run(self.d.close())
+        self.fingerprint = OTHER_MODEL if self.fingerprint is FINGERPRINT else FINGERPRINT
+        for known in self.agents.values():
+            known.foreign = not known.foreign
+        self.start()
+
+    # What happens to files
+
+    @rule(seed=st.integers(0, 2**32), how=st.sampled_from(["flip", "cut", "lose", "swap", "header", "empty"]))
+    def damage(self, seed: int, how: str) -> None:
+        rng = random.Random(seed)
+        files = sorted(p for p in self.data.glob("blocks/*/*.safetensors") if p.stat().st_size)
+        if not files:
+            return
+        self.damaged = True
+        path = rng.choice(files)
+        content = bytearray(path.read_bytes())
+        match how:
+            case "flip":
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+                path.write_bytes(content)
+            case "cut":
+                path.write_bytes(content[: rng.randrange(len(content))])
+            case "lose":
+                path.unlink()
+            case "swap":
+                path.write_bytes(rng.choice(files).read_bytes())
+            case "header":
+                path.write_bytes(rng.randbytes(64) + content[64:])
+            case "empty":
+                path.write_bytes(b"")
+        if rng.random() < 0.5:
+            for agent in self.agents:
+                self.run(self.d.store.evict(TENANT, agent))
+
+    @invariant()
+    def agents_are_known(self) -> None:
+        if self.driver is None:
+            return
+        listed = list(self.d.store.agents(TENANT))
+        assert [record.agent_id for record in listed] == sorted(self.agents)
+        for record in listed:
+            known = self.agents[record.agent_id]
+            assert record.durable
+            assert record.revision == known.revision
+            assert record.fingerprint_ok == (not known.foreign)
+            assert record.labels == known.labels
+            assert np.array_equal(self.d.store.tokens(TENANT, record.agent_id), known.tokens)
+
+    @invariant()
+    def books_are_balanced(self) -> None:
+        if self.driver is None:
+            return
+        self.run(self.d.store.settled())
+        core = self.d.store._core
+        agents = list(core.index.agents.values())
+        for node in core.index.nodes.values():
+            assert node.refs == sum(node in set(agent.all_nodes()) for agent in agents) > 0
+            assert node.pins == 0
+            assert node.window_refs == sum(node in agent.windowed for agent in agents)
+            assert node.saved
+            assert not node.dirty
+        assert core.block_bytes == sum(node.disk_bytes for node in core.index.nodes.values())
+        assert core.hot.nbytes == sum(core.hot.bytes_of(node) for node in core.index.nodes.values())
+        assert not core.hot.unsaved_bytes
+        names = {path.name for path in self.data.glob("blocks/*/*")}
+        expected = {core.path(n, k).name for n in core.index.nodes.values() for k in n.parts}
+        assert names <= expected
+        if not self.damaged:
+            assert names == expected
+            for agent in agents:
+                assert all(PartKind.APPEND in node.parts for node in agent.nodes)
+
+
+def machine(name: str) -> type[StoreMachine]:
+    return type(f"Store_{name}", (StoreMachine,), {"layout": LAYOUTS[name]})
+
+
+_SETTINGS = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+
+TestAppend = machine("append").TestCase
+TestAppend.settings = _SETTINGS
+TestWindow = machine("window").TestCase
+TestWindow.settings = _SETTINGS
+TestSmallWindow = machine("small_window").TestCase
+TestSmallWindow.settings = _SETTINGS
+TestHybrid = machine("hybrid").TestCase
+TestHybrid.settings = _SETTINGS
+TestRecurrent = machine("recurrent").TestCase
+TestRecurrent.settings = _SETTINGS
+TestEverything = machine("everything").TestCase
+TestEverything.settings = _SETTINGS
