@@ -84,6 +84,7 @@ async def _load_engine(settings: Settings) -> Engine:
             "no fast BLAS was found: this CPU computes tens of times slower than it could; "
             "install the `cpu` extra of warmkv, or the system's OpenBLAS"
         )
+    log.info("loading %s", settings.model)
     began = time.perf_counter()
     engine = await Engine.start(
         EngineSettings(

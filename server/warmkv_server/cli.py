@@ -58,11 +58,11 @@ def serve(**flags: Any) -> None:
     """Serve a model. Each option can also be set in the environment, such as WARMKV_PORT for --port."""
     # gRPC's own log tells operators nothing that isn't said better here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from warmkv_server.app import serve as run
-
     try:
         settings = Settings.read({name: value for name, value in flags.items() if value is not None})
         _log_to_stderr(settings.log_level)
+        from warmkv_server.app import serve as run
+
         asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))

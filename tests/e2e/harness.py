@@ -232,6 +232,12 @@ class Client:
     def stats(self) -> v1.GetServerStatsResponse:
         return self.server.GetServerStats(v1.GetServerStatsRequest(), timeout=RPC_SECONDS, metadata=self.metadata)
 
+    def call(self, path: str, data: bytes, streaming: bool = False) -> Any:
+        """Send bytes as they are."""
+        channel: Any = self.channel
+        make = channel.unary_stream if streaming else channel.unary_unary
+        return make(path)(data, timeout=RPC_SECONDS, metadata=self.metadata)
+
     def health_of(self, service: str = "") -> str:
         request = health_pb2.HealthCheckRequest(service=service)
         answer = self.health.Check(request, timeout=RPC_SECONDS)  # type: ignore[attr-defined]

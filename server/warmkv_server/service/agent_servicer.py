@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warmkv.v1 import agent_service_pb2 as pb
+from warmkv_server.agents.types import GenerateFinished
 from warmkv_server.errors import InvalidField
 from warmkv_server.kv.store import AgentRecord
 from warmkv_server.service import convert, validate
@@ -45,6 +46,8 @@ class AgentServicer:
         run = await call.agents.generate(wanted)
         with run.watch() as events:
             async for event in events:
+                if isinstance(event, GenerateFinished):
+                    self.metrics.answered(event)
                 await call.send(convert.generate_response(event))
 
     async def fork_agent(self, request: pb.ForkAgentRequest, call: Call) -> pb.ForkAgentResponse:

@@ -76,8 +76,8 @@ def _bad_request(violations: tuple[errors.Violation, ...], room: int) -> error_d
     for number, violation in enumerate(violations):
         bad.field_violations.add(field=_cut(violation.field, 120), description=_cut(violation.description, 200))
         if bad.ByteSize() > room:
-            bad.field_violations[-1].field = _cut(violation.field, 20)
-            bad.field_violations[-1].description = f"and {len(violations) - number - 1} fields more are wrong"
+            bad.field_violations[-1].field = "…"
+            bad.field_violations[-1].description = f"{len(violations) - number} more fields are wrong"
             break
     return bad
 

@@ -169,9 +169,7 @@ def _content(faults: Faults, content: pb.Content, vocab_size: int) -> None:
 
 
 def _ttl(faults: Faults, field: str, ttl: Duration) -> None:
-    good = (
-        0 <= ttl.nanos < 1_000_000_000 and 0 < ttl.seconds * 1_000_000_000 + ttl.nanos <= _LONGEST_TTL * 1_000_000_000
-    )
+    good = 0 <= ttl.nanos < _SECOND and 0 < ttl.seconds * _SECOND + ttl.nanos <= _LONGEST_TTL
     faults.need(good, field, "must be above zero and at most a hundred years")
 
 

@@ -1,0 +1,361 @@
+"""Starting, health, reflection, who may call, metrics, and stopping."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from tests.e2e.harness import (
+    WARMKV,
+    Answer,
+    Client,
+    Server,
+    clean_environment,
+    refusal_of,
+    refused,
+    serving,
+    some_tokens,
+    text,
+    token_ids,
+)
+from tests.e2e.test_order import read_deltas
+from warmkv import v1
+
+TLS = Path(__file__).parent / "tls"
+SERVICES = ("", "warmkv.v1.AgentService", "warmkv.v1.ServerService")
+
+
+def run_warmkv(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [WARMKV, *arguments],
+        env={**clean_environment(), **environment},
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """What an operator did wrong, on one line, and nothing else."""
+    lines = [line for line in result.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
+    assert result.returncode == 2, result
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("warmkv: ")
+    for word in words:
+        assert word in lines[0]
+    assert result.stdout == ""
+
+
+# Health and reflection
+
+
+def test_health_says_serving_for_all_and_each(client: Client, server: Server) -> None:
+    assert [client.health_of(service) for service in SERVICES] == ["SERVING"] * 3
+    assert run_warmkv("health", "--target", server.address).returncode == 0
+    assert run_warmkv("health", "--target", "127.0.0.1:1", "--seconds", "2").returncode == 1
+
+
+def test_reflection_tells_services_and_messages(client: Client) -> None:
+    database = ProtoReflectionDescriptorDatabase(client.channel)
+    assert {*SERVICES[1:], "grpc.health.v1.Health"} <= set(database.get_services())
+    file = database.FindFileContainingSymbol("warmkv.v1.AgentService")
+    assert "GenerateRequest" in {message.name for message in file.message_type}
+
+
+def test_reflection_v1_tells_the_same(client: Client) -> None:
+    ask = client.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    (answer,) = ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    assert set(SERVICES[1:]) <= {service.name for service in answer.list_services_response.service}
+
+
+def test_info_tells_what_is_served(client: Client) -> None:
+    info = client.info()
+    assert (info.model_id, info.model_kind) == ("builtin:tiny", v1.MODEL_KIND_BUILTIN)
+    assert (info.context_limit, info.kv_bits, info.kv_group_size) == (32768, 4, 64)
+    assert info.weights_digest
+    assert info.fingerprint
+    assert info.device
+    assert len(info.layers) >= 2
+    assert {layer.cache_kind for layer in info.layers} == {v1.CACHE_KIND_APPEND_ONLY}
+    assert {(layer.key_dim, layer.value_dim) for layer in info.layers} == {(64, 64)}
+    assert info.kv_bytes_per_token > 0
+    assert info.hot_bytes_limit > 0
+    assert info.durability == v1.DURABILITY_FULL
+    assert {"warmkv", "mlx", "mlx-lm", "grpcio", "protobuf", "python", "block-format"} <= set(info.versions)
+    assert info.default_max_tokens == 256
+
+
+# Starting
+
+
+def test_a_port_that_is_taken(server: Server, tmp_path: Path) -> None:
+    port = server.address.rpartition(":")[2]
+    result = run_warmkv("serve", "--port", port, "--data-dir", tmp_path)
+    assert_one_sentence(result, port, "Address already in use", "--port")
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "builtin:huge", "random:triangle", "{tmp}"])
+def test_a_model_that_is_not_there(tmp_path: Path, model: str) -> None:
+    result = run_warmkv("serve", "--port", "0", "--data-dir", tmp_path / "data", "--model", model.format(tmp=tmp_path))
+    assert_one_sentence(result)
+
+
+def test_a_data_folder_that_another_server_has(server: Server) -> None:
+    result = run_warmkv("serve", "--port", "0", "--data-dir", server.data_dir)
+    assert_one_sentence(result, str(server.data_dir))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "word"),
+    [
+        (["--kv-bits", "5"], {}, "--kv-bits"),
+        (["--port", "70000"], {}, "--port"),
+        ([], {"WARMKV_HOT_BYTES": "much"}, "WARMKV_HOT_BYTES"),
+        (["--prefill-chunk", "100"], {}, "--prefill-chunk"),
+        (["--host", "0.0.0.0"], {}, "--insecure-bind"),
+        (["--tls-cert", "x"], {}, "--tls-key"),
+        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], {}, "/no/cert"),
+        (["--token-file", "/no/tokens"], {}, "/no/tokens"),
+        (["--context-limit", "1000000"], {}, "--context-limit"),
+        (["--host", "no such host"], {}, "no such host"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_a_setting_that_is_wrong(tmp_path: Path, arguments: list[str], environment: dict[str, str], word: str) -> None:
+    result = run_warmkv("serve", "--port", "0", "--data-dir", tmp_path, *arguments, **environment)
+    assert_one_sentence(result, word)
+
+
+def test_a_token_file_that_is_wrong(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    for content, word in (("", "no token"), ("one\n", "line 1"), ("a b\n\na b c d # no\n", "line 3")):
+        tokens.write_text(content)
+        result = run_warmkv("serve", "--port", "0", "--data-dir", tmp_path / "data", "--token-file", tokens)
+        assert_one_sentence(result, word)
+
+
+def test_while_the_model_loads(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # The last --port counts. The larger model takes long enough to be seen loading.
+    server = Server(tmp_path / "data", "--port", address.rpartition(":")[2], "--model", "random:llama-100m", wait=False)
+    try:
+        reconnect = [("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 20)]
+        with Client(address, options=reconnect) as client:
+            grpc.channel_ready_future(client.channel).result(timeout=60)
+            assert [client.health_of(service) for service in SERVICES] == ["NOT_SERVING"] * 3
+            with refused(grpc.StatusCode.UNAVAILABLE, "LOADING") as refusals:
+                client.list()
+            assert refusals[0].retry_seconds == 1.0
+            assert server.listening() == address
+            assert client.health_of() == "SERVING"
+            assert client.info().model_kind == v1.MODEL_KIND_RANDOM
+    finally:
+        server.kill()
+
+
+def test_sigterm_while_the_model_loads(tmp_path: Path) -> None:
+    server = Server(tmp_path / "data", "--model", "random:llama-100m", wait=False)
+    while "loading" not in server.log_text():
+        assert server.process.poll() is None
+        time.sleep(0.01)
+    assert server.terminate() == 0
+
+
+# Stopping
+
+
+def test_sigterm_lets_streams_end_and_commits_them(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as (server, client):
+        stream = client.stream("a", token_ids(some_tokens(50)), max_tokens=150, ignore_eos=True)
+        head = read_deltas(stream, 3)
+        server.signal(signal.SIGTERM)
+        while client.health_of() == "SERVING":
+            pass
+        assert client.health_of("warmkv.v1.AgentService") == "NOT_SERVING"
+        with refused(grpc.StatusCode.UNAVAILABLE, "DRAINING") as refusals:
+            client.list()
+        assert refusals[0].retry_seconds
+        rest = Answer(list(stream))
+        assert len(head) + len(rest.tokens) == 150
+        assert rest.finished.persisted
+        assert server.wait() == 0
+    with serving(tmp_path / "data") as (_, client):
+        assert (client.get("a").token_count, client.get("a").revision) == (200, 1)
+
+
+@pytest.mark.parametrize("how", ["deadline", "second signal"])
+def test_draining_ends_and_what_was_sampled_is_committed(tmp_path: Path, how: str) -> None:
+    seconds = "0.5" if how == "deadline" else "600"
+    with serving(tmp_path / "data", "--drain-seconds", seconds) as (server, client):
+        stream = client.stream("a", token_ids(some_tokens(50)), max_tokens=20_000, ignore_eos=True)
+        head = read_deltas(stream, 3)
+        server.signal(signal.SIGINT)
+        if how == "second signal":
+            while client.health_of() == "SERVING":
+                pass
+            server.signal(signal.SIGTERM)
+        with refused(grpc.StatusCode.UNAVAILABLE, "DRAINING"):
+            for event in stream:
+                head += event.delta.token_ids
+        assert server.wait() == 0
+    with serving(tmp_path / "data") as (_, client):
+        assert (client.get("a").token_count, client.get("a").revision) == (50 + len(head), 1)
+
+
+def test_an_idle_server_stops_at_once_even_if_its_health_is_watched(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as (server, client):
+        seen: list[Any] = []
+        watch = client.health.Watch(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
+        seen.append(next(watch).status)
+        threading.Thread(target=lambda: seen.extend(_until_gone(watch)), daemon=True).start()
+        began = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - began < 10
+        assert seen[0] == 1
+
+
+def _until_gone(watch: Any) -> list[int]:
+    statuses: list[int] = []
+    with contextlib.suppress(grpc.RpcError):
+        statuses.extend(answer.status for answer in watch)
+    return statuses
+
+
+# Who may call
+
+
+def test_tokens_and_tenants(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("# tenant token prefix\nred red-token\nred narrow-token team1-\n\nblue blue-token # both\n")
+    content = token_ids(some_tokens(300))
+    unauthenticated = grpc.StatusCode.UNAUTHENTICATED
+    with serving(tmp_path / "data", "--token-file", str(tokens)) as (server, nobody):
+        assert nobody.health_of() == "SERVING"
+        for call in (nobody.list, nobody.info, lambda: nobody.generate("a", content)):
+            with refused(unauthenticated, "TOKEN_MISSING"):
+                call()
+        for header in ("Bearer wrong", "Bearer ", "Basic red-token", "red-token"):
+            stranger = Client(server.address, metadata=[("authorization", header)])
+            with stranger, refused(unauthenticated, "TOKEN_INVALID"):
+                stranger.list()
+        with refused(unauthenticated, "TOKEN_MISSING"):  # what it sent is nobody's business
+            nobody.call("/warmkv.v1.AgentService/Prime", b"\xff")
+
+        with (
+            Client(server.address, token="red-token") as red,
+            Client(server.address, token="blue-token") as blue,
+            Client(server.address, token="narrow-token") as narrow,
+        ):
+            red.prime("team1-a", content)
+            red.prime("other", content, request_id="same id")
+            with refused(grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND"):
+                blue.get("team1-a")
+            with refused(grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND"):
+                blue.delete("team1-a")
+            assert not blue.list().agents
+            # Nothing is shared between tenants: neither blocks, nor names, nor request ids.
+            other = blue.prime("team1-a", content, request_id="same id")
+            assert (other.cache.source, other.agent.revision) == (v1.CACHE_SOURCE_COLD, 1)
+            assert other.agent.shared_bytes == 0
+            assert red.prime("third", content).cache.source == v1.CACHE_SOURCE_SHARED
+
+            assert [agent.agent_id for agent in narrow.list().agents] == ["team1-a"]
+            assert narrow.generate("team1-a", text(" x")).finished.agent.revision == 2
+            forbidden = (grpc.StatusCode.PERMISSION_DENIED, "AGENT_FORBIDDEN")
+            for forbid in (
+                lambda: narrow.get("other"),
+                lambda: narrow.fork("other", "team1-b"),
+                lambda: narrow.fork("team1-a", "b"),
+                lambda: narrow.delete("nobody"),
+                lambda: narrow.generate("other", text("x")),
+                lambda: narrow.update(v1.Agent(agent_id="other"), "pinned"),
+            ):
+                with refused(*forbidden):
+                    forbid()
+        server.kill()
+        assert "red-token" not in server.log_text()
+
+
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = str(TLS / "certificate.pem"), str(TLS / "key.pem")
+    flags = ["--tls-cert", certificate, "--tls-key", key]
+    server = Server(tmp_path / "data", *flags)
+    try:
+        credentials = grpc.ssl_channel_credentials(Path(certificate).read_bytes())
+        with Client(server.address, credentials=credentials) as client:
+            assert client.generate("a", text("Hello")).finished.persisted
+        with Client(server.address) as plain, pytest.raises(grpc.RpcError) as caught:
+            plain.info()
+        assert refusal_of(caught.value).code is grpc.StatusCode.UNAVAILABLE
+        stranger = Client(server.address, credentials=grpc.ssl_channel_credentials())
+        with stranger, pytest.raises(grpc.RpcError):
+            stranger.info()
+    finally:
+        server.kill()
+
+
+def test_other_addresses_with_tokens_or_tls_or_the_word(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--host", "0.0.0.0", "--insecure-bind") as (server, _):
+        port = server.address.rpartition(":")[2]
+        with Client(f"127.0.0.1:{port}") as client:
+            assert client.health_of() == "SERVING"
+
+
+# Looking in
+
+
+def test_metrics(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serving(tmp_path / "data", "--metrics-port", str(port)) as (_, client):
+        client.prime("a", token_ids(some_tokens(300)))
+        answer = client.generate("a", text(" x"))
+        with pytest.raises(grpc.RpcError):
+            client.get("nobody")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            lines = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[0] != "#")
+        assert float(lines['warmkv_rpcs_total{code="OK",method="Prime"}']) == 1
+        assert float(lines['warmkv_rpcs_total{code="NOT_FOUND",method="GetAgent"}']) == 1
+        assert float(lines['warmkv_first_token_seconds_count{source="hot"}']) == 1
+        assert float(lines["warmkv_hot_tokens_reused_total"]) == 300
+        assert float(lines["warmkv_prefilled_tokens_total"]) == 300 + answer.cache.prefilled_tokens
+        assert float(lines['warmkv_agents{tier="hot"}']) == 1
+        assert float(lines["warmkv_hot_bytes"]) == client.stats().gauges.hot_bytes
+
+
+def test_the_log_has_no_prompt_text(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--log-level", "debug") as (server, client):
+        client.generate("a", text("the secret word is xylophone"))
+        with pytest.raises(grpc.RpcError):
+            client.prime("not an id", text("another xylophone"))
+        assert server.terminate() == 0
+        assert "xylophone" not in server.log_text()
+
+
+def test_doctor_and_version() -> None:
+    found = run_warmkv("doctor")
+    assert found.returncode == 0
+    assert "GFLOP/s" in found.stdout
+    assert "mlx-lm" in found.stdout
+    assert run_warmkv("version").stdout.strip()
