@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 from warmkv_server import blas
-from warmkv_server.agents.agents import Agents
+from warmkv_server.agents.agents import Agents, Limits
 from warmkv_server.config import Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.errors import Draining
@@ -24,6 +23,7 @@ from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.server import GrpcServer, Tls
 from warmkv_server.service.server_servicer import Facts, ServerServicer
+from warmkv_server.signals import StopSignals, first_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ async def serve(settings: Settings) -> None:
     Raises:
         OperatorError: if the server can't be started as it was asked to.
     """
-    signals = _Signals()
+    signals = StopSignals()
     gate, metrics = Gate(), Metrics()
     auth = BearerTokens.load(settings.token_file) if settings.token_file is not None else Open()
     server = GrpcServer(
@@ -55,7 +55,8 @@ async def serve(settings: Settings) -> None:
         try:
             fingerprint = Fingerprint({**engine.info.fingerprint_fields, "block_format": str(BLOCK_FORMAT)})
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
-            agents = Agents(engine, store, fingerprint.digest, max_waiting=settings.max_queue)
+            limits = Limits(max_waiting=settings.max_queue, loaded_bytes=settings.inflight_bytes)
+            agents = Agents(engine, store, fingerprint.digest, limits)
             metrics.watch(agents)
             gate.open(agents)
             await server.announce()
@@ -65,10 +66,10 @@ async def serve(settings: Settings) -> None:
             log.info("draining for up to %g seconds", settings.drain_seconds)
             await server.withdraw()
             gate.close()
-            await _first_of(agents.idle(), signals.second, settings.drain_seconds)
+            await first_of(agents.idle(), signals.second, settings.drain_seconds)
             agents.stop_all(Draining("the server is shutting down", retry_after=5.0))
             await agents.idle()  # what was sampled is committed
-            await _first_of(gate.empty(), signals.second, _LAST_WORDS_SECONDS)
+            await first_of(gate.empty(), signals.second, _LAST_WORDS_SECONDS)
             await store.close()
         finally:
             await engine.stop()
@@ -125,22 +126,6 @@ def _facts(settings: Settings) -> Facts:
     )
 
 
-class _Signals:
-    """The first and the second SIGTERM or SIGINT."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.first: asyncio.Future[None] = loop.create_future()
-        self.second: asyncio.Future[None] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._arrived)
-
-    def _arrived(self) -> None:
-        waiting = self.second if self.first.done() else self.first
-        if not waiting.done():
-            waiting.set_result(None)
-
-
 async def _unless_stopped(loading: Coroutine[Any, Any, Engine], stop: asyncio.Future[None]) -> Engine:
     task = asyncio.create_task(loading)
     waited: list[asyncio.Future[Any]] = [task, stop]
@@ -151,11 +136,3 @@ async def _unless_stopped(loading: Coroutine[Any, Any, Engine], stop: asyncio.Fu
         logging.shutdown()
         os._exit(0)
     return await task
-
-
-async def _first_of(end: Coroutine[Any, Any, None], cut: asyncio.Future[None], seconds: float) -> None:
-    """Wait for one of the two, and no longer than so many seconds."""
-    ending = asyncio.create_task(end)
-    waited: list[asyncio.Future[Any]] = [ending, cut]
-    await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    ending.cancel()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 from warmkv_server.agents import generate, manage, prime
+from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.compute import Tally, Tools
 from warmkv_server.agents.context import count
 from warmkv_server.agents.requests import Requests
@@ -35,23 +37,38 @@ _LOOKED_AT = 10_000
 """Agents that one page of a filtered list looks at, so that the event loop is never held up for long."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What may wait, and be held for those that wait.
+
+    Attributes:
+        max_waiting: requests that wait for their agent's turn, and as many that wait for memory.
+        loaded_bytes: KV of held contexts in RAM for requests that are loading, waiting for the engine, or running.
+    """
+
+    max_waiting: int
+    loaded_bytes: int
+
+
 class Agents:
     """All agents of the server, of all tenants. Used from one event loop.
 
     Args:
         fingerprint: digest of all that the KV depends on besides the tokens.
-        max_waiting: requests that may wait for the turn of their agent, over all agents.
+        limits: of what may wait and be held.
     """
 
-    def __init__(self, engine: Engine, store: Store, fingerprint: str, max_waiting: int) -> None:
+    def __init__(self, engine: Engine, store: Store, fingerprint: str, limits: Limits) -> None:
         self.engine = engine
         self.store = store
         self.fingerprint = fingerprint
         self.tally = Tally()
-        self._turns = Turns(max_waiting)
-        self._tools = Tools(engine, store, self._turns, self.tally)
+        self._turns = Turns(limits.max_waiting)
+        self._admission = Admission(limits.loaded_bytes, limits.max_waiting)
+        self._tools = Tools(engine, store, self._turns, self._admission, self.tally)
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
+        self._stopping: WarmKVError | None = None
 
     async def prime(self, request: PrimeRequest) -> PrimeResult:
         """Prime and Extend."""
@@ -110,8 +127,8 @@ class Agents:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their turn or for room in the engine."""
-        return self._turns.waiting + self.engine.stats().queue_depth
+        """Requests that wait for their turn, for memory, or for the engine."""
+        return self._turns.waiting + self._admission.waiting + self.engine.stats().queue_depth
 
     async def idle(self) -> None:
         """Wait until nothing is at work."""
@@ -119,7 +136,8 @@ class Agents:
             await next(iter(self._runs)).over.wait()
 
     def stop_all(self, reason: WarmKVError) -> None:
-        """Stop everything at work; `idle` is soon reached, with what the API promises committed."""
+        """Stop everything at work, and what still comes; soon `idle`, with what the API promises committed."""
+        self._stopping = reason
         for run in list(self._runs):
             run.stop(reason)
 
@@ -128,6 +146,8 @@ class Agents:
         self._runs.add(run)
         run.when_over(lambda: self._runs.discard(run))
         run.start(work)
+        if self._stopping is not None:
+            run.stop(self._stopping)
         return run
 
     def _view(self, record: AgentRecord) -> AgentView:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
@@ -50,6 +52,7 @@ class Tools:
     engine: Engine
     store: Store
     turns: Turns
+    admission: Admission
     tally: Tally
 
 
@@ -72,11 +75,16 @@ class Computation:
     def cache(self) -> CacheReport:
         return CacheReport.of(self.reuse, len(self.context.tokens))
 
-    async def load(self) -> None:
-        """Get the reusable prefix into RAM; less of it if a file is bad or slow."""
-        self.run.doing = Doing(Activity.LOADING, 0, self.lease.length)
-        self.reuse = await self.tools.store.load(self.lease)
-        self.timings.load = self.reuse.seconds
+    @asynccontextmanager
+    async def loaded(self) -> AsyncIterator[None]:
+        """Have the reusable prefix in RAM for the block; less of it if a file is bad or slow."""
+        began = time.perf_counter()
+        async with self.tools.admission.hold(self.lease.length * self.tools.engine.info.kv_bytes_per_token):
+            self.timings.queue += time.perf_counter() - began
+            self.run.doing = Doing(Activity.LOADING, 0, self.lease.length)
+            self.reuse = await self.tools.store.load(self.lease)
+            self.timings.load = self.reuse.seconds
+            yield
 
     async def compute(self, answer: Answer | None, notify: Callable[[Event], None]) -> Finished:
         """Run the engine over what is not there yet, and over the answer.

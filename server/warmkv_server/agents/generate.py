@@ -65,13 +65,13 @@ async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEven
         limit = len(context.tokens) - (answer is not None)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
             work = Computation(tools, key, run, context, timings, lease)
-            await work.load()
-            stream = AnswerStream(request, run, work)
-            finished = await _answer(work, answer, stream)
-            cut_short = finished is not None and finished.finish is Finish.CANCELLED
-            if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.answer.token_ids):
-                run.check()
-            result = await _keep(work, request, stream, finished)
+            async with work.loaded():
+                stream = AnswerStream(request, run, work)
+                finished = await _answer(work, answer, stream)
+                cut_short = finished is not None and finished.finish is Finish.CANCELLED
+                if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.answer.token_ids):
+                    run.check()
+                result = await _keep(work, request, stream, finished)
         tools.tally.add(work.cache)
         if cut_short:
             run.check()

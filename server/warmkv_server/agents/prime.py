@@ -36,16 +36,16 @@ async def prime(tools: Tools, request: PrimeRequest, run: Run[PrimeResult]) -> N
         context = await assemble(tools.engine, tools.store, key, request.content, append=request.append, answer=False)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
             work = Computation(tools, key, run, context, timings, lease)
-            await work.load()
-            finished = None
-            if work.reuse.length < len(context.tokens):
-                finished = await work.compute(None, _ignore)
-            run.check()
-            sealed = Sealed(
-                lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
-                partial(RECORDER.outcome, request.identity) if request.identity is not None else None,
-            )
-            committed = await work.commit((), finished, sealed.request, _changes(request))
+            async with work.loaded():
+                finished = None
+                if work.reuse.length < len(context.tokens):
+                    finished = await work.compute(None, _ignore)
+                run.check()
+                sealed = Sealed(
+                    lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
+                    partial(RECORDER.outcome, request.identity) if request.identity is not None else None,
+                )
+                committed = await work.commit((), finished, sealed.request, _changes(request))
         run.publish(sealed.result(committed.agent, committed.persisted))
         tools.tally.add(work.cache)
 

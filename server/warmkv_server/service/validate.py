@@ -157,13 +157,11 @@ def _is_given(content: pb.Content) -> bool:
 
 
 def _content(faults: Faults, content: pb.Content, vocab_size: int) -> None:
-    for number, token in enumerate(content.token_ids.ids):
-        if not 0 <= token < vocab_size:
-            faults.need(
-                False,
-                f"content.token_ids.ids[{number}]",
-                f"{token} is not a token of this model; ids run from 0 to {vocab_size - 1}",
-            )
+    ids = content.token_ids.ids
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        for number, token in enumerate(ids):
+            rule = f"{token} is not a token of this model; ids run from 0 to {vocab_size - 1}"
+            faults.need(0 <= token < vocab_size, f"content.token_ids.ids[{number}]", rule)
     for number, message in enumerate(content.chat.messages):
         faults.need(bool(message.role), f"content.chat.messages[{number}].role", "must not be empty")
 

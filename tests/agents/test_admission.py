@@ -1,0 +1,113 @@
+"""Loaded contexts wait for room, in order of arrival."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from warmkv_server.agents.admission import Admission
+from warmkv_server.errors import QueueFull
+
+
+class Scene:
+    def __init__(self, budget: int, max_waiting: int = 100) -> None:
+        self.admission = Admission(budget, max_waiting)
+        self.inside: list[int] = []
+        self._leave: dict[int, asyncio.Event] = {}
+        self._next = 0
+
+    def arrive(self, nbytes: int) -> tuple[int, asyncio.Task[None]]:
+        self._next += 1
+        number, leave = self._next, asyncio.Event()
+        self._leave[number] = leave
+
+        async def work() -> None:
+            async with self.admission.hold(nbytes):
+                self.inside.append(number)
+                try:
+                    await leave.wait()
+                finally:
+                    self.inside.remove(number)
+
+        return number, asyncio.create_task(work())
+
+    def leave(self, number: int) -> None:
+        self._leave[number].set()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_those_that_fit_are_in_and_the_next_waits_its_turn() -> None:
+    scene = Scene(budget=10)
+    first, _ = scene.arrive(6)
+    scene.arrive(4)
+    big, _ = scene.arrive(5)
+    small, _ = scene.arrive(1)  # would fit, once one byte is free; it doesn't overtake
+    await settle()
+    assert scene.inside == [1, 2]
+    assert scene.admission.waiting == 2
+    scene.leave(first)
+    await settle()
+    assert scene.inside == [2, big, small]
+
+
+async def test_one_alone_is_let_in_whatever_its_size() -> None:
+    scene = Scene(budget=10)
+    huge, _ = scene.arrive(1000)
+    after, _ = scene.arrive(0)
+    await settle()
+    assert scene.inside == [huge]
+    scene.leave(huge)
+    await settle()
+    assert scene.inside == [after]
+
+
+async def test_too_many_waiting_are_refused() -> None:
+    scene = Scene(budget=1, max_waiting=1)
+    scene.arrive(1)
+    scene.arrive(1)
+    await settle()
+    with pytest.raises(QueueFull):
+        await scene.arrive(1)[1]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["arrive", "leave", "give up"]), st.integers(0, 12)), max_size=40))
+def test_the_budget_holds_and_nobody_is_forgotten(steps: list[tuple[str, int]]) -> None:
+    async def play() -> None:
+        scene = Scene(budget=10)
+        tasks: dict[int, asyncio.Task[None]] = {}
+        sizes: dict[int, int] = {}
+        for action, value in steps:
+            if action == "arrive":
+                number, task = scene.arrive(value)
+                tasks[number], sizes[number] = task, value
+            elif tasks:
+                number = sorted(tasks)[value % len(tasks)]
+                if action == "leave":
+                    scene.leave(number)
+                    tasks.pop(number)
+                else:
+                    tasks.pop(number).cancel()
+            if value % 2:  # sometimes several steps happen before anybody runs
+                await settle()
+                held = [sizes[number] for number in scene.inside]
+                assert len(held) <= 1 or sum(held) <= 10
+        for number in list(sizes):
+            scene.leave(number)
+        for task in tasks.values():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait_for(task, 10)
+        await settle()
+        assert scene.inside == []
+        assert scene.admission.waiting == 0
+        async with asyncio.timeout(10), scene.admission.hold(10):
+            pass
+
+    asyncio.run(play())
