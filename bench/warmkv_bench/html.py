@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from warmkv_bench.report import METHOD, environment_table, verdict_line
+from warmkv_bench.report import METHOD, environment_table, notes, verdict_line
 from warmkv_bench.results import Results
 from warmkv_bench.tables import Table, all_tables, invalid_table
 
@@ -30,7 +30,7 @@ def page(results: Results, plots: Sequence[Path]) -> str:
     title = f"WarmKV benchmark, {results.environment['time']}"
     tone = "" if results.good else ' class="bad"'
     body = [f"<h1>{html.escape(title)}</h1>", f"<p{tone}>{html.escape(verdict_line(results))}</p>"]
-    body += [f'<p class="bad">{html.escape(problem)}</p>' for problem in results.problems]
+    body += [f'<p class="bad">{html.escape(note)}</p>' for note in notes(results)]
     if results.invalid:
         body.append(_table(invalid_table(results)))
     body += [f"<figure>{_inline(plot)}</figure>" for plot in plots]

@@ -59,6 +59,9 @@ class Matrix:
 
     async def run(self, todo: list[tuple[Round, float]]) -> None:
         """Runs the rounds until they are done or `max_time_s` would be passed."""
+        if not todo:
+            self.results.status = "complete"
+            return
         self._progress.planned(sum(seconds for _, seconds in todo))
         times = _context_times(todo)
         predictions = Predictions(sum(seconds for _, seconds in todo), self._calibration_s, list(times.values()))

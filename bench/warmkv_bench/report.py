@@ -9,6 +9,9 @@ from typing import Any
 from warmkv_bench.results import Results
 from warmkv_bench.tables import Table, all_tables, invalid_table, size
 
+# Runnable processes for each core, of others than the benchmark, from which on timings are not what they could be.
+BUSY = 0.5
+
 METHOD = """\
 Time to first token runs from just before the call, on a connected channel, to the first delta. ITL is the median gap \
 between tokens, TPOT the mean gap, E2E ends with `finished`, which the server sends after the commit. Every request \
@@ -20,10 +23,9 @@ was checked against the reply's cache report and the server's counters. Brackets
 def markdown(results: Results, plots: Sequence[str]) -> str:
     """The report, with links to plots beside it."""
     parts = [f"# WarmKV benchmark, {results.environment['time']}", verdict_line(results)]
-    if results.invalid or results.problems:
-        parts += [f"- {problem}" for problem in results.problems]
-        if results.invalid:
-            parts.append(markdown_table(invalid_table(results)))
+    parts += notes(results)
+    if results.invalid:
+        parts.append(markdown_table(invalid_table(results)))
     for table in all_tables(results):
         parts.append(markdown_table(table))
     parts += [f"![{name}]({name})" for name in plots]
@@ -33,6 +35,16 @@ def markdown(results: Results, plots: Sequence[str]) -> str:
 
 def write_markdown(results: Results, folder: Path, plots: Sequence[str]) -> None:
     (folder / "report.md").write_text(markdown(results, plots))
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader should know before any number."""
+    found = list(results.problems)
+    machine = results.environment["machine"]
+    if machine["load_average"][0] > BUSY * machine["cores"]:
+        load = machine["load_average"][0]
+        found.append(f"The machine was busy: load {load} on {machine['cores']} cores before the start.")
+    return found
 
 
 def verdict_line(results: Results) -> str:

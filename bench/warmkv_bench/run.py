@@ -13,7 +13,7 @@ from warmkv_bench.matrix import Matrix
 from warmkv_bench.options import ServerChoice
 from warmkv_bench.plots import write_plots
 from warmkv_bench.prompts import Prompts
-from warmkv_bench.report import verdict_line, write_markdown
+from warmkv_bench.report import notes, verdict_line, write_markdown
 from warmkv_bench.results import FILE_NAME, Results
 from warmkv_bench.rounds import RoundRunner
 from warmkv_bench.summary import summarise
@@ -80,8 +80,8 @@ def summarise_on(terminal: Terminal, results: Results, folder: Path) -> None:
         terminal.table(table)
     if results.invalid:
         terminal.table(invalid_table(results))
-    for problem in results.problems:
-        terminal.say(f"! {problem}")
+    for note in notes(results):
+        terminal.say(f"! {note}")
     terminal.say(verdict_line(results))
     actual = results.predictions.get("actual_total_s")
     if actual is not None:
