@@ -102,7 +102,7 @@ def held_out(work: Path) -> list[Document]:
 
 def chats(_: Path) -> None:
     """The ten prompts."""
-    answer = _answerer()
+    answer = answerer(*read_model())
     ended = 0
     for prompt in PROMPTS:
         text, stopped = answer([{"role": "user", "content": prompt}], 300)
@@ -113,7 +113,7 @@ def chats(_: Path) -> None:
 
 def talk(_: Path) -> None:
     """The conversation."""
-    answer = _answerer()
+    answer = answerer(*read_model())
     messages: list[dict[str, str]] = []
     for said in TALK:
         messages.append({"role": "user", "content": said})
@@ -126,7 +126,7 @@ def recall(work: Path) -> None:
     """Tell something first, then talk about other things for ``length`` tokens, then ask; 20 conversations each."""
     data, rng = collect.load(work / "collection.json.xz"), Random("recall")
     talks, tokenizer = Talks(data), Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    answer = _answerer()
+    answer = answerer(*read_model())
     things, places = ("key", "book", "hat", "coat", "ring"), ("kitchen", "garden", "attic", "office")
     for length in (0, 1_000, 4_000, 12_000):
         right = 0
@@ -171,11 +171,9 @@ def speed(_: Path) -> None:
         print(f"1,024 tokens prefilled in {prefill:.2f} s, then {128 / decode:.0f} tokens/s")
 
 
-def _answerer() -> Callable[[list[dict[str, str]], int], tuple[str, bool]]:
+def answerer(model: Any, tokenizer: Any) -> Callable[[list[dict[str, str]], int], tuple[str, bool]]:
     """Greedy answers: (text, whether the model ended its turn)."""
     from mlx_lm import stream_generate
-
-    model, tokenizer = read_model()
 
     def answer(messages: list[dict[str, str]], limit: int) -> tuple[str, bool]:
         prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)

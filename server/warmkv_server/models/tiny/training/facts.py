@@ -94,7 +94,7 @@ def read_calls(documents: Iterable[Document]) -> Iterator[Call]:
             continue
         if document.source == "python3.11-doc" and document.name.startswith("library/"):
             yield from _python_calls(document.text, builtins=document.name.endswith("/functions.html"))
-        elif match := document.source == "postgresql-doc-15" and _COMMAND.match(document.text):
+        elif document.name.startswith("sql-") and (match := _COMMAND.match(document.text)):
             yield Call(match[1], "PostgreSQL", match[2].rstrip(".") + ".")
 
 

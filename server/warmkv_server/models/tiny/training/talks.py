@@ -30,11 +30,11 @@ class Talks:
 
     def __init__(self, data: Collection) -> None:
         self._data = data
-        self._grammar = read_grammar(sorted(_TEXTS.glob("*.txt")))
-        _widen(self._grammar, data)
-        scenes = [scene for file in self._grammar.scenes.values() for scene in file]
-        stories = self._grammar.scenes["stories"]
-        self._told = [scene for scene in self._grammar.scenes["memory"] if len(scene.turns) > 1]
+        self.grammar = read_grammar(sorted(_TEXTS.glob("*.txt")))
+        _widen(self.grammar, data)
+        scenes = [scene for file in self.grammar.scenes.values() for scene in file]
+        stories = self.grammar.scenes["stories"]
+        self._told = [scene for scene in self.grammar.scenes["memory"] if len(scene.turns) > 1]
         weight = _STORY_SHARE / (1 - _STORY_SHARE) * len(scenes) / len(stories)
         self._scenes = scenes + stories
         self._weights = [1.0 + len(s.system) + len(s.turns) for s in scenes] + [weight] * len(stories)
@@ -61,7 +61,7 @@ class Talks:
             (scene,) = rng.choices(self._scenes, self._weights)
             if scene.system and not first:
                 return self._part(topics, rng, first)
-            said = self._grammar.play(scene, rng)
+            said = self.grammar.play(scene, rng)
             turns = 2 * rng.randint(1, len(scene.turns)) + bool(scene.system)
             return said[:turns]
         (topic,) = rng.choices(list(topics), list(topics.values()))
@@ -70,7 +70,7 @@ class Talks:
     def long(self, rng: Random, characters: int) -> list[Message]:
         """A conversation of about ``characters``, in which things told at any point are asked for at any later one."""
         told = rng.sample(self._told, k=min(len(self._told), rng.randint(2, 8)))
-        open_turns = [self._grammar.play(scene, rng) for scene in told]
+        open_turns = [self.grammar.play(scene, rng) for scene in told]
         said: list[Message] = [("system", rng.choice(_SYSTEMS))] if rng.random() < 0.5 else []
         size = 0
         waiting: list[list[Message]] = []  # turns that ask back, of what was told already
@@ -97,7 +97,7 @@ class Talks:
 
     def needles(self, rng: Random, characters: int) -> list[Message]:
         """One long text with notes in it, then questions about the notes."""
-        scenes = [self._grammar.play(scene, rng) for scene in rng.sample(self._told, k=rng.randint(1, 5))]
+        scenes = [self.grammar.play(scene, rng) for scene in rng.sample(self._told, k=rng.randint(1, 5))]
         parts: list[str] = []
         while sum(map(len, parts)) < characters:
             parts.append(passage(self._data, rng, 4000))
@@ -138,4 +138,6 @@ def _widen(grammar: Grammar, data: Collection) -> None:
     tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]
     nouns = [word.word for word in data.words if word.part == "noun" and word.meaning.startswith(("a ", "an "))]
     single = [noun for noun in nouns if " " not in noun]
-    tables["item"] = Table(["item"], tables["thing"].rows + [[noun] for noun in rng.sample(single, 1500)])
+    tables["item"] = Table(
+        ["item"], tables["thing"].rows + [[noun] for noun in rng.sample(single, min(1500, len(single)))]
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,23 +32,15 @@ def train(
     adam = optimizers.AdamW(plan.vector_rate, list(plan.betas), weight_decay=0.0, bias_correction=True)
     optimizer = optimizers.MultiOptimizer([muon, adam], [lambda name, w: w.ndim == 2 and "embed" not in name])
     loss_and_gradients = nn.utils.value_and_grad(model, loss)
-    state = [model.state, optimizer.state]
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step_on(tokens: mx.array) -> mx.array:
-        value: mx.array
-        value, gradients = loss_and_gradients(model, tokens)
-        gradients, _ = optimizers.clip_grad_norm(gradients, plan.clip)
-        optimizer.update(model, gradients)
-        return value
-
     losses: list[float] = []
     started = time.monotonic()
     for step, batch in enumerate(plan.batches(data)):
         muon.learning_rate = plan.matrix_rate * plan.rate_at(step)
         adam.learning_rate = plan.vector_rate * plan.rate_at(step)
-        value = step_on(mx.array(batch))
-        mx.eval(state, value)
+        value, gradients = loss_and_gradients(model, mx.array(batch))
+        gradients, _ = optimizers.clip_grad_norm(gradients, plan.clip)
+        optimizer.update(model, gradients)
+        mx.eval(model.state, optimizer.state, value)
         losses.append(float(np.array(value)))
         if step % 100 == 0 or step == plan.steps - 1:
             log(f"step {step}/{plan.steps} length {batch.shape[1] - 1} loss {losses[-1]:.4f} "
