@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.meddler import BreaksStreams, EvictsNothing, Meddler, PrimesNothing, SaysWarm, meddling
 from warmkv import v1 as pb
 from warmkv_bench.config import Isolation, MatrixConfig, Mode, State
 from warmkv_bench.options import ServerChoice
@@ -62,6 +63,30 @@ async def test_every_state_is_proven(tmp_path: Path, config: MatrixConfig) -> No
     for row in results.memory:
         assert row["formula_bytes"] == row["reported_formula_bytes"]
         assert row["formula_bytes"] <= row["warm_bytes"] < 1.2 * row["formula_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "caught", "why"),
+    [
+        (Meddler, set(), ""),
+        (EvictsNothing, {State.WARM}, "source is HOT, must be WARM"),
+        (PrimesNothing, {State.WARM, State.HOT}, "GetAgent returned an agent of"),
+        (SaysWarm, {State.WARM, State.HOT}, "the server counted 1 requests from HOT, its replies say 0"),
+        (BreaksStreams, {State.COLD, State.WARM, State.HOT}, "after 3 tokens) failed: INTERNAL: the engine failed"),
+    ],
+)
+async def test_a_promise_broken_on_the_way_is_caught(
+    tmp_path: Path, kind: type[Meddler], caught: set[State], why: str
+) -> None:
+    config = matrix((State.COLD, State.WARM, State.HOT), Isolation.FORK, 1, (Mode.STREAMING,))
+    async with ServerProcess(["--model", "builtin:tiny"]) as process, meddling(kind, process.address) as address:
+        server = ServerChoice(address, None)
+        good = await run_matrix(config, server, tmp_path, Terminal(), resume=False, dry_run=False)
+    assert good == (not caught)
+    invalid = Results.read(tmp_path).invalid
+    assert {sample.state for sample in invalid} == caught
+    for sample in invalid:
+        assert why in (sample.invalid_reason or "")
 
 
 class Killer(Terminal):
