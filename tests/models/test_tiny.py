@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoTokenizer
@@ -20,13 +20,13 @@ from warmkv_server.models.tiny.training.model_io import read_model
 FOLDER = Path(warmkv_server.models.tiny.__file__).parent
 MOST_BYTES = 8_000_000
 ROLES = ["system", "user", "assistant"]
+TEXTS = st.text(max_size=20).filter(lambda text: "<|" not in text)
 MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(ROLES), "content": st.text(max_size=20).filter(lambda t: "<|" not in t)}
-    ),
+    st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXTS}),
     min_size=1,
     max_size=6,
 )
+anything = settings(deadline=None)  # the first call of the tokenizer is slow
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def test_special_ids_leave_a_wide_range_of_plain_tokens(tokenizer: Any, config: 
     assert tokenizer.bos_token_id == config["bos_token_id"]
 
 
+@anything
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -84,6 +85,7 @@ def test_text_gets_bos_once(tokenizer: Any) -> None:
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
+@anything
 @given(messages=MESSAGES)
 def test_chat_begins_with_bos_and_every_turn_ends(tokenizer: Any, messages: list[dict[str, str]]) -> None:
     ids = render(tokenizer, messages, prompt=False)
@@ -93,6 +95,7 @@ def test_chat_begins_with_bos_and_every_turn_ends(tokenizer: Any, messages: list
     assert ids[-1] == tokenizer.eos_token_id
 
 
+@anything
 @given(messages=MESSAGES)
 def test_a_longer_chat_starts_with_the_tokens_of_a_shorter_one(tokenizer: Any, messages: list[dict[str, str]]) -> None:
     rendered = [render(tokenizer, messages[:count], prompt=False) for count in range(1, len(messages) + 1)]

@@ -33,6 +33,7 @@ from .talks import Talks
 from .tokenizer import BOS_ID, END_ID
 from .trigram import Trigram
 
+_RUNS = 4  # in `positions`; one takes minutes on two cores
 _WINDOW = 4_096  # tokens of context in `losses`; every document starts afresh
 PROMPTS = (
     "Hello! My name is Ada. What can you do?",
@@ -80,12 +81,13 @@ def losses(work: Path) -> None:
 
 
 def positions(work: Path) -> None:
-    """Mean loss in bands of positions, over held-out documents joined to runs of 32,768 tokens."""
+    """Mean loss in bands of positions, over four runs of 32,768 tokens of held-out documents, one after another."""
     model, _ = read_model()
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     joined = [t for d in held_out(work) for t in tokenizer.encode(d.text + "\n\n", add_special_tokens=False).ids]
     length = 32_767
-    runs = [[BOS_ID, *joined[at : at + length]] for at in range(0, len(joined) - length, length)]
+    starts = np.linspace(0, len(joined) - length, _RUNS, dtype=int)
+    runs = [[BOS_ID, *joined[at : at + length]] for at in starts]
     table = np.stack([token_losses(model, np.array(run, dtype=np.uint16)) for run in runs])
     print(f"{len(runs)} runs of {length + 1} tokens")
     edges = [0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 24_576, length]
@@ -128,7 +130,7 @@ def recall(work: Path) -> None:
     talks, tokenizer = Talks(data), Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     answer = answerer(*read_model())
     things, places = ("key", "book", "hat", "coat", "ring"), ("kitchen", "garden", "attic", "office")
-    for length in (0, 1_000, 4_000, 12_000):
+    for length in (0, 500, 1_000, 2_000, 4_000):
         right = 0
         for _ in range(20):
             thing, place = rng.choice(things), rng.choice(places)
@@ -145,15 +147,16 @@ def recall(work: Path) -> None:
 
 
 def samples(_: Path) -> None:
-    """Five samples."""
+    """Five samples of 160 tokens, ends of turns and documents included."""
     import mlx.core as mx
     from mlx_lm import generate
     from mlx_lm.sample_utils import make_sampler
 
     model, tokenizer = read_model()
+    tokenizer.eos_token_ids = set()  # so that nothing ends early
     for seed in range(1, 6):
         mx.random.seed(seed)
-        text = generate(model, tokenizer, [BOS_ID], max_tokens=120, sampler=make_sampler(temp=0.8))
+        text = generate(model, tokenizer, [BOS_ID], max_tokens=160, sampler=make_sampler(temp=0.8))
         print(f"--- seed {seed}\n{text}\n")
 
 

@@ -136,8 +136,7 @@ def _widen(grammar: Grammar, data: Collection) -> None:
     tables["name"].rows += [[name] for name in made[:400]]
     tables["petname"].rows += [[name] for name in made[400:]]
     tables["digits"].rows += [[str(rng.randint(10, 9999))] for _ in range(500)]
-    nouns = [word.word for word in data.words if word.part == "noun" and word.meaning.startswith(("a ", "an "))]
-    single = [noun for noun in nouns if " " not in noun]
-    tables["item"] = Table(
-        ["item"], tables["thing"].rows + [[noun] for noun in rng.sample(single, min(1500, len(single)))]
-    )
+    counted = [word.word for word in data.words if word.part == "noun" and word.meaning.startswith(("a ", "an "))]
+    nouns = [noun for noun in counted if " " not in noun]
+    drawn = rng.sample(nouns, min(1500, len(nouns)))
+    tables["item"] = Table(["item"], tables["thing"].rows + [[noun] for noun in drawn])
