@@ -94,7 +94,7 @@ class Server:
 
 @contextmanager
 def serving(data_dir: Path, *arguments: str) -> Iterator[tuple[Server, Client]]:
-    """A server for the block, and a client of it; killed at the end if it still runs."""
+    """A server for the block, and a client of it; killed at the end if it still runs. Nothing may break inside it."""
     server = Server(data_dir, *arguments)
     try:
         with Client(server.address) as client:
@@ -102,6 +102,9 @@ def serving(data_dir: Path, *arguments: str) -> Iterator[tuple[Server, Client]]:
     finally:
         if server.process.poll() is None:
             server.kill()
+    log = server.log_text()
+    assert "internal error" not in log, log
+    assert "Traceback" not in log, log
 
 
 def clean_environment() -> dict[str, str]:

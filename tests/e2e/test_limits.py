@@ -40,7 +40,7 @@ def _replace(generate: bool) -> dict[str, object]:
 
 
 def test_an_answer_that_reaches_the_limit_ends_there(small: Client, agent: str) -> None:
-    answer = small.generate(agent, token_ids(some_tokens(LIMIT - 5)), max_tokens=50)
+    answer = small.generate(agent, token_ids(some_tokens(LIMIT - 5)), max_tokens=2**31 - 1)
     assert answer.finished.finish_reason == v1.FINISH_REASON_LENGTH
     assert answer.finished.usage.completion_tokens == 5
     assert answer.finished.agent.token_count == LIMIT

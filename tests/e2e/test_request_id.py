@@ -143,6 +143,16 @@ def test_what_failed_before_its_commit_is_not_recorded(client: Client, agent: st
     assert client.generate(agent, content, request_id=f"{agent}-2").finished.agent.revision == 3
 
 
+def test_one_that_was_cancelled_before_its_commit_is_done_anew(client: Client, agent: str, seed: int) -> None:
+    content = token_ids(some_tokens(3000, seed))
+    for _ in range(3):
+        stream = client.stream(agent, content, request_id=agent)
+        assert next(stream).HasField("started")
+        stream.cancel()  # while it prefills
+    answer = client.generate(agent, content, request_id=agent, max_tokens=0, ignore_eos=False)
+    assert answer.finished.agent.revision == 1
+
+
 def test_outcomes_survive_kill_9(tmp_path: Path) -> None:
     content = token_ids(some_tokens(300))
     fields: dict[str, Any] = {"max_tokens": 10, "ignore_eos": True, "request_id": "generate"}
