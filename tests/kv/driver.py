@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def settings(data_dir: Path, **changes: Any) -> StoreSettings:
         data_dir=data_dir, hot_bytes=64 << 20, durability=Durability.NONE, headroom_bytes=0, retry_seconds=0.05
     )
     return dataclasses.replace(base, **changes)
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait for something that the store does by itself, in its own time."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for: nobody but tests ever does
+            await asyncio.sleep(0.01)
 
 
 class Driver:

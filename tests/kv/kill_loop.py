@@ -26,6 +26,7 @@ from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.records import Durability, TokenIds
+from warmkv_server.kv.startup import block_files
 
 AGENTS = "abcde"
 Pieces = list[tuple[int, int]]
@@ -140,7 +141,7 @@ class Victim:
 
 def allowed(log: Path) -> dict[str, list[Pieces | None]]:
     """What each agent may be: what was acknowledged last, or what any operation still in flight makes of it."""
-    acknowledged: dict[str, Pieces | None] = {agent: None for agent in AGENTS}
+    acknowledged: dict[str, Pieces | None] = dict.fromkeys(AGENTS)
     pending: dict[int, tuple[str, Pieces | None]] = {}
     for line in log.read_bytes().split(b"\n"):
         if not line:
@@ -174,9 +175,9 @@ async def judge(data: Path, layout: str, log: Path, verdict: Path) -> None:
         assert reuse.length == len(tokens), f"{agent}: {reuse.length} of {len(tokens)} tokens ({reuse.fallback})"
     assert not driver.store.stats().quarantined
     await driver.close()
-    left = {p.name for p in data.glob("blocks/*/*")}
-    assert not any(name.endswith(".tmp") for name in left)
-    verdict.write_text(json.dumps(states))
+    assert not any(entry.name.endswith(".tmp") for entry in block_files(data))
+    with open(verdict, "w") as file:  # noqa: ASYNC230, PTH123 - nothing else runs here
+        json.dump(states, file)
 
 
 async def be_killed(data: Path, layout: str, log: Path, seed: int, known: dict[str, Pieces], ready: int) -> None:
@@ -223,7 +224,9 @@ def main(folder: Path, trials: int, seed: int) -> None:
         operations += log.read_bytes().count(b'"done"')
         if os.waitpid(in_child(lambda: judge(data, layout, log, verdict)), 0)[1]:  # noqa: B023
             sys.exit(f"trial {trial} of seed {seed} ({layout}) failed")
-        known[layout] = {agent: [(s, c) for s, c in pieces] for agent, pieces in json.loads(verdict.read_text()).items()}
+        known[layout] = {
+            agent: [(s, c) for s, c in pieces] for agent, pieces in json.loads(verdict.read_text()).items()
+        }
     print(f"{trials} trials, {operations} acknowledged operations, all as acknowledged")
 
 

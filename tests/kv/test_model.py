@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import shutil
 import tempfile
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +17,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
+from warmkv_server.errors import MemoryBudget, NotDurable, StorageUnavailable
 from warmkv_server.kv.index import common_length
 from warmkv_server.kv.records import TokenIds
 from warmkv_server.kv.types import KVLayout, PartKind
@@ -42,6 +45,7 @@ class Known:
     revision: int
     foreign: bool = False
     labels: dict[str, str] = field(default_factory=dict)
+    durable: bool = True
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -54,7 +58,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.data = self.folder / "0"
         self.driver: Driver | None = None
         self.agents: dict[str, Known] = {}
+        self.durable: dict[str, Known] = {}
         self.damaged = False
+        self.files = RefusingFiles()
+        self.index_refuses = False
+        self.refused = False
         self.fingerprint = FINGERPRINT
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -66,7 +74,12 @@ class StoreMachine(RuleBasedStateMachine):
         return self.driver
 
     def start(self) -> None:
-        self.driver = self.run(Driver.open(self.data, self.layout, self.fingerprint, hot_bytes=400_000))
+        self.files = RefusingFiles()
+        self.index_refuses = self.refused = False
+        self.agents = {agent: replace(known) for agent, known in self.durable.items()}
+        self.driver = self.run(
+            Driver.open(self.data, self.layout, self.fingerprint, self.files, hot_bytes=400_000, retry_seconds=3600.0)
+        )
 
     @initialize()
     def open(self) -> None:
@@ -99,8 +112,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     def put(self, agent: str, tokens: TokenIds, *, answer: bool, keep: set[int]) -> None:
         known = self.agents.get(agent)
-        reuse, committed = self.run(self.d.put(agent, tokens, answer=answer, keep=keep))
-        assert committed.persisted
+        try:
+            reuse, committed = self.run(self.d.put(agent, tokens, answer=answer, keep=keep))
+        except MemoryBudget:
+            assert self.refusing
+            return
+        assert committed.persisted or self.refusing
         own = known is not None and not known.foreign
         if own and known is not None and not self.damaged and not self.layout.window and not self.layout.has_state:
             common = min(common_length(known.tokens, tokens), len(tokens) - answer)
@@ -108,31 +125,59 @@ class StoreMachine(RuleBasedStateMachine):
         changed = known is None or not np.array_equal(known.tokens, tokens)
         revision = (known.revision if known is not None else 0) + changed
         assert committed.agent.revision == revision
-        self.agents[agent] = Known(tokens, revision, labels=known.labels if known is not None else {})
+        labels = known.labels if known is not None else {}
+        self.agents[agent] = Known(tokens, revision, labels=labels, durable=committed.persisted)
+        if committed.persisted:
+            self.durable[agent] = replace(self.agents[agent])
+
+    @property
+    def refusing(self) -> bool:
+        return self.index_refuses or self.files.refusal is not None
 
     @rule(source=AGENTS, fork=AGENTS)
     def fork_agent(self, source: str, fork: str) -> None:
         if source in self.agents and fork not in self.agents:
-            self.run(self.d.store.fork(TENANT, source, fork))
             known = self.agents[source]
+            try:
+                self.run(self.d.store.fork(TENANT, source, fork))
+            except StorageUnavailable:
+                assert self.index_refuses or not known.durable
+                return
             self.agents[fork] = Known(known.tokens, 1, known.foreign, known.labels)
+            self.durable[fork] = replace(self.agents[fork])
 
     @rule(agent=AGENTS)
     def evict(self, agent: str) -> None:
         if agent in self.agents:
+            self.try_to_evict(agent)
+
+    def try_to_evict(self, agent: str) -> None:
+        try:
             self.run(self.d.store.evict(TENANT, agent))
+        except NotDurable:
+            assert not self.agents[agent].durable
 
     @rule(agent=AGENTS)
     def delete(self, agent: str) -> None:
-        existed = self.run(self.d.store.delete(TENANT, agent))
+        try:
+            existed = self.run(self.d.store.delete(TENANT, agent))
+        except StorageUnavailable:
+            assert self.index_refuses
+            return
         assert existed == (agent in self.agents)
         self.agents.pop(agent, None)
+        self.durable.pop(agent, None)
 
     @rule(agent=AGENTS, value=st.text("xyz", max_size=2), pinned=st.booleans())
     def update(self, agent: str, value: str, pinned: bool) -> None:
         if agent in self.agents:
-            self.run(self.d.store.update(TENANT, agent, labels={"k": value}, pinned=pinned))
+            try:
+                self.run(self.d.store.update(TENANT, agent, labels={"k": value}, pinned=pinned))
+            except StorageUnavailable:
+                assert self.index_refuses or agent not in self.durable
+                return
             self.agents[agent].labels = {"k": value}
+            self.durable[agent].labels = {"k": value}
 
     @rule(agent=AGENTS, pieces=PIECES)
     def look(self, agent: str, pieces: list[tuple[int, int]]) -> None:
@@ -141,26 +186,50 @@ class StoreMachine(RuleBasedStateMachine):
         self.run(self.d.reuse("", tokens, limit=len(tokens) - 1))
 
     @rule(agent=AGENTS, pieces=PIECES)
+    @precondition(lambda self: not self.index_refuses)
     def delete_while_committing(self, agent: str, pieces: list[tuple[int, int]]) -> None:
         before = self.agents[agent].tokens.tolist() if agent in self.agents else []
         tokens = context(before, tokens_of(pieces).tolist())
 
         async def both() -> None:
-            await asyncio.gather(
-                self.d.put(agent, tokens), self.d.store.delete(TENANT, agent), return_exceptions=True
-            )
+            await asyncio.gather(self.d.put(agent, tokens), self.d.store.delete(TENANT, agent), return_exceptions=True)
             # A delete that came before the agent was there has found nothing to delete.
             await self.d.store.delete(TENANT, agent)
 
         self.run(both())
         self.agents.pop(agent, None)
+        self.durable.pop(agent, None)
+
+    # What happens to disks
+
+    @rule(code=st.sampled_from([errno.ENOSPC, errno.EROFS, errno.EIO]), files=st.booleans(), index=st.booleans())
+    def refuse(self, code: int, files: bool, index: bool) -> None:
+        self.files.refusal = code if files else None
+        self.index_refuses = index
+        self.refused |= files or index
+        make_index_refuse(self.d, index)
+
+    @rule()
+    def recover(self) -> None:
+        self.files.refusal = None
+        self.index_refuses = False
+        make_index_refuse(self.d, False)
+        assert self.run(self.d.store.flush())
+        for known in self.agents.values():
+            known.durable = True
+        self.durable = {agent: replace(known) for agent, known in self.agents.items()}
 
     # What happens to servers
 
     @rule()
     def restart(self) -> None:
-        self.run(self.d.close())
+        self.stop()
         self.start()
+
+    def stop(self) -> None:
+        if not self.refusing:
+            self.recover()  # The end of a server tries once more.
+        self.run(self.d.close())
 
     @rule()
     def crash(self) -> None:
@@ -168,16 +237,18 @@ class StoreMachine(RuleBasedStateMachine):
         number = int(self.data.name) + 1
         copy = self.folder / str(number)
         shutil.copytree(self.data, copy)
-        self.run(self.d.close())
+        durable = {agent: replace(known) for agent, known in self.durable.items()}
+        self.stop()
+        self.durable = durable
         shutil.rmtree(self.data)
         self.data = copy
         self.start()
 
     @rule()
     def change_model(self) -> None:
-        self.run(self.d.close())
+        self.stop()
         self.fingerprint = OTHER_MODEL if self.fingerprint is FINGERPRINT else FINGERPRINT
-        for known in self.agents.values():
+        for known in self.durable.values():
             known.foreign = not known.foreign
         self.start()
 
@@ -208,7 +279,7 @@ class StoreMachine(RuleBasedStateMachine):
                 path.write_bytes(b"")
         if rng.random() < 0.5:
             for agent in self.agents:
-                self.run(self.d.store.evict(TENANT, agent))
+                self.try_to_evict(agent)
 
     @invariant()
     def agents_are_known(self) -> None:
@@ -218,7 +289,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert [record.agent_id for record in listed] == sorted(self.agents)
         for record in listed:
             known = self.agents[record.agent_id]
-            assert record.durable
+            assert record.durable == known.durable
             assert record.revision == known.revision
             assert record.fingerprint_ok == (not known.foreign)
             assert record.labels == known.labels
@@ -232,13 +303,17 @@ class StoreMachine(RuleBasedStateMachine):
         core = self.d.store._core
         agents = list(core.index.agents.values())
         for node in core.index.nodes.values():
-            assert node.refs == sum(node in set(agent.all_nodes()) for agent in agents) > 0
-            assert node.pins == 0
+            assert node.refs == sum(node in set(agent.all_nodes()) for agent in agents)
             assert node.window_refs == sum(node in agent.windowed for agent in agents)
-            assert node.saved
-            assert not node.dirty
+            if self.settled:
+                assert node.refs > 0
+                assert node.pins == 0
+                assert node.saved
+                assert not node.dirty
         assert core.block_bytes == sum(node.disk_bytes for node in core.index.nodes.values())
         assert core.hot.nbytes == sum(core.hot.bytes_of(node) for node in core.index.nodes.values())
+        if not self.settled:
+            return
         assert not core.hot.unsaved_bytes
         names = {path.name for path in self.data.glob("blocks/*/*")}
         expected = {core.path(n, k).name for n in core.index.nodes.values() for k in n.parts}
@@ -247,6 +322,11 @@ class StoreMachine(RuleBasedStateMachine):
             assert names == expected
             for agent in agents:
                 assert all(PartKind.APPEND in node.parts for node in agent.nodes)
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that the disk ever refused has been made up for."""
+        return not self.refusing and all(known.durable for known in self.agents.values()) and not self.refused
 
 
 def machine(name: str) -> type[StoreMachine]:

@@ -148,6 +148,11 @@ def payload_size(specs: Sequence[TensorSpec], count: int) -> int:
     return sum(math.prod(stored_shape(s, count)) * np.dtype(s.dtype).itemsize for s in specs)
 
 
+def header_bytes(block_tokens: bytes) -> int:
+    """About how many bytes a header takes."""
+    return 1024 + len(block_tokens) * 4 // 3
+
+
 def ordered(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The order of a file's tensors: wide elements first, so that each is aligned."""
     return tuple(sorted(specs, key=lambda s: -np.dtype(s.dtype).itemsize))

@@ -12,7 +12,7 @@ from pathlib import Path
 from warmkv_server.kv import rows
 from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Node
-from warmkv_server.kv.types import PartKind
+from warmkv_server.kv.types import Fallback, PartKind
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class Collector:
         self._suspects: dict[Node, None] = {}
         self._removing: set[bytes] = set()
         self._running: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
 
     def suspect(self, nodes: Iterable[Node]) -> None:
         """These have lost a reference, a pin, or the need for their window: look at them soon."""
@@ -34,14 +35,42 @@ class Collector:
         if self._suspects and self._running is None:
             self._running = asyncio.create_task(self._run())
 
+    async def drop_files(self, nodes: Iterable[Node], reason: Fallback) -> None:
+        """Give up the files of nodes that agents still reference; what is in RAM stays usable.
+
+        Raises:
+            OSError: the disk refuses; nothing has changed.
+        """
+        core = self._core
+        dropped = {node: dict(node.parts) for node in nodes if node.parts}
+        paths = [core.path(node, kind) for node, parts in dropped.items() for kind in parts]
+        ids = {node.id for node in dropped}
+        self._removing |= ids
+        before = {node: node.lost for node in dropped}
+        for node in dropped:
+            node.parts, node.lost = {}, reason
+        try:
+            await core.journal.remove([rows.update_node(node) for node in dropped if node.saved])
+        except OSError:
+            for node, parts in dropped.items():
+                node.parts, node.lost = parts, before[node]
+            raise
+        else:
+            core.block_bytes -= sum(part.nbytes for parts in dropped.values() for part in parts.values())
+            await core.writing(_unlink_all, core, paths)
+        finally:
+            self._removing -= ids
+            self._idle.set()
+
     def removing(self, nodes: Iterable[Node]) -> bool:
         """Whether files under one of these ids are being removed just now."""
         return any(node.id in self._removing for node in nodes)
 
     async def idle(self) -> None:
         """Wait until nothing is being removed."""
-        while self._running is not None:
-            await asyncio.shield(self._running)
+        while self._running is not None or self._removing:
+            self._idle.clear()
+            await self._idle.wait()
 
     async def _run(self) -> None:
         try:
@@ -53,6 +82,7 @@ class Collector:
                     return  # The disk refuses. What is left is looked at again at the next start.
         finally:
             self._running = None
+            self._idle.set()
 
     @staticmethod
     def _spare_window(node: Node) -> bool:
@@ -72,7 +102,7 @@ class Collector:
             statements = [rows.delete_node(node) for node in gone if node.saved]
             statements += [rows.update_node(node) for node in slimmer if node.saved]
             if statements:
-                await core.journal.apply(statements)
+                await core.journal.remove(statements)
             await core.writing(_unlink_all, core, paths)
         except OSError as error:
             log.warning("the disk refuses to remove blocks that nobody needs: %s", error)

@@ -84,7 +84,7 @@ class Committer:
         finally:
             self._return_ticket((commit.tenant, commit.agent_id), ticket)
 
-    async def retry(self, agent: Agent) -> bool:
+    async def _retry(self, agent: Agent) -> bool:
         """Try to make the last commit of an agent durable after all."""
         core = self._core
         ticket = await self._take_ticket(agent.key)
@@ -110,6 +110,13 @@ class Committer:
         finally:
             self._let_go(nodes)
             self._return_ticket(agent.key, ticket)
+
+    async def retry_all(self) -> bool:
+        """Retry until the disk refuses again. Whether everything is durable afterwards."""
+        for agent in list(self.not_durable):
+            if agent in self.not_durable and not await self._retry(agent):
+                break
+        return not self.not_durable
 
     def forget(self, agent: Agent) -> None:
         """The agent is gone from the journal, or the journal has its last commit: its old state isn't needed."""
@@ -168,8 +175,8 @@ class Committer:
             node.pins += 1
         outcome: RequestOutcome | None = None
         try:
-            if effort.refusal is None:
-                agent.durable = True
+            agent.durable = effort.refusal is None
+            if agent.durable:
                 outcome = self._outcome(commit, agent, persisted=True)
                 statements = self._statements(agent, before, plan)
                 if outcome is not None:

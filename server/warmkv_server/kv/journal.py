@@ -11,7 +11,7 @@ import contextlib
 import errno
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ SCHEMA_VERSION = 1
 FILE_NAME = "index.sqlite"
 PAGE_BYTES = 4096
 _FRAME_BYTES = PAGE_BYTES + 24
-_CHECKPOINT_BYTES = 4 << 20
+CHECKPOINT_BYTES = 4 << 20
 """Size of the write-ahead log at which it is folded into the file."""
+_RESERVE_BYTES = 1 << 20
+_SHARED_MEMORY_BYTES = 32 << 10
 
 Statement = tuple[str, Sequence[Any]]
 
@@ -91,17 +93,27 @@ class JournalDamaged(Exception):
 
 
 class Database:
-    """The connection. Blocking; used by one thread at a time."""
+    """The connection. Blocking; used by one thread at a time.
 
-    def __init__(self, path: Path, durability: Durability) -> None:
+    Beside the index lies a file of nothing: space that removing things can have on a disk that is full.
+    """
+
+    def __init__(self, path: Path, durability: Durability, checkpoint_bytes: int = CHECKPOINT_BYTES) -> None:
         """
+        Args:
+            checkpoint_bytes: size of the write-ahead log at which it is folded into the file.
+
         Raises:
             JournalDamaged
             OperatorError: it was written by a newer version, or can't be opened.
         """
         self.path = path
         self._wal = path.with_name(path.name + "-wal")
+        self._reserve = path.with_name("reserve")
+        self._checkpoint_bytes = checkpoint_bytes
         self.bytes_written = 0
+        self.disk_bytes = 0
+        """What the index takes on disk, its log counted as large as it may get."""
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
@@ -138,11 +150,26 @@ class Database:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         if (found := run("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise JournalDamaged(str(found))
+        self._make_reserve()
+        self._measure()
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self._db.execute(sql, parameters).fetchall()
 
-    def apply(self, statements: Iterable[Statement]) -> None:
+    def remove(self, statements: Sequence[Statement]) -> None:
+        """`apply` for what makes room: if the disk is full, it has the reserve.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        try:
+            self.apply(statements)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._use_reserve():
+                raise
+            self.apply(statements)
+
+    def apply(self, statements: Sequence[Statement]) -> None:
         """One transaction: all of them, durably, or none.
 
         Raises:
@@ -163,7 +190,7 @@ class Database:
             raise
         after = self._wal_size()
         self.bytes_written += after - before
-        if after >= _CHECKPOINT_BYTES:
+        if after >= self._checkpoint_bytes:
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -175,14 +202,29 @@ class Database:
             return  # The log goes on growing; nothing in it is lost.
         pages = self._db.execute("PRAGMA page_count").fetchone()[0]
         self.bytes_written += min(frames, pages) * PAGE_BYTES  # Each page once: at most so many.
+        self._make_reserve()
+        self._measure()
 
     def close(self) -> None:
         self.checkpoint()
         self._db.close()
 
-    @property
-    def disk_bytes(self) -> int:
-        return self.path.stat().st_size + self._wal_size()
+    def _measure(self) -> None:
+        log = max(self._wal_size(), self._checkpoint_bytes)
+        self.disk_bytes = _size(self.path) + log + _SHARED_MEMORY_BYTES + _RESERVE_BYTES
+
+    def _make_reserve(self) -> None:
+        if _size(self._reserve) < _RESERVE_BYTES:
+            with contextlib.suppress(OSError):  # No room now; the next checkpoint tries again.
+                self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+
+    def _use_reserve(self) -> bool:
+        try:
+            held = _size(self._reserve)
+            self._reserve.unlink()
+        except OSError:
+            return False
+        return held > 0
 
     def _rollback(self) -> None:
         if self._db.in_transaction:
@@ -190,10 +232,7 @@ class Database:
                 self._db.execute("ROLLBACK")
 
     def _wal_size(self) -> int:
-        try:
-            return self._wal.stat().st_size
-        except FileNotFoundError:
-            return 0
+        return _size(self._wal)
 
 
 class Journal:
@@ -207,9 +246,20 @@ class Journal:
         """See `Database.apply`. Submitted before this first awaits, so the order of calls is the order of commits."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.database.apply, statements)
 
+    async def remove(self, statements: Sequence[Statement]) -> None:
+        """See `Database.remove`, and `apply` above."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.database.remove, statements)
+
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.database.close)
         self._thread.shutdown()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def insert(table: str, **values: Any) -> Statement:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from warmkv_server.kv.blockfile import BadFile
+from warmkv_server.kv.blockfile import BadFile, header_bytes, payload_size
 from warmkv_server.kv.core import Core
 from warmkv_server.kv.hot import PartKey
 from warmkv_server.kv.index import Node
 from warmkv_server.kv.loader import Loader
+from warmkv_server.kv.quota import Quota
 from warmkv_server.kv.types import PartKind, Tensors
 from warmkv_server.kv.words import Words, write_part
 
@@ -30,28 +32,47 @@ class Effort:
 
 
 class PartWriter:
-    def __init__(self, core: Core, loader: Loader) -> None:
+    def __init__(self, core: Core, loader: Loader, quota: Quota) -> None:
         self._core = core
         self._loader = loader
+        self._quota = quota
         self._making: dict[PartKey, asyncio.Future[None]] = {}
 
     async def write(self, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
         """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
         effort = Effort()
         wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, words.reuse.length)]
-        await asyncio.gather(*(self._write(node, kind, words, effort) for node, kind in wanted))
-        await self._sync(effort)
+        async with self._room(wanted, effort):
+            await asyncio.gather(*(self._write(node, kind, words, effort) for node, kind in wanted))
+            await self._sync(effort)
         return effort
 
     async def write_unsaved(self, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
         """Try once more what the disk has refused."""
         effort = Effort()
-        for node, kind in parts:
-            tensors = self._core.hot.get(node, kind)
-            if kind not in node.parts and tensors is not None:
-                await self._save(node, kind, tensors, effort)
-        await self._sync(effort)
+        hot = self._core.hot
+        wanted = [(node, kind) for node, kind in parts if kind not in node.parts and hot.has(node, kind)]
+        async with self._room(wanted, effort):
+            for node, kind in wanted:
+                tensors = hot.get(node, kind)
+                if tensors is not None:
+                    await self._save(node, kind, tensors, effort)
+            await self._sync(effort)
         return effort
+
+    @contextlib.asynccontextmanager
+    async def _room(self, parts: list[tuple[Node, PartKind]], effort: Effort) -> AsyncIterator[None]:
+        """Room in the quota for files that don't exist yet; without it, nothing is written."""
+        new = [(node, kind) for node, kind in parts if kind not in node.parts]
+        size = sum(
+            payload_size(self._core.specs[kind], node.count) + header_bytes(node.block_tokens) for node, kind in new
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self._quota.room(size))
+            except OSError as error:
+                effort.refusal = error
+            yield
 
     def _is_wanted(self, node: Node, kind: PartKind, reused: int) -> bool:
         """What has no file needs one. What others have made meanwhile is taken into RAM, as what was made here is; what

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from warmkv_server.kv.index import Agent, Index, Node, Part
-from warmkv_server.kv.journal import Database, Statement, as_json, insert
+from warmkv_server.kv.journal import Database, JournalDamaged, Statement, as_json, insert
 from warmkv_server.kv.records import Fingerprint, RequestOutcome
 from warmkv_server.kv.types import Fallback, PartKind
 
@@ -143,7 +143,11 @@ def read_outcomes(db: Database) -> Iterator[tuple[str, RequestOutcome, float]]:
 
 
 def read_index(db: Database) -> Index:
-    """Nodes and agents. Which windows are needed depends on the layout, so that is left to the caller."""
+    """Nodes and agents. Which windows are needed depends on the layout, so that is left to the caller.
+
+    Raises:
+        JournalDamaged: the tables contradict each other.
+    """
     index = Index()
     by_row: dict[int, Node] = {}
     for row, ident, tenant, fingerprint, parent, start, tokens, parts, lost in db.query(
@@ -157,12 +161,12 @@ def read_index(db: Database) -> Index:
     for incarnation, row in db.query(
         "SELECT agent, node FROM chain WHERE agent IN (SELECT incarnation FROM agents) ORDER BY agent, start"
     ):
-        chains.setdefault(incarnation, []).append(by_row[row])
+        chains.setdefault(incarnation, []).append(_node(by_row, row))
     snapshots: dict[int, dict[int, Node]] = {}
     for incarnation, length, row in db.query(
         "SELECT agent, length, node FROM snapshots WHERE agent IN (SELECT incarnation FROM agents)"
     ):
-        snapshots.setdefault(incarnation, {})[length] = by_row[row]
+        snapshots.setdefault(incarnation, {})[length] = _node(by_row, row)
     for columns in db.query(
         "SELECT incarnation, tenant, agent_id, fingerprint, revision, kept, previous, pinned, ttl, labels,"
         " create_time, update_time, last_used, parent_agent_id, ending FROM agents"
@@ -189,6 +193,13 @@ def join_tokens(nodes: list[Node]) -> np.ndarray[Any, np.dtype[np.int32]]:
     tokens = np.frombuffer(b"".join(node.own_tokens for node in nodes), "<i4").astype(np.int32)
     tokens.flags.writeable = False
     return tokens
+
+
+def _node(by_row: Mapping[int, Node], row: int) -> Node:
+    try:
+        return by_row[row]
+    except KeyError as error:
+        raise JournalDamaged(f"an agent refers to node {row}, which isn't there") from error
 
 
 def _parts(parts: Mapping[PartKind, Part]) -> str:

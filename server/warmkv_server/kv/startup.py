@@ -16,7 +16,7 @@ from warmkv_server.kv.boundaries import in_window
 from warmkv_server.kv.core import BLOCKS, QUARANTINE, KeptOutcome, block_path
 from warmkv_server.kv.files import TEMP_SUFFIX, Files
 from warmkv_server.kv.index import AgentKey, Index
-from warmkv_server.kv.journal import Database, JournalDamaged
+from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.records import Fingerprint, StoreSettings
 from warmkv_server.kv.types import Fallback, KVLayout
@@ -122,7 +122,8 @@ def _open_database(settings: StoreSettings) -> Database:
     lost = not path.exists() and any(e.name.endswith(SUFFIX) for e in block_files(settings.data_dir))
     try:
         if not lost:
-            return Database(path, settings.durability)
+            small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
+            return Database(path, settings.durability, min(CHECKPOINT_BYTES, small))
         log.warning("the index %s is missing, though there are block files", path)
     except JournalDamaged as error:
         aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")

@@ -25,6 +25,7 @@ from warmkv_server.kv.loader import Loader
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.match import Matcher
 from warmkv_server.kv.parts import PartWriter
+from warmkv_server.kv.quota import Quota
 from warmkv_server.kv.records import (
     UNSET,
     AgentRecord,
@@ -75,8 +76,8 @@ class Store:
         self._lock = lock
         self._collector = Collector(core)
         self._loader = Loader(core)
-        self._writer = PartWriter(core, self._loader)
-        self._committer = Committer(core, self._writer, self._collector)
+        writer = PartWriter(core, self._loader, Quota(core, self._collector))
+        self._committer = Committer(core, writer, self._collector)
         self._matcher = Matcher(core.index, core.layout, core.has)
         self._upkeep = Upkeep(core, self._committer, self.delete)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -104,6 +105,7 @@ class Store:
     async def close(self) -> None:
         """Wait for what is in flight, then let go of the directory."""
         await self._upkeep.close()
+        await self.flush()
         await self.settled()
         await self._core.journal.close()
         self._core.shutdown()
@@ -115,6 +117,10 @@ class Store:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._loader.idle()
         await self._collector.idle()
+
+    async def flush(self) -> bool:
+        """Try now to write what the disk has refused. Whether every agent is durable afterwards."""
+        return await self._finish(self._committer.retry_all())
 
     # Looking
 
@@ -395,7 +401,7 @@ class Store:
         agent.deleting = True
         try:
             if agent.saved or agent.durable:
-                await core.journal.apply([*rows.delete_agent(agent.incarnation)])
+                await core.journal.remove([*rows.delete_agent(agent.incarnation)])
         except OSError as error:
             agent.deleting = False
             raise StorageUnavailable(

@@ -42,7 +42,7 @@ class Upkeep:
             try:
                 await self._expire()
                 await self._forget()
-                await self._retry()
+                await self._committer.retry_all()
             except Exception:
                 log.exception("upkeep failed; it goes on")
             with contextlib.suppress(TimeoutError):
@@ -78,8 +78,3 @@ class Upkeep:
                 await self._core.journal.apply([rows.delete_outcomes(before)])
             except OSError as error:
                 log.warning("old request outcomes can't be removed: %s", error)
-
-    async def _retry(self) -> None:
-        for agent in list(self._committer.not_durable):
-            if not await self._committer.retry(agent):
-                return

@@ -1,0 +1,42 @@
+"""Disks that refuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.kv.driver import Driver
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.records import Durability
+
+
+class RefusingFiles(Files):
+    """Real files, until `refusal` is an errno: then new content is cut off, and names can't be changed."""
+
+    def __init__(self, durability: Durability = Durability.NONE) -> None:
+        super().__init__(durability)
+        self.refusal: int | None = None
+
+    def fill(self, fd: int, buffers: Sequence[memoryview]) -> None:
+        if self.refusal is not None:
+            super().fill(fd, [buffers[0][: len(buffers[0]) // 2]])
+            self._refuse(None)
+        super().fill(fd, buffers)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._refuse(source)
+        super().rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self._refuse(path)
+        super().unlink(path)
+
+    def _refuse(self, path: Path | None) -> None:
+        if self.refusal is not None:
+            raise OSError(self.refusal, os.strerror(self.refusal), path)
+
+
+def make_index_refuse(driver: Driver, refuse: bool) -> None:
+    """Have SQLite itself say no to every write, as it does on a read-only disk."""
+    driver.store._core.journal.database.query(f"PRAGMA query_only = {int(refuse)}")
