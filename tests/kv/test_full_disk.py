@@ -113,7 +113,7 @@ async def test_a_server_that_dies_before_the_disk_recovers_starts_with_the_last_
 
 async def test_what_the_disk_refuses_may_fill_the_memory_budget_but_not_more(tmp_path: Path) -> None:
     files = RefusingFiles()
-    driver = await Driver.open(tmp_path, files=files, hot_bytes=100_000, retry_seconds=ENDLESS)
+    driver = await Driver.open(tmp_path, files=files, hot_bytes=200_000, retry_seconds=ENDLESS)
     files.refusal = errno.ENOSPC
     await driver.put("0", context([0] * 300))
     await driver.put("1", context([1] * 300))
