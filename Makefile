@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint style types rooms stubs check-stubs proto-lint lock clean
+.PHONY: help setup serve test clients lint style types rooms stubs check-stubs proto-lint lock clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -34,6 +34,9 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(BIN)/pytest $(ARGS)
+
+clients: setup ## Run the Go and Node clients and the README's grpcurl lines against a server (needs Go and Node)
+	$(BIN)/python tests/clients/run.py
 
 lint: style types rooms ## Check style, types, and which room imports which
 
