@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import pytest
 
 from tests.engine.spans import compute
 from warmkv_server.engine import model
@@ -36,6 +37,18 @@ async def running(folder: Path | str, group_size: int = 64, **settings: Any) -> 
         yield engine
     finally:
         await engine.stop()
+
+
+def become(monkeypatch: pytest.MonkeyPatch, model_class: type[Any]) -> None:
+    """Let models loaded from now on be of this subclass of their own class."""
+    load = model.load
+
+    def load_and_change(spec: str, **options: Any) -> model.LoadedModel:
+        loaded = load(spec, **options)
+        loaded.model.__class__ = model_class
+        return loaded
+
+    monkeypatch.setattr(model, "load", load_and_change)
 
 
 @dataclass

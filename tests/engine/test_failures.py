@@ -18,8 +18,8 @@ from tests.engine import families
 from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.folders import write_model
-from tests.engine.runs import Outcome, Solo, after, check_greedy, job_of, outcome, prompt_of, running
-from warmkv_server.engine import group, model, sampling
+from tests.engine.runs import Outcome, Solo, after, become, check_greedy, job_of, outcome, prompt_of, running
+from warmkv_server.engine import group, sampling
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.types import Answer, Delta, Job, Sampling
 from warmkv_server.errors import EngineError
@@ -41,14 +41,7 @@ class Allergic(llama.Model):
 
 @pytest_asyncio.fixture
 async def engine(folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
-    load = model.load
-
-    def load_allergic(spec: str, **options: object) -> model.LoadedModel:
-        loaded = load(spec, **options)  # type: ignore[arg-type]
-        loaded.model.__class__ = Allergic
-        return loaded
-
-    monkeypatch.setattr(model, "load", load_allergic)
+    become(monkeypatch, Allergic)
     async with running(folder_of("llama")) as engine:
         yield engine
 

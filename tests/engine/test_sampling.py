@@ -55,8 +55,8 @@ def test_greedy_takes_the_largest_logit() -> None:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_draws_follow_the_temperature(temperature: float) -> None:
-    """Pearson's test over 2,000 draws; the seed is fixed, so it passes always or never."""
-    count = 2000
+    """Pearson's test over 1,500 draws; the seed is fixed, so it passes always or never."""
+    count = 1500
     drawn = Counter(choose(Sampling(temperature=temperature, seed=7), count))
     expected = probabilities(LOGITS / temperature) * count
     enough = expected >= 5
@@ -82,10 +82,10 @@ def test_draws_follow_the_temperature(temperature: float) -> None:
     ],
 )
 def test_filters_leave_the_tokens_that_they_should(filters: dict[str, float]) -> None:
-    drawn = set(choose(Sampling(temperature=1.0, seed=3, **filters), 400))  # type: ignore[arg-type]
+    drawn = set(choose(Sampling(temperature=1.0, seed=3, **filters), 200))  # type: ignore[arg-type]
     allowed = kept(probabilities(LOGITS), **filters)  # type: ignore[arg-type]
     assert drawn <= allowed
-    likely = {token for token in allowed if probabilities(LOGITS)[token] > 0.02}
+    likely = {token for token in allowed if probabilities(LOGITS)[token] > 0.04}
     assert drawn >= likely
 
 

@@ -75,7 +75,7 @@ def assistant(content: str) -> Message:
     return Message("assistant", content)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     system=st.none() | anything,
     turns=st.lists(st.tuples(anything, answers), min_size=1, max_size=3),
