@@ -27,6 +27,7 @@ class Upkeep:
         self._committer = committer
         self._delete = delete
         self._changed = asyncio.Event()
+        self._retry_at: float | None = None
         self._task = asyncio.create_task(self._run())
 
     def wake(self) -> None:
@@ -42,7 +43,7 @@ class Upkeep:
             try:
                 await self._expire()
                 await self._forget()
-                await self._committer.retry_all()
+                await self._retry()
             except Exception:
                 log.exception("upkeep failed; it goes on")
             with contextlib.suppress(TimeoutError):
@@ -52,9 +53,20 @@ class Upkeep:
     def _pause(self) -> float:
         now = time.time()
         times = [a.expires - now for a in self._core.index.agents.values() if a.expires is not None]
-        if self._committer.not_durable:
-            times.append(self._core.settings.retry_seconds)
+        if self._retry_at is not None:
+            times.append(self._retry_at - now)
         return min([max(t, 0.05) for t in times] + [_LONGEST_PAUSE])
+
+    async def _retry(self) -> None:
+        """Write what the disk refused, once the pause since the refusal, or since the last attempt, is over."""
+        now = time.time()
+        if self._retry_at is not None and self._retry_at <= now:
+            await self._committer.retry_all()
+            self._retry_at = None
+        if not self._committer.not_durable:
+            self._retry_at = None
+        elif self._retry_at is None:
+            self._retry_at = now + self._core.settings.retry_seconds
 
     async def _expire(self) -> None:
         now = time.time()
