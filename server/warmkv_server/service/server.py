@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 _RECEIVE_FACTOR = 8
 """gRPC itself cuts off requests larger than so many times the limit, and says less about why than we do."""
+
+_LEFT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,12 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
-        """Refuse connections, and end the calls that are left after so many seconds."""
+        """Refuse connections, and end the calls that are left after so many seconds. Nothing else runs any more."""
         await self._server.stop(grace)
+        # gRPC returns a moment before its handlers do; a loop that ends in between logs their tracebacks.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:
+            await asyncio.wait(left, timeout=_LEFT_SECONDS)
 
     async def _say(self, status: Any) -> None:
         for service in _STATES_OF:
