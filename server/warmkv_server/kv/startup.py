@@ -131,7 +131,10 @@ def _open_database(settings: StoreSettings) -> Database:
         path.rename(aside)
         for extra in ("-wal", "-shm"):
             path.with_name(path.name + extra).unlink(missing_ok=True)
-    raise OperatorError(f"the index {path} is lost; run `warmkv store rebuild-index --data-dir {settings.data_dir}`")
+    raise OperatorError(
+        f"the index {path} is lost, and the block files alone don't say whose they are; put it back from a backup, "
+        "or move the data directory away to begin with an empty one"
+    )
 
 
 def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
