@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from tests.e2e.harness import Client, Server, refusal_of, refused, serving, some_tokens, text, token_ids
 from warmkv import v1
@@ -152,6 +153,18 @@ def test_readers_do_not_wait(client: Client, agent: str, seed: int) -> None:
     await_that(lambda: is_idle(client, agent))
     assert client.get(agent).pinned
     assert client.get(agent).revision == 2
+
+
+def test_an_agent_does_not_expire_while_something_works_on_it(client: Client, agent: str, seed: int) -> None:
+    client.prime(agent, token_ids(some_tokens(50, seed)))
+    stream = client.stream(agent, token_ids([301]), max_tokens=20_000, ignore_eos=True)
+    read_deltas(stream, 3)
+    ttl = client.update(v1.Agent(agent_id=agent, ttl=Duration(nanos=50_000_000)), "ttl").ttl
+    time.sleep(5 * ttl.ToNanoseconds() / 1e9)
+    read_deltas(stream, 3)
+    assert client.get(agent).activity == v1.ACTIVITY_DECODING
+    stream.cancel()
+    await_that(lambda: not _exists(client, agent))
 
 
 def test_delete_ends_what_runs_and_what_waits(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ class Agent:
         durable: the journal has exactly this state, and the files are there.
         saved: the journal has some state of it.
         deleting: its deletion is on its way to the journal; nothing may be committed to it.
+        leases: requests that work on it now; it doesn't expire meanwhile.
     """
 
     tenant: str
@@ -132,6 +133,7 @@ class Agent:
     durable: bool = False
     saved: bool = False
     deleting: bool = False
+    leases: int = 0
 
     @property
     def key(self) -> AgentKey:

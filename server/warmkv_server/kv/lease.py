@@ -11,7 +11,7 @@ from warmkv_server.kv.records import TokenIds
 from warmkv_server.kv.types import Fallback
 
 if TYPE_CHECKING:
-    from warmkv_server.kv.index import Node
+    from warmkv_server.kv.index import Agent, Node
 
 
 @dataclass
@@ -39,6 +39,12 @@ class Lease:
     fallback: Fallback | None = None
     on_release: Callable[[Iterable[Node]], None] | None = None
     _pinned: list[Node] = field(default_factory=list)
+    _agent: Agent | None = None
+
+    def hold(self, agent: Agent) -> None:
+        """Keep the agent from expiring until the lease is released."""
+        agent.leases += 1
+        self._agent = agent
 
     def pin(self, *nodes: Node) -> None:
         """Keep these from collection until the lease is released."""
@@ -48,6 +54,9 @@ class Lease:
 
     def release(self) -> None:
         """Let go. Doing so twice is harmless."""
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.leases -= 1
         pinned, self._pinned = self._pinned, []
         for node in pinned:
             node.pins -= 1

@@ -200,6 +200,7 @@ class Store:
         now = time.time()
         if agent is not None:
             agent.last_used = now
+            lease.hold(agent)
         for node in lease.nodes:
             node.last_used = now
         return lease

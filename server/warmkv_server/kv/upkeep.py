@@ -72,7 +72,7 @@ class Upkeep:
         now = time.time()
         due = [a for a in self._core.index.agents.values() if a.expires is not None and a.expires <= now]
         for agent in due:
-            if agent.key in self._committer.tickets:
+            if agent.leases or agent.key in self._committer.tickets:
                 continue
             try:
                 await self._delete(agent.tenant, agent.agent_id)
