@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from warmkv_server import blas
-from warmkv_server.agents.agents import Agents, Limits
+from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.errors import Draining
@@ -55,8 +55,12 @@ async def serve(settings: Settings) -> None:
         try:
             fingerprint = Fingerprint({**engine.info.fingerprint_fields, "block_format": str(BLOCK_FORMAT)})
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
-            limits = Limits(max_waiting=settings.max_queue, loaded_bytes=settings.inflight_bytes)
-            agents = Agents(engine, store, fingerprint.digest, limits)
+            agent_settings = AgentSettings(
+                max_waiting=settings.max_queue,
+                loaded_bytes=settings.inflight_bytes,
+                synced=settings.durability != "none",
+            )
+            agents = Agents(engine, store, fingerprint.digest, agent_settings)
             metrics.watch(agents)
             gate.open(agents)
             await server.announce()

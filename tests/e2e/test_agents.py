@@ -203,6 +203,20 @@ def test_what_was_changed_is_there_after_kill_9(tmp_path: Path) -> None:
             assert agent == before[name]
 
 
+def test_nothing_is_called_persisted_where_nothing_is_synced(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--durability", "none") as (server, client):
+        assert client.info().durability == v1.DURABILITY_NONE
+        primed = client.prime("a", token_ids(some_tokens(300)), request_id="prime")
+        assert not primed.persisted
+        assert not client.generate("a", text(" on")).finished.persisted
+        assert client.evict("a").bytes_freed > 0
+        assert client.prime("a", token_ids(some_tokens(300)), request_id="prime") == primed
+        server.kill()
+    with serving(tmp_path / "data", "--durability", "fsync") as (_, client):
+        assert client.get("a").revision == 2  # the system didn't crash
+        assert client.generate("a", text(" on")).finished.persisted
+
+
 def test_delete_is_for_good(client: Client, agent: str, seed: int) -> None:
     with refused(*NOT_FOUND):
         client.delete(agent)

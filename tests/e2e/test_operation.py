@@ -74,6 +74,7 @@ def test_reflection_tells_services_and_messages(client: Client) -> None:
     assert {*SERVICES[1:], "grpc.health.v1.Health"} <= set(database.get_services())
     file = database.FindFileContainingSymbol("warmkv.v1.AgentService")
     assert "GenerateRequest" in {message.name for message in file.message_type}
+    assert database.FindFileContainingSymbol("warmkv.v1.AgentService.Generate").name == file.name
 
 
 def test_reflection_v1_tells_the_same(client: Client) -> None:

@@ -38,16 +38,18 @@ _LOOKED_AT = 10_000
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What may wait, and be held for those that wait.
+class AgentSettings:
+    """What the operator sets.
 
     Attributes:
         max_waiting: requests that wait for their agent's turn, and as many that wait for memory.
         loaded_bytes: KV of held contexts in RAM for requests that are loading, waiting for the engine, or running.
+        synced: whether commits wait for the disk; if not, none is called persisted.
     """
 
     max_waiting: int
     loaded_bytes: int
+    synced: bool
 
 
 class Agents:
@@ -55,17 +57,16 @@ class Agents:
 
     Args:
         fingerprint: digest of all that the KV depends on besides the tokens.
-        limits: of what may wait and be held.
     """
 
-    def __init__(self, engine: Engine, store: Store, fingerprint: str, limits: Limits) -> None:
+    def __init__(self, engine: Engine, store: Store, fingerprint: str, settings: AgentSettings) -> None:
         self.engine = engine
         self.store = store
         self.fingerprint = fingerprint
         self.tally = Tally()
-        self._turns = Turns(limits.max_waiting)
-        self._admission = Admission(limits.loaded_bytes, limits.max_waiting)
-        self._tools = Tools(engine, store, self._turns, self._admission, self.tally)
+        self._turns = Turns(settings.max_waiting)
+        self._admission = Admission(settings.loaded_bytes, settings.max_waiting)
+        self._tools = Tools(engine, store, self._turns, self._admission, self.tally, settings.synced)
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
         self._stopping: WarmKVError | None = None

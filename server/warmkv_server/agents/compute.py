@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Tools:
     turns: Turns
     admission: Admission
     tally: Tally
+    synced: bool
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Computation:
         def timed(agent: AgentRecord, persisted: bool) -> RequestOutcome:
             assert seal is not None
             self.timings.commit = time.perf_counter() - began
-            return seal(agent, persisted)
+            return seal(agent, persisted and self.tools.synced)
 
         with self.run.uninterrupted():
             committed = await self.tools.store.commit(
@@ -146,7 +147,7 @@ class Computation:
             )
         if seal is None:
             self.timings.commit = committed.seconds
-        return committed
+        return replace(committed, persisted=committed.persisted and self.tools.synced)
 
     def _follow(self, event: Event, answer: Answer | None) -> None:
         match event:

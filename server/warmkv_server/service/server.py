@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from warmkv.v1 import agent_service_pb2, server_service_pb2
 from warmkv_server.errors import OperatorError
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.endpoint import Endpoints
+from warmkv_server.service.endpoint import Context, Endpoints
 from warmkv_server.service.server_servicer import ServerServicer
 
 _AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
@@ -100,8 +101,17 @@ class GrpcServer:
 def _reflection() -> list[grpc.GenericRpcHandler]:
     """Server reflection v1alpha, and v1, whose messages are the same on the wire."""
     names = (_AGENTS.full_name, _SERVER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    servicer = reflection.aio.ReflectionServicer(names)
+
+    async def tell(
+        requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], context: Context
+    ) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
+        answers: Any = servicer.ServerReflectionInfo(_by_service(requests), context)
+        async for answer in answers:
+            yield answer
+
     handler = grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        tell,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
@@ -109,6 +119,17 @@ def _reflection() -> list[grpc.GenericRpcHandler]:
         grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
         for name in (reflection.SERVICE_NAME, _REFLECTION_V1)
     ]
+
+
+async def _by_service(
+    requests: AsyncIterator[reflection_pb2.ServerReflectionRequest],
+) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+    """Ask for a method's service instead of the method: protobuf's pool finds no file by a method's name."""
+    methods = {method.full_name: service.full_name for service in (_AGENTS, _SERVER) for method in service.methods}
+    async for request in requests:
+        if request.file_containing_symbol in methods:
+            request.file_containing_symbol = methods[request.file_containing_symbol]
+        yield request
 
 
 def _probe(host: str, port: int) -> None:
