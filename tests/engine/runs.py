@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,16 +39,30 @@ async def running(folder: Path | str, group_size: int = 64, **settings: Any) -> 
         await engine.stop()
 
 
-def become(monkeypatch: pytest.MonkeyPatch, model_class: type[Any]) -> None:
-    """Let models loaded from now on be of this subclass of their own class."""
+def become(monkeypatch: pytest.MonkeyPatch, subclass: Callable[[type[Any]], type[Any]]) -> None:
+    """Let models loaded from now on be of a subclass of their own class."""
     load = model.load
 
     def load_and_change(spec: str, **options: Any) -> model.LoadedModel:
         loaded = load(spec, **options)
-        loaded.model.__class__ = model_class
+        loaded.model.__class__ = subclass(type(loaded.model))
         return loaded
 
     monkeypatch.setattr(model, "load", load_and_change)
+
+
+def counting(calls: list[tuple[int, int]]) -> Callable[[type[Any]], type[Any]]:
+    """For `become`: note the rows and tokens of every call."""
+
+    def subclass(real: type[Any]) -> type[Any]:
+        def call(self: Any, inputs: mx.array, *rest: Any, **options: Any) -> Any:
+            rows, tokens = inputs.shape
+            calls.append((rows, tokens))
+            return real.__call__(self, inputs, *rest, **options)
+
+        return type("Counting", (real,), {"__call__": call})
+
+    return subclass
 
 
 @dataclass
@@ -166,6 +180,7 @@ def check_greedy(tokens: Sequence[int], alone: Sequence[Step]) -> int:
 def check_growth(growth: Growth, start: int, end: int) -> None:
     """Fail unless it is whole: exactly the tokens [start, end) in every tensor."""
     assert (growth.start, growth.end) == (start, end)
+    assert all(start < length <= end for length in growth.snapshots)
     for tensors in growth.tensors.values():
         for name, array in tensors.items():
             assert array.shape[2] == end - start, name

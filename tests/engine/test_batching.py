@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
@@ -16,22 +16,26 @@ from tests.engine.runs import (
     Outcome,
     Solo,
     Step,
+    after,
+    become,
     check_greedy,
     check_growth,
+    counting,
     job_of,
     outcomes,
     prompt_of,
     running,
 )
+from tests.engine.spans import grown, needed
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Delta, Finish
+from warmkv_server.engine.types import Answer, Delta, Finish
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KINDS = ["llama", "deepseek_v3", "gemma3_text", "gemma4_shared_kv", "llama4_chunked", "qwen3_5", "falcon_h1"]
 """A family of each kind of cache."""
 
-LONGEST = 9
+LONGEST = 10
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,12 @@ class Agent:
 class Bench:
     """An engine, and the same model alone."""
 
+    name: str
     engine: Engine
     solo: Solo
-    _answers: dict[int, list[Step]]
+    calls: list[tuple[int, int]]
+    """(rows, tokens) of each call of the engine's model."""
+    _answers: dict[int, list[Step]] = field(default_factory=dict)
 
     def alone(self, prompt: int) -> list[Step]:
         if prompt not in self._answers:
@@ -66,9 +73,12 @@ class Bench:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS)
 async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIterator[Bench]:
-    folder = folder_of(request.param)
-    async with running(folder, max_batch=4) as engine:
-        yield Bench(engine, Solo(folder), {})
+    folder, calls = folder_of(request.param), list[tuple[int, int]]()
+    solo = Solo(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        become(patch, counting(calls))
+        async with running(folder, max_batch=4) as engine:
+            yield Bench(request.param, engine, solo, calls)
 
 
 async def run(engine: Engine, agents: Sequence[Agent]) -> list[Outcome]:
@@ -127,24 +137,27 @@ async def test_joining_and_leaving_changes_no_answer(bench: Bench, agents: list[
             assert (finished.finish, len(got.tokens)) == (Finish.LENGTH, agent.max_tokens)
 
 
-async def test_agents_that_come_together_decode_in_the_same_step(bench: Bench) -> None:
-    """Otherwise this file would show nothing about batches."""
-    batches = set()
-    agents = [Agent(prompt) for prompt in (48, 49, 50, 51)]
-
-    async def watch() -> None:
-        while True:
-            batches.add(bench.engine.stats().batch_size)
-            await asyncio.sleep(0)
-
-    watcher = asyncio.create_task(watch())
+async def test_agents_of_like_length_share_a_step(bench: Bench) -> None:
+    """Otherwise this file would show nothing about batches. (Chunked caches don't merge: each row has its own step.)"""
+    bench.calls.clear()
+    agents = [Agent(prompt) for prompt in (18, 19, 20, 21)]
     got = await run(bench.engine, agents)
-    watcher.cancel()
-    assert max(batches) == len(agents)
+    assert max(rows for rows, _ in bench.calls) == (1 if bench.name == "llama4_chunked" else len(agents))
     compared = sum(
         check_greedy(each.tokens, bench.alone(agent.prompt)) for agent, each in zip(agents, got, strict=True)
     )
     assert compared > len(agents) * LONGEST // 2, "nearly every answer was unsure: the models show nothing"
+
+
+async def test_what_a_row_of_a_batch_leaves_behind_carries_its_own_agent_on(bench: Bench) -> None:
+    """Whether it ended, was cancelled, or ended last; recurrent state is one row's of many."""
+    agents = [Agent(48, 3), Agent(49, LONGEST), Agent(50, LONGEST, cancel_at=4), Agent(51, 5)]
+    for agent, got in zip(agents, await run(bench.engine, agents), strict=True):
+        held = agent.prompt + len(got.tokens)
+        spans = needed(grown([got.finished.growth], held), bench.engine.info.layout, held)
+        tokens = [*prompt_of(agent.prompt), *got.tokens, *prompt_of(3, seed=5)]
+        (more,) = await outcomes(bench.engine, [after(tokens, spans, held, Answer(max_tokens=4, ignore_eos=True))])
+        check_greedy(more.tokens, bench.solo.answer(tokens, 4))
 
 
 async def test_the_same_job_twice_is_the_same_bit_for_bit(bench: Bench) -> None:

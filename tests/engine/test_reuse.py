@@ -29,9 +29,10 @@ from tests.engine.runs import (
     running,
 )
 from tests.engine.spans import cut, distance, filled, from_disk, grown, needed
+from tests.engine.tokenizers import built_in, ids
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Answer, Finish, Job
+from warmkv_server.engine.types import Answer, Finish, Job, Sampling
 from warmkv_server.kv.types import Growth, PartKind, Span
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -124,6 +125,16 @@ async def test_a_snapshot_is_taken_where_it_was_asked_for(bench: Bench) -> None:
         check_greedy(got.tokens, bench.solo.answer(tokens, ANSWER))
         check_growth(got.finished.growth, length, 70 + ANSWER)
         assert set(got.finished.growth.snapshots) >= {70 + ANSWER}
+
+
+async def test_no_snapshot_is_left_of_a_token_behind_a_stop_string(bench: Bench) -> None:
+    """A lone space is spelled with the token after it, which is dropped when the space was the stop string."""
+    prompt, space, one = prompt_of(20), *ids(built_in(), " 1")
+    sampling = Sampling(logit_bias={space: 1000.0, one: 900.0}, presence_penalty=500.0)
+    got = await outcome(bench.engine.submit(job_of(prompt, 5, sampling=sampling, stop=(" ",))))
+    assert got.tokens == [space, one]
+    assert got.finished.completion == (space,)
+    check_growth(got.finished.growth, 0, 21)
 
 
 async def test_sequences_with_and_without_a_reused_prefix_decode_together(bench: Bench) -> None:
