@@ -23,12 +23,13 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from . import collect
 from .documents import Document
 from .model_io import MODEL, read_model, token_losses
-from .prepare import encode_talk, load
+from .prepare import Tokens, encode_talk, load
 from .talks import Talks
 from .tokenizer import BOS_ID, END_ID
 from .trigram import Trigram
@@ -81,20 +82,38 @@ def losses(work: Path) -> None:
 
 
 def positions(work: Path) -> None:
-    """Mean loss in bands of positions, over four runs of 32,768 tokens of held-out documents, one after another."""
+    """Mean loss in bands of positions, over four runs of 32,768 tokens of held-out documents, one after another.
+
+    Beside it the loss of the same tokens with little context, since some documents are harder than others.
+    """
     model, _ = read_model()
+    runs = position_runs(work)
+    print(f"{len(runs)} runs of {len(runs[0])} tokens")
+    whole = np.stack([token_losses(model, run) for run in runs])
+    short = np.stack([windowed_losses(model, run) for run in runs])
+    edges = [0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 24_576, len(runs[0]) - 1]
+    for low, high in pairwise(edges):
+        band, same = whole[:, low:high].mean(axis=1), short[:, low:high].mean()
+        error = band.std(ddof=1) / math.sqrt(len(band))
+        print(
+            f"{low:6} to {high:6}: {band.mean():.3f} nats per token (standard error {error:.3f}), "
+            f"{same:.3f} with at most {_WINDOW:,} tokens of context"
+        )
+
+
+def position_runs(work: Path) -> list[Tokens]:
+    """Held-out documents one after another, cut to runs of 32,768 tokens at even distances."""
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     joined = [t for d in held_out(work) for t in tokenizer.encode(d.text + "\n\n", add_special_tokens=False).ids]
     length = 32_767
     starts = np.linspace(0, len(joined) - length, _RUNS, dtype=int)
-    runs = [[BOS_ID, *joined[at : at + length]] for at in starts]
-    table = np.stack([token_losses(model, np.array(run, dtype=np.uint16)) for run in runs])
-    print(f"{len(runs)} runs of {length + 1} tokens")
-    edges = [0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 24_576, length]
-    for low, high in pairwise(edges):
-        band = table[:, low:high].mean(axis=1)
-        error = band.std(ddof=1) / math.sqrt(len(band))
-        print(f"{low:6} to {high:6}: {band.mean():.3f} nats per token (standard error {error:.3f})")
+    return [np.array([BOS_ID, *joined[at : at + length]], dtype=np.uint16) for at in starts]
+
+
+def windowed_losses(model: Any, run: Tokens) -> npt.NDArray[np.float32]:
+    """As ``token_losses``, with a context that starts afresh every ``_WINDOW`` tokens."""
+    parts = [np.array([BOS_ID, *run[at : at + _WINDOW]], np.uint16) for at in range(1, len(run), _WINDOW)]
+    return np.concatenate([token_losses(model, part) for part in parts])
 
 
 def held_out(work: Path) -> list[Document]:
@@ -130,7 +149,7 @@ def recall(work: Path) -> None:
     talks, tokenizer = Talks(data), Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     answer = answerer(*read_model())
     things, places = ("key", "book", "hat", "coat", "ring"), ("kitchen", "garden", "attic", "office")
-    for length in (0, 500, 1_000, 2_000, 4_000):
+    for length in (0, 1_000, 4_000):
         right = 0
         for _ in range(20):
             thing, place = rng.choice(things), rng.choice(places)
