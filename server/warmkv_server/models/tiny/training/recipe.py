@@ -45,7 +45,8 @@ class Plan:
     """How much to train: ``tokens`` in all, ``batch`` tokens a step, peak learning rates.
 
     The layers' matrices are trained with Muon (Jordan et al., 2024: momentum made orthogonal by Newton-Schulz
-    iterations), the embedding and the norms with AdamW. Over 70M tokens, AdamW alone at a rate of 4e-3 ended 1.0 nats a token higher.
+    iterations), the embedding and the norms with AdamW. Over 70M tokens, AdamW alone at a rate of 4e-3 ended 1.0 nats
+    a token higher.
     """
 
     tokens: int
