@@ -12,6 +12,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from tests.e2e.harness import Client, Server, chat, refusal_of, refused, serving, some_tokens, text, token_ids
+from tests.engine.families import FAMILIES, build
+from tests.engine.folders import write_model
 from warmkv import v1
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
@@ -217,3 +219,16 @@ def test_the_context_of_another_model(tmp_path: Path) -> None:
         assert answer.cache.fallback_reason == v1.FALLBACK_REASON_FINGERPRINT
         client.delete("a")
         assert client.info().kv_bits == 8
+
+
+def test_a_context_with_tokens_that_this_model_does_not_know(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", FAMILIES["llama"].config, build("llama"))
+    with serving(tmp_path / "data") as (_, client):
+        client.prime("a", token_ids(some_tokens(300)))
+    with serving(tmp_path / "data", "--model", str(tmp_path / "model")) as (_, client):
+        for call in (client.extend, client.generate):
+            with refused(grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED"):
+                call("a", token_ids([5]))
+        assert client.get("a").revision == 1
+        assert client.prime("a", token_ids(range(50))).agent.revision == 2
+        assert client.extend("a", token_ids([5])).cache.source == v1.CACHE_SOURCE_HOT
