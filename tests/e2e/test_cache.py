@@ -122,6 +122,31 @@ def test_hot_warm_and_restarted_answer_the_same_tokens(tmp_path: Path) -> None:
     assert answers[0].tokens == answers[1].tokens == answers[2].tokens
 
 
+@pytest.mark.parametrize("shape", ["gemma3", "hybrid", "deepseek_v2"])
+def test_caches_that_cannot_be_cut_everywhere_answer_the_same_tokens_too(tmp_path: Path, shape: str) -> None:
+    content, suffix = token_ids(some_tokens(600)), token_ids([301, 302])
+    with serving(tmp_path / "data", "--model", f"random:{shape}") as (server, client):
+        client.prime("a", content)
+        again = client.prime("a", content)
+        assert (again.cache.cached_tokens, again.agent.revision) == (600, 1)
+        hot = client.generate("a", suffix, ephemeral=True)
+        assert (hot.cache.source, hot.cache.cached_tokens) == (v1.CACHE_SOURCE_HOT, 600)
+        assert client.generate("a", ephemeral=True).cache.cached_tokens == 599
+        client.evict("a")
+        warm = client.generate("a", suffix, ephemeral=True)
+        assert (warm.cache.source, warm.cache.cached_tokens) == (v1.CACHE_SOURCE_WARM, 600)
+        server.kill()
+    with serving(tmp_path / "data", "--model", f"random:{shape}") as (_, client):
+        restarted = client.generate("a", suffix, ephemeral=True)
+        assert (restarted.cache.source, restarted.cache.cached_tokens) == (v1.CACHE_SOURCE_WARM, 600)
+        assert hot.tokens == warm.tokens == restarted.tokens
+        client.generate("a", suffix)
+        on = client.generate("a")
+        check_sums(on.cache)
+        reason = v1.FALLBACK_REASON_NOT_TRIMMABLE if shape == "hybrid" else v1.FALLBACK_REASON_UNSPECIFIED
+        assert on.cache.fallback_reason == reason  # a recurrent state can't go back by one token
+
+
 def test_a_corrupt_file_costs_a_prefill_and_says_so(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as (server, client):
         client.prime("a", token_ids(some_tokens(600)))

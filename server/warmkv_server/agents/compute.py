@@ -92,8 +92,11 @@ class Computation:
 
         Returns when the engine is done with it, also after it was told to stop: then with Finish.CANCELLED.
         """
-        keep = frozenset({len(self.context.tokens) - 1}) if answer is None else frozenset[int]()
-        handle = self.tools.engine.submit(Job(self.context.tokens.tolist(), self.reuse, answer, keep))
+        tokens: list[int] = self.context.tokens.tolist()
+        # So that the same content again replays one token, also where state can't be cut. An answer stops there anyway.
+        before_last = answer is None and self.tools.engine.info.layout.has_state
+        snapshot_at = frozenset({len(tokens) - 1} if before_last else ())
+        handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at))
         self.run.doing = Doing(Activity.QUEUED)
         try:
             with self.run.interrupted_by(handle.cancel):
