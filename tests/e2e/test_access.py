@@ -1,0 +1,90 @@
+"""Who may call, what they may name, and over what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.e2e.harness import Client, Server, refusal_of, refused, serving, some_tokens, text, token_ids
+from warmkv import v1
+
+TLS = Path(__file__).parent / "tls"
+
+
+def test_tokens_and_tenants(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("# tenant token prefix\nred red-token\nred narrow-token team1-\n\nblue blue-token # both\n")
+    content = token_ids(some_tokens(300))
+    unauthenticated = grpc.StatusCode.UNAUTHENTICATED
+    with serving(tmp_path / "data", "--token-file", str(tokens)) as (server, nobody):
+        assert nobody.health_of() == "SERVING"
+        for call in (nobody.list, nobody.info, lambda: nobody.generate("a", content)):
+            with refused(unauthenticated, "TOKEN_MISSING"):
+                call()
+        for header in ("Bearer wrong", "Bearer ", "Basic red-token", "red-token"):
+            stranger = Client(server.address, metadata=[("authorization", header)])
+            with stranger, refused(unauthenticated, "TOKEN_INVALID"):
+                stranger.list()
+        with refused(unauthenticated, "TOKEN_MISSING"):  # what it sent is nobody's business
+            nobody.call("/warmkv.v1.AgentService/Prime", b"\xff")
+
+        with (
+            Client(server.address, token="red-token") as red,
+            Client(server.address, token="blue-token") as blue,
+            Client(server.address, token="narrow-token") as narrow,
+        ):
+            red.prime("team1-a", content)
+            red.prime("other", content, request_id="same id")
+            with refused(grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND"):
+                blue.get("team1-a")
+            with refused(grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND"):
+                blue.delete("team1-a")
+            assert not blue.list().agents
+            # Nothing is shared between tenants: neither blocks, nor names, nor request ids.
+            other = blue.prime("team1-a", content, request_id="same id")
+            assert (other.cache.source, other.agent.revision) == (v1.CACHE_SOURCE_COLD, 1)
+            assert other.agent.shared_bytes == 0
+            assert red.prime("third", content).cache.source == v1.CACHE_SOURCE_SHARED
+
+            assert [agent.agent_id for agent in narrow.list().agents] == ["team1-a"]
+            assert narrow.generate("team1-a", text(" x")).finished.agent.revision == 2
+            forbidden = (grpc.StatusCode.PERMISSION_DENIED, "AGENT_FORBIDDEN")
+            for forbid in (
+                lambda: narrow.get("other"),
+                lambda: narrow.fork("other", "team1-b"),
+                lambda: narrow.fork("team1-a", "b"),
+                lambda: narrow.delete("nobody"),
+                lambda: narrow.generate("other", text("x")),
+                lambda: narrow.update(v1.Agent(agent_id="other"), "pinned"),
+            ):
+                with refused(*forbidden):
+                    forbid()
+        server.kill()
+        assert "red-token" not in server.log_text()
+
+
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = str(TLS / "certificate.pem"), str(TLS / "key.pem")
+    flags = ["--tls-cert", certificate, "--tls-key", key]
+    server = Server(tmp_path / "data", *flags)
+    try:
+        credentials = grpc.ssl_channel_credentials(Path(certificate).read_bytes())
+        with Client(server.address, credentials=credentials) as client:
+            assert client.generate("a", text("Hello")).finished.persisted
+        with Client(server.address) as plain, pytest.raises(grpc.RpcError) as caught:
+            plain.info()
+        assert refusal_of(caught.value).code is grpc.StatusCode.UNAVAILABLE
+        stranger = Client(server.address, credentials=grpc.ssl_channel_credentials())
+        with stranger, pytest.raises(grpc.RpcError):
+            stranger.info()
+    finally:
+        server.kill()
+
+
+def test_other_addresses_with_tokens_or_tls_or_the_word(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--host", "0.0.0.0", "--insecure-bind") as (server, _):
+        port = server.address.rpartition(":")[2]
+        with Client(f"127.0.0.1:{port}") as client:
+            assert client.health_of() == "SERVING"
