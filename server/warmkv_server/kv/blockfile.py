@@ -31,8 +31,6 @@ DIGEST_HEX = 32
 _NO_DIGEST = b"0" * DIGEST_HEX
 _HEADER_LIMIT = 1 << 20
 _ALIGN = 64
-_CHUNK = 1 << 20
-"""Bytes hashed at a time while they are still in the processor's cache."""
 
 _SAFETENSORS_DTYPES = {
     "bool": "BOOL",

@@ -105,17 +105,3 @@ class Files:
         volume = os.statvfs(folder)
         if volume.f_bavail * volume.f_frsize < size + self.headroom_bytes:
             raise OSError(errno.ENOSPC, "the filesystem's free space is down to the headroom", str(folder))
-
-
-def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from a file.
-
-    Raises:
-        EOFError: the file is shorter.
-        OSError
-    """
-    while len(buffer):
-        got = os.preadv(fd, [buffer], offset)
-        if not got:
-            raise EOFError
-        buffer, offset = buffer[got:], offset + got

@@ -15,8 +15,8 @@ from warmkv_server.kv.hot import PartKey
 from warmkv_server.kv.index import Node
 from warmkv_server.kv.lease import Lease
 from warmkv_server.kv.quarantine import quarantine
+from warmkv_server.kv.reader import read_part
 from warmkv_server.kv.types import Fallback, PartKind, Reuse, Span, Tensors
-from warmkv_server.kv.words import read_part
 
 log = logging.getLogger(__name__)
 
