@@ -61,6 +61,23 @@ def test_a_stored_context_goes_on_as_it_was(name: str, bits: int) -> None:
     assert mx.all(same | ~sure)
 
 
+@pytest.mark.parametrize("bits", [4, 0])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1"])
+def test_sixteen_bit_activations_come_back_bit_for_bit(name: str, dtype: mx.Dtype, bits: int) -> None:
+    """As on a GPU. bfloat16 goes to disk as 16-bit integers, which numpy has."""
+    model = build(name)
+    model.set_dtype(dtype)
+    cache_map = discover(model, Codec(bits))
+    running = empty_caches(model, cache_map.codec)
+    spans = needed(compute(model, cache_map, running, TOKENS, 0, CHUNKS), cache_map.layout, LENGTH)
+    hot = continuation(model, filled(model, cache_map, spans, LENGTH, room=20))
+    assert hot.dtype == dtype
+    assert equal(hot, continuation(model, filled(model, cache_map, from_disk(spans), LENGTH)))
+    assert distance(hot, continuation(model, running)) <= 0.05 * distance(hot, mx.zeros_like(hot))
+    assert all(spec.dtype != "bfloat16" for spec in cache_map.layout.tensors)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_layout_tells_what_a_context_is_made_of(name: str) -> None:
     family, model, cache_map = FAMILIES[name], model_of(name), map_of(name, 4)
