@@ -53,7 +53,7 @@ async def serve(settings: Settings) -> None:
     try:
         engine = await _unless_stopped(_load_engine(settings), signals.first)
         try:
-            fingerprint = Fingerprint({**engine.info.fingerprint_fields, "block_format": str(BLOCK_FORMAT)})
+            fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
             agent_settings = AgentSettings(
                 max_waiting=settings.max_queue,

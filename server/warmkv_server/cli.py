@@ -1,4 +1,5 @@
-"""The command line: `warmkv serve`, `doctor`, `health`, `version`, and `bench` where the benchmark is installed.
+"""The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`), and `bench`
+where the benchmark is installed.
 
 Says what an operator did wrong in one sentence on stderr, and exits with status 2.
 """
@@ -20,6 +21,7 @@ import typer
 from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.evaluation.cli import app as evaluation
+from warmkv_server.operate import cli as operate
 
 app = typer.Typer(
     name="warmkv",
@@ -31,6 +33,8 @@ app = typer.Typer(
 )
 
 app.add_typer(evaluation, name="eval")
+app.add_typer(operate.store, name="store")
+app.add_typer(operate.agents, name="agents")
 
 
 def _flags(serve: Callable[..., None]) -> Callable[..., None]:

@@ -79,9 +79,7 @@ class Core:
         return block_path(self.settings.data_dir, node.id.hex(), kind)
 
     def info(self, node: Node, kind: PartKind) -> BlockInfo:
-        return BlockInfo(
-            kind, node.id.hex(), node.parent.hex(), node.start, node.block_tokens, node.fingerprint, node.tenant
-        )
+        return block_info(node, kind)
 
     def root(self, tenant: str) -> bytes:
         return root_id(tenant, self.fingerprint)
@@ -148,3 +146,10 @@ class Core:
 def block_path(data_dir: Path, node: str, kind: PartKind) -> Path:
     """Where a node's file is; `node` in hex. Spread over 256 folders."""
     return data_dir / BLOCKS / node[:2] / blockfile.file_name(node, kind)
+
+
+def block_info(node: Node, kind: PartKind) -> BlockInfo:
+    """What the header of a node's file has to say."""
+    return BlockInfo(
+        kind, node.id.hex(), node.parent.hex(), node.start, node.block_tokens, node.fingerprint, node.tenant
+    )

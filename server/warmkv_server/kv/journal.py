@@ -27,6 +27,8 @@ CHECKPOINT_BYTES = 4 << 20
 """Size of the write-ahead log at which it is folded into the file."""
 _RESERVE_BYTES = 1 << 20
 _SHARED_MEMORY_BYTES = 32 << 10
+_BUSY_SECONDS = 0.1
+"""Only somebody who reads the index beside the server can make it wait, and only when it folds its log."""
 
 Statement = tuple[str, Sequence[Any]]
 
@@ -115,7 +117,7 @@ class Database:
         self.disk_bytes = 0
         """What the index takes on disk, its log counted as large as it may get."""
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise OperatorError(f"the index {path} can't be opened: {error}") from error
         try:

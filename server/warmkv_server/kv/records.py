@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from warmkv_server.kv.blockfile import VERSION
 from warmkv_server.kv.types import Growth, Reuse
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class Fingerprint:
     """Everything that the bytes of a KV cache depend on besides the tokens. Two that differ share nothing."""
 
     fields: Mapping[str, str]
+
+    @classmethod
+    def of_model(cls, fields: Mapping[str, str]) -> Self:
+        """What a loaded model says of itself, and the format in which its KV is kept."""
+        return cls({**fields, "block_format": str(VERSION)})
 
     @property
     def digest(self) -> str:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from warmkv_server.kv.index import Agent, Index, Node, Part
-from warmkv_server.kv.journal import Database, JournalDamaged, Statement, as_json, insert
+from warmkv_server.kv.journal import JournalDamaged, Statement, as_json, insert
 from warmkv_server.kv.records import Fingerprint, RequestOutcome
 from warmkv_server.kv.types import Fallback, PartKind
+
+
+class Queryable(Protocol):
+    """A database, for writing too or for reading only."""
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
 
 
 def put_node(node: Node) -> Statement:
@@ -130,19 +136,19 @@ def insert_fingerprint(fingerprint: Fingerprint) -> Statement:
     return sql, (fingerprint.digest, as_json(dict(fingerprint.fields)))
 
 
-def read_fingerprints(db: Database) -> dict[str, Fingerprint]:
+def read_fingerprints(db: Queryable) -> dict[str, Fingerprint]:
     rows = db.query("SELECT digest, fields FROM fingerprints")
     return {digest: Fingerprint(json.loads(fields)) for digest, fields in rows}
 
 
-def read_outcomes(db: Database) -> Iterator[tuple[str, RequestOutcome, float]]:
+def read_outcomes(db: Queryable) -> Iterator[tuple[str, RequestOutcome, float]]:
     for tenant, request_id, body_hash, payload, time in db.query(
         "SELECT tenant, request_id, body_hash, payload, time FROM outcomes ORDER BY row"
     ):
         yield tenant, RequestOutcome(request_id, body_hash, payload), time
 
 
-def read_index(db: Database) -> Index:
+def read_index(db: Queryable) -> Index:
     """Nodes and agents. Which windows are needed depends on the layout, so that is left to the caller.
 
     Raises:

@@ -1,0 +1,153 @@
+"""A data directory without its server: seen as it was last committed, or taken to change it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv import journal, lock, rows
+from warmkv_server.kv.blockfile import SUFFIX
+from warmkv_server.kv.core import BLOCKS
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.index import Agent, Index, Node
+from warmkv_server.kv.journal import Database, JournalDamaged
+from warmkv_server.kv.lock import DirectoryLock
+from warmkv_server.kv.readonly import ReadOnlyDatabase
+from warmkv_server.kv.records import Durability, Fingerprint
+from warmkv_server.kv.startup import block_files
+from warmkv_server.kv.types import PartKind
+
+
+@dataclass(frozen=True)
+class View:
+    """What the index said at one moment.
+
+    Attributes:
+        fingerprints: by digest; of all models that the directory was served with.
+    """
+
+    data_dir: Path
+    index: Index
+    fingerprints: Mapping[str, Fingerprint]
+
+
+@dataclass(frozen=True)
+class Taken(View):
+    """A directory that nobody else changes meanwhile."""
+
+    database: Database
+    files: Files
+
+
+def look(data_dir: Path) -> View:
+    """Beside a running server or without one. Changes nothing.
+
+    Raises:
+        OperatorError: there is no readable index.
+    """
+    path = _index_path(data_dir)
+    try:
+        with ReadOnlyDatabase(path) as database:
+            return View(data_dir, rows.read_index(database), rows.read_fingerprints(database))
+    except JournalDamaged as error:
+        raise _damaged(path, error) from error
+
+
+@contextlib.contextmanager
+def take(data_dir: Path, *, headroom_bytes: int = 0) -> Iterator[Taken]:
+    """Keep servers out for the block. What is changed is as durable as a server's commits.
+
+    Raises:
+        OperatorError: there is no readable index, or another process has the directory.
+    """
+    path = _index_path(data_dir)
+    with _locked(data_dir), open_index(path) as database:
+        try:
+            index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
+        except JournalDamaged as error:
+            raise _damaged(path, error) from error
+        yield Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom_bytes))
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    held = DirectoryLock(data_dir)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def open_index(path: Path) -> Iterator[Database]:
+    try:
+        database = Database(path, Durability.FULL)
+    except JournalDamaged as error:
+        raise _damaged(path, error) from error
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def in_use(data_dir: Path) -> bool:
+    """Whether a server, or a command that changes files, has the directory at this moment."""
+    try:
+        fd = os.open(data_dir / lock.FILE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def find_agent(view: View, tenant: str, agent_id: str) -> Agent:
+    """
+    Raises:
+        OperatorError: there is none of this name; says of which tenants there is one.
+    """
+    agent = view.index.agents.get((tenant, agent_id))
+    if agent is None:
+        others = [repr(owner) for owner, name in view.index.agents if name == agent_id]
+        hint = f"; tenant {' and '.join(others)} has one: give --tenant" if others else "; `warmkv store ls` lists all"
+        of = f" of tenant {tenant!r}" if tenant else ""
+        raise OperatorError(f"there is no agent {agent_id!r}{of} in {view.data_dir}{hint}")
+    return agent
+
+
+def disk_bytes(nodes: Iterable[Node]) -> int:
+    return sum(node.disk_bytes for node in nodes)
+
+
+def usable_tokens(agent: Agent, bad: Mapping[bytes, frozenset[PartKind]] | None = None) -> int:
+    """How many of its tokens, from the first, have KV that every layer can use at most.
+
+    Args:
+        bad: parts, by node id, not to count on.
+    """
+    for node in agent.nodes:
+        if PartKind.APPEND not in node.parts or (bad and PartKind.APPEND in bad.get(node.id, ())):
+            return node.start
+    return len(agent.tokens)
+
+
+def _index_path(data_dir: Path) -> Path:
+    path = data_dir / journal.FILE_NAME
+    if path.is_file():
+        return path
+    if (data_dir / BLOCKS).is_dir() and any(entry.name.endswith(SUFFIX) for entry in block_files(data_dir)):
+        raise OperatorError(f"the index {path} is missing, though there are block files; put it back from a backup")
+    raise OperatorError(f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir")
+
+
+def _damaged(path: Path, error: JournalDamaged) -> OperatorError:
+    return OperatorError(f"the index {path} is damaged ({error}); put it back from a backup")

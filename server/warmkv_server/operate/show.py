@@ -1,0 +1,94 @@
+"""How people see sizes, times and tables."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from warmkv_server.operate.listing import Listing
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SHORT = 12
+"""Digits of a digest that a person gets to see."""
+
+
+def size(nbytes: float) -> str:
+    """Bytes with a unit, such as 1.5 GiB."""
+    for unit in _UNITS[:-1]:
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1024
+    return f"{nbytes:.1f} {_UNITS[-1]}"
+
+
+def ago(then: float) -> str:
+    seconds = max(time.time() - then, 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def console() -> Console:
+    """On stdout; as wide as the terminal, and wide enough for any row where there is none."""
+    return Console() if Console().is_terminal else Console(width=200)
+
+
+def listing(console: Console, found: Listing) -> None:
+    if found.agents:
+        console.print(_agents(found))
+    if found.models:
+        console.print(_models(found))
+    unreferenced = f", {size(found.unreferenced_bytes)} of them referenced by no agent" * bool(found.unreferenced_bytes)
+    console.print(
+        f"{found.data_dir}: {len(found.agents)} agents; {found.block_files} block files with "
+        f"{size(found.block_bytes)}{unreferenced}; quarantine {found.quarantine_files} files with "
+        f"{size(found.quarantine_bytes)}; index {size(found.index_bytes)}",
+        soft_wrap=True,
+    )
+
+
+def _agents(found: Listing) -> Table:
+    table = Table(box=None, header_style="bold")
+    tenants = any(agent.tenant for agent in found.agents)
+    if tenants:
+        table.add_column("tenant", overflow="fold")
+    table.add_column("agent", overflow="fold")
+    for name in ("tokens", "revision", "on disk", "shared", "pinned", "last used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fingerprint", no_wrap=True)
+    for agent in found.agents:
+        lost = agent.tokens - agent.usable_tokens
+        table.add_row(
+            *([agent.tenant] if tenants else []),
+            agent.agent_id,
+            f"{agent.tokens}" + (f" ({lost} without KV)" if lost else ""),
+            str(agent.revision),
+            size(agent.disk_bytes),
+            size(agent.shared_bytes),
+            "yes" if agent.pinned else "",
+            ago(agent.last_used),
+            agent.fingerprint[:SHORT],
+        )
+    return table
+
+
+def _models(found: Listing) -> Table:
+    table = Table(box=None, header_style="bold")
+    for name in ("fingerprint", "weights", "KV bits", "data type"):
+        table.add_column(name)
+    for name in ("agents", "files", "on disk"):
+        table.add_column(name, justify="right")
+    for model in found.models:
+        table.add_row(
+            model.fingerprint[:SHORT],
+            model.fields.get("weights", "")[:SHORT],
+            model.fields.get("kv_bits", ""),
+            model.fields.get("dtype", ""),
+            str(model.agents),
+            str(model.files),
+            size(model.disk_bytes),
+        )
+    return table
