@@ -1,13 +1,12 @@
 """Reading block files: straight into new arrays, checked on the way. Blocking.
 
-MLX makes an array of a file without clearing its memory first, and takes any object that reads like a file. The one it
-gets here computes the checksum of each piece while the processor's cache still has it, so that every byte crosses the
-memory bus once.
+The pieces are hashed while the processor's cache still has them. `mx.load` could read into memory that was not cleared
+first, but it has no place for a checksum: a file object in Python deadlocks with any MLX call that waits for a stream
+while it holds the interpreter's lock, and an I/O error on a plain path ends the process.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from warmkv_server.kv import blockfile
-from warmkv_server.kv.arrays import view
+from warmkv_server.kv.arrays import allocate
 from warmkv_server.kv.blockfile import BadFile, BlockInfo
 from warmkv_server.kv.types import Fallback, TensorSpec
 
@@ -40,7 +39,7 @@ def read_part(path: Path, info: BlockInfo, specs: Sequence[TensorSpec], digest: 
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)  # All of it at once, not a little ahead of each chunk.
         try:
-            return _read(_CheckedFile(fd, _expected_head(fd, info, specs, digest)), specs, digest)
+            return _read(fd, _expected_head(fd, info, specs, digest), info, specs, digest)
         except BadFile as bad:
             if not _is_whole(fd):
                 raise BadFile(Fallback.CHECKSUM, f"damaged: {bad}") from bad
@@ -69,82 +68,22 @@ def verify_file(path: Path) -> blockfile.Parsed:
         os.close(fd)
 
 
-class _CheckedFile(io.RawIOBase):
-    """What MLX reads from: the header from memory, the payload from the file, hashed as it goes by.
-
-    Nothing is raised at MLX, which has no way to hand it on; `complete` says afterwards whether all went well.
-    """
-
-    def __init__(self, fd: int, head: bytes) -> None:
-        self._fd = fd
-        self._head = head
-        self._position = 0
-        self._hashed = len(head)
-        self._hasher = blockfile.begin_checksum(head)
-        self.error: OSError | None = None
-        self.complete = True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._fd).st_size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        target = memoryview(buffer).cast("B")
-        try:
-            while len(target):
-                target = target[self._read_some(target[:_CHUNK]) :]
-        except OSError as error:
-            self.error, self.complete = error, False
-        except EOFError:
-            self.complete = False
-        return len(buffer)
-
-    def _read_some(self, target: memoryview) -> int:
-        if self._position < len(self._head):
-            piece = self._head[self._position : self._position + len(target)]
-            target[: len(piece)] = piece
-            got = len(piece)
-        else:
-            got = os.preadv(self._fd, [target], self._position)
+def _read(fd: int, head: bytes, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> dict[str, mx.array]:
+    hasher = blockfile.begin_checksum(head)
+    made: dict[str, mx.array] = {}
+    offset = len(head)
+    for spec in specs:
+        made[spec.name], words = allocate(spec, info.count)
+        rest = blockfile.flat(words)
+        while len(rest):
+            got = os.preadv(fd, [rest[:_CHUNK]], offset)
             if not got:
-                raise EOFError
-            if self._position == self._hashed:
-                self._hasher.update(target[:got])
-                self._hashed += got
-        self._position += got
-        return got
-
-    def digest(self, payload: int, arrays: Sequence[mx.array]) -> str:
-        """The checksum of the header and of what the arrays, in the file's order, hold."""
-        if self._hashed == len(self._head) + payload:
-            return self._hasher.hexdigest()
-        # Another version of MLX may read in another order.
-        return blockfile.checksum(self._head, (blockfile.flat(view(array)) for array in arrays))
-
-
-def _read(file: _CheckedFile, specs: Sequence[TensorSpec], digest: str) -> dict[str, mx.array]:
-    loaded: dict[str, mx.array] = mx.load(file, format="safetensors")  # type: ignore[arg-type,assignment]
-    arrays = [loaded[spec.name] for spec in specs]
-    for array in arrays:
-        mx.eval(array)
-    if file.error is not None:
-        raise file.error
-    payload = sum(int(array.nbytes) for array in arrays)
-    if not file.complete:
-        raise BadFile(Fallback.FORMAT, "cut off while it was read")
-    if file.digest(payload, arrays) != digest:
+                raise BadFile(Fallback.FORMAT, "cut off while it was read")
+            hasher.update(rest[:got])
+            rest, offset = rest[got:], offset + got
+    if hasher.hexdigest() != digest:
         raise BadFile(Fallback.CHECKSUM, "the checksum is another")
-    return loaded
+    return made
 
 
 def _expected_head(fd: int, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> bytes:
