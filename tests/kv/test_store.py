@@ -199,3 +199,16 @@ async def test_a_tenants_agents_are_listed_in_order(driver: Driver) -> None:
     assert [a.agent_id for a in driver.store.agents(TENANT)] == ["a", "b", "c"]
     assert [a.agent_id for a in driver.store.agents(TENANT, "a")] == ["b", "c"]
     assert not list(driver.store.agents("nobody"))
+
+
+async def test_a_copy_of_a_block_in_another_folder_is_removed_and_the_block_stays(tmp_path: Path) -> None:
+    driver = await Driver.open(tmp_path)
+    await driver.put("a", context(300))
+    await driver.close()
+    for name in block_names(tmp_path):
+        folder = "00" if not name.startswith("00") else "01"
+        (tmp_path / "blocks" / folder / name).write_bytes((tmp_path / "blocks" / name[:2] / name).read_bytes())
+    driver = await Driver.open(tmp_path)
+    assert (await driver.reuse("a", context(300))).length == 300
+    await driver.close()
+    assert len(block_names(tmp_path)) == 2

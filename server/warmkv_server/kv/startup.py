@@ -156,12 +156,10 @@ def _sweep(data_dir: Path, index: Index, database: Database, files: Files) -> _S
         del index.nodes[node.id]
     sweep.unreferenced = len(gone)
     known = {
-        block_path(data_dir, node.id.hex(), kind).name: (node, kind)
-        for node in index.nodes.values()
-        for kind in node.parts
+        block_path(data_dir, node.id.hex(), kind): (node, kind) for node in index.nodes.values() for kind in node.parts
     }
     for entry in list(block_files(data_dir)):
-        if known.pop(entry.name, None) is not None:
+        if known.pop(Path(entry.path), None) is not None:
             continue
         if entry.name.endswith(TEMP_SUFFIX):
             files.unlink(Path(entry.path))
