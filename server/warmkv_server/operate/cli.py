@@ -59,3 +59,41 @@ def ls(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: Json = False) -> None:
             typer.echo(json.dumps(found.as_json()))
         else:
             show.listing(show.console(), found)
+
+
+@store.command()
+def verify(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    quarantine: Annotated[
+        bool,
+        typer.Option(
+            "--quarantine",
+            help="Also move bad files to quarantine/ and note it in the index, so that agents compute what they lost. "
+            "Needs the server stopped.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read every block file and check it against its checksum, its name and the index.
+
+    Works beside a running server and changes nothing, unless told to. Exit status 1 if anything is wrong.
+    """
+    from warmkv_server.operate import show
+    from warmkv_server.operate.directory import look, take
+    from warmkv_server.operate.repair import put_away
+    from warmkv_server.operate.verify import verify as check
+
+    moved: int | None = None
+    with _refusing(), show.progress() as watch:
+        if quarantine:
+            with take(data_dir) as taken:
+                report = check(lambda: taken, watch)
+                moved = put_away(taken, report.bad)
+        else:
+            report = check(lambda: look(data_dir), watch)
+    if as_json:
+        typer.echo(json.dumps(show.report_json(report, moved)))
+    else:
+        show.report(report, moved)
+    if report.problems:
+        raise typer.Exit(1)

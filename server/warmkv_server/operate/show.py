@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from warmkv_server.operate.listing import Listing
+from warmkv_server.operate.verify import Report
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SHORT = 12
@@ -92,3 +101,35 @@ def _models(found: Listing) -> Table:
             size(model.disk_bytes),
         )
     return table
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[Iterable[Path]], Iterable[Path]]]:
+    """Gives a function that passes on the files it is given and shows on a terminal's stderr how many are done."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield lambda paths: bar.track(list(paths), description="reading")
+
+
+def report(found: Report, moved: int | None) -> None:
+    """
+    Args:
+        moved: files put into quarantine; None if that wasn't asked for.
+    """
+    for problem in found.problems:
+        typer.echo(f"{problem.trouble}: {problem.subject}: {problem.detail}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    wrong = f"{len(found.problems)} problems" if found.problems else "nothing is wrong"
+    away = f"; {moved} files moved to quarantine" if moved is not None else ""
+    typer.echo(f"{found.files} block files with {size(found.nbytes)} and {found.agents} agents: {wrong}{away}")
+
+
+def report_json(found: Report, moved: int | None) -> dict[str, Any]:
+    return {
+        "files": found.files,
+        "bytes": found.nbytes,
+        "agents": found.agents,
+        "problems": [asdict(problem) for problem in found.problems],
+        "notes": found.notes,
+        "quarantined": moved,
+    }

@@ -1,0 +1,229 @@
+"""`warmkv store verify`: every block file against itself and against the index, and every agent against its files.
+
+Beside a running server, files come and go while this reads. So what looks wrong is looked at once more, with a newer
+state of the index, and counts only if it is still so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from warmkv_server.kv.blockfile import SUFFIX, BadFile, BlockInfo, file_name
+from warmkv_server.kv.core import block_info, block_path
+from warmkv_server.kv.files import TEMP_SUFFIX
+from warmkv_server.kv.ids import block_of, node_id, root_id
+from warmkv_server.kv.index import Agent, Node
+from warmkv_server.kv.reader import verify_file
+from warmkv_server.kv.startup import block_files
+from warmkv_server.kv.types import Fallback, PartKind
+from warmkv_server.operate.directory import View, in_use, usable_tokens
+
+_READERS = 4
+_IN_THE_MAKING_SECONDS = 60.0
+"""A server writes a commit's files before the index knows them."""
+
+
+class Trouble(StrEnum):
+    DAMAGED = "damaged"
+    """The file contradicts itself: a bad checksum, or a header that can't be."""
+    UNREADABLE = "unreadable"
+    """The system refuses to read it."""
+    MISMATCH = "mismatch"
+    """The file is whole, but not the one that the index has under this name."""
+    MISSING = "missing"
+    """The index has it, the directory has not."""
+    UNKNOWN = "unknown"
+    """A block file that the index doesn't have."""
+    INCOMPLETE = "incomplete"
+    """An agent has lost files to one of the others, now or before: the tokens behind are computed anew."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Attributes:
+        subject: a path under the data directory, or an agent.
+    """
+
+    trouble: Trouble
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A file that must not be used."""
+
+    path: Path
+    trouble: Trouble
+    detail: str
+    node: Node | None = None
+    kind: PartKind | None = None
+
+
+@dataclass
+class Report:
+    """
+    Attributes:
+        notes: what may be so: leftovers of a crash, files in the making, blocks that the quota took.
+    """
+
+    files: int = 0
+    nbytes: int = 0
+    agents: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
+
+
+def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[Path]] = lambda paths: paths) -> Report:
+    """Changes nothing.
+
+    Args:
+        look: reads the index; called once more if anything looks wrong.
+        watch: passes on what it is given, and sees how far the reading is.
+
+    Raises:
+        OperatorError: the index can't be read.
+    """
+    view = look()
+    report = Report(agents=len(view.index.agents))
+    paths: list[Path] = []
+    for entry in block_files(view.data_dir):
+        path = Path(entry.path)
+        if entry.name.endswith(SUFFIX):
+            paths.append(path)
+            report.nbytes += _size(path)
+        elif entry.name.endswith(TEMP_SUFFIX):
+            report.notes.append(f"{_short(path)} is a temporary file; the next start of a server removes it")
+        else:
+            report.notes.append(f"{_short(path)} is not a file of WarmKV")
+    report.files = len(paths)
+    bad = [*_examine_all(view, watch(paths)), *_missing(view)]
+    if bad:
+        view = look()
+        suspects = [each.path for each in bad if each.trouble is not Trouble.MISSING]
+        still_missing = {each.path: each for each in _missing(view)}
+        bad = [*_examine_all(view, suspects)]
+        bad += [each for each in still_missing.values() if each.path not in suspects and not each.path.exists()]
+    report.bad = [each for each in bad if not _in_the_making(view, each, report)]
+    report.problems = [Problem(each.trouble, _short(each.path), each.detail) for each in report.bad]
+    report.problems += _agents(view, report)
+    return report
+
+
+def _examine_all(view: View, paths: Iterable[Path]) -> Iterator[Bad]:
+    known = {block_path(view.data_dir, n.id.hex(), k): (n, k) for n in view.index.nodes.values() for k in n.parts}
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as readers:
+        for found in readers.map(lambda path: _examine(path, *known.get(path, (None, None))), paths):
+            if found is not None:
+                yield found
+
+
+def _examine(path: Path, node: Node | None, kind: PartKind | None) -> Bad | None:
+    try:
+        parsed = verify_file(path)
+    except BadFile as bad:
+        return None if bad.reason is Fallback.MISSING_BLOCK else Bad(path, Trouble.DAMAGED, str(bad), node, kind)
+    except OSError as error:
+        return Bad(path, Trouble.UNREADABLE, error.strerror or str(error), node, kind)
+    info = parsed.info
+    if (wrong := _impossible(path, info)) is not None:
+        return Bad(path, Trouble.DAMAGED, wrong, node, kind)
+    if node is None or kind is None:
+        return Bad(path, Trouble.UNKNOWN, "the index doesn't have it; no agent uses it")
+    part, expected = node.parts[kind], block_info(node, kind)
+    if info != expected:
+        names = [n for n in BlockInfo.__slots__ if getattr(info, n) != getattr(expected, n)]
+        return Bad(path, Trouble.MISMATCH, f"the index has another {' and '.join(names)}", node, kind)
+    if parsed.digest != part.digest:
+        return Bad(path, Trouble.MISMATCH, "the index has another checksum", node, kind)
+    return None
+
+
+def _impossible(path: Path, info: BlockInfo) -> str | None:
+    """What a header with a right checksum says that can't be."""
+    if path.name != file_name(info.node, info.kind) or path.parent.name != info.node[:2]:
+        return f"it is the file of node {info.node} ({info.kind}), under another name"
+    try:
+        parent = bytes.fromhex(info.parent)
+    except ValueError:
+        return "the parent's id is no id"
+    if node_id(parent, info.start, info.block_tokens).hex() != info.node:
+        return "the id is not that of these tokens"
+    if block_of(info.start) == 0 and parent != root_id(info.tenant, info.fingerprint):
+        return "it begins a context of another tenant or fingerprint"
+    return None
+
+
+def _missing(view: View) -> Iterator[Bad]:
+    for node in view.index.nodes.values():
+        for kind in node.parts:
+            path = block_path(view.data_dir, node.id.hex(), kind)
+            if not path.exists():
+                yield Bad(path, Trouble.MISSING, "the index has it", node, kind)
+
+
+def _in_the_making(view: View, bad: Bad, report: Report) -> bool:
+    """A file that a running server has just written, or is about to remove."""
+    if bad.trouble is not Trouble.UNKNOWN:
+        return False
+    try:
+        age = time.time() - bad.path.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    if age > _IN_THE_MAKING_SECONDS or not in_use(view.data_dir):
+        return False
+    report.notes.append(f"{_short(bad.path)} is new; the running server may be about to use it")
+    return True
+
+
+def _agents(view: View, report: Report) -> Iterator[Problem]:
+    found: defaultdict[bytes, set[PartKind]] = defaultdict(set)
+    for each in report.bad:
+        if each.node is not None and each.kind is not None:
+            found[each.node.id].add(each.kind)
+    bad = {ident: frozenset(kinds) for ident, kinds in found.items()}
+    for agent in view.index.agents.values():
+        nodes = list(agent.all_nodes())
+        name = f"agent {agent.agent_id!r}" + (f" of tenant {agent.tenant!r}" if agent.tenant else "")
+        if not _contiguous(agent):
+            yield Problem(Trouble.INCOMPLETE, name, "its blocks don't follow each other")
+            continue
+        hurt = sum(node.id in bad or node.lost is not None for node in nodes)
+        if not hurt:
+            continue
+        usable = usable_tokens(agent, bad)
+        detail = f"{hurt} of its {len(nodes)} blocks are not whole; at most {usable} of its {len(agent.tokens)} tokens"
+        detail += " can be reused, the rest is computed anew"
+        if any(node.id in bad or node.lost not in (None, Fallback.MISSING_BLOCK) for node in nodes):
+            yield Problem(Trouble.INCOMPLETE, name, detail)
+        else:
+            report.notes.append(f"{name}: {detail} (a disk quota took them, or an earlier start missed them)")
+
+
+def _contiguous(agent: Agent) -> bool:
+    end = 0
+    for node in agent.nodes:
+        if node.start != end:
+            return False
+        end = node.end
+    return True
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _short(path: Path) -> str:
+    """From the data directory on."""
+    return "/".join(path.parts[-3:])
