@@ -6,7 +6,6 @@ state of the index, and counts only if it is still so.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,6 @@ from warmkv_server.kv.types import Fallback, PartKind
 from warmkv_server.operate.directory import View, in_use, usable_tokens
 
 _READERS = 4
-_IN_THE_MAKING_SECONDS = 60.0
-"""A server writes a commit's files before the index knows them."""
 
 
 class Trouble(StrEnum):
@@ -108,10 +105,9 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
     bad = [*_examine_all(view, watch(paths)), *_missing(view)]
     if bad:
         view = look()
-        suspects = [each.path for each in bad if each.trouble is not Trouble.MISSING]
-        still_missing = {each.path: each for each in _missing(view)}
-        bad = [*_examine_all(view, suspects)]
-        bad += [each for each in still_missing.values() if each.path not in suspects and not each.path.exists()]
+        gone = {each.path for each in bad if each.trouble is Trouble.MISSING}
+        bad = [*_examine_all(view, [each.path for each in bad if each.path not in gone])]
+        bad += [each for each in _missing(view) if each.path in gone]
     report.bad = [each for each in bad if not _in_the_making(view, each, report)]
     report.problems = [Problem(each.trouble, _short(each.path), each.detail) for each in report.bad]
     report.problems += _agents(view, report)
@@ -171,16 +167,13 @@ def _missing(view: View) -> Iterator[Bad]:
 
 
 def _in_the_making(view: View, bad: Bad, report: Report) -> bool:
-    """A file that a running server has just written, or is about to remove."""
-    if bad.trouble is not Trouble.UNKNOWN:
+    """A file that a running server has just written, or is about to remove: rows follow files, and go before them."""
+    if bad.trouble is not Trouble.UNKNOWN or not in_use(view.data_dir):
         return False
-    try:
-        age = time.time() - bad.path.stat().st_mtime
-    except FileNotFoundError:
-        return True
-    if age > _IN_THE_MAKING_SECONDS or not in_use(view.data_dir):
-        return False
-    report.notes.append(f"{_short(bad.path)} is new; the running server may be about to use it")
+    if bad.path.exists():
+        report.notes.append(
+            f"{_short(bad.path)} is not in the index; the running server may be about to use or remove it"
+        )
     return True
 
 
