@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test clients lint style types rooms stubs check-stubs proto-lint lock clean
+.PHONY: help setup serve test clients bench-clock lint style types rooms stubs check-stubs proto-lint lock clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -23,6 +23,7 @@ READY := .venv/.ready-$(ACCEL)
 # One lock serves Linux CPUs and Metal; its markers tell them apart.
 LOCK := requirements/$(if $(filter metal,$(ACCEL)),cpu,$(ACCEL)).txt
 BUF := tools/buf/node_modules/.bin/buf
+NODE_CLOCK := bench/independent/node_modules/.package-lock.json
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1 \2/p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -37,6 +38,9 @@ test: setup ## Run the tests; ARGS="tests/contract"
 
 clients: setup ## Run the Go and Node clients and the README's grpcurl lines against a server (needs Go and Node)
 	$(BIN)/python tests/clients/run.py
+
+bench-clock: setup $(NODE_CLOCK) ## Check the benchmark's stopwatch against a client in Node (needs Node)
+	$(BIN)/python bench/independent/compare_clocks.py $(ARGS)
 
 lint: style types rooms ## Check style, types, and which room imports which
 
@@ -68,7 +72,7 @@ compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extr
 	--custom-compile-command "make lock" --output-file requirements/$(1).txt
 
 clean: ## Remove .venv, caches and what was built
-	rm -rf .venv build dist *.egg-info tools/buf/node_modules
+	rm -rf .venv build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find stubs server bench tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -78,4 +82,8 @@ $(READY): $(LOCK) pyproject.toml tools/setup
 # Not `npm ci`: the lock has the binaries for Linux alone, and elsewhere the same version's own has to be added to it.
 $(BUF): tools/buf/package-lock.json
 	npm install --prefix tools/buf --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error
+	@touch $@
+
+$(NODE_CLOCK): bench/independent/package-lock.json
+	npm ci --prefix bench/independent --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error
 	@touch $@
