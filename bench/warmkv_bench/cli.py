@@ -10,6 +10,7 @@ import typer
 
 from warmkv_bench.compare import changes, changes_table, differences
 from warmkv_bench.config import ConfigError, Isolation, MatrixConfig, Mode, State
+from warmkv_bench.environment import model_note
 from warmkv_bench.options import (
     DEFAULT_MODEL,
     ModelOption,
@@ -115,8 +116,9 @@ def compare(
     except ResultsError as error:
         raise usage_error(str(error)) from None
     terminal = Terminal()
-    for difference in differences(before, after):
-        terminal.say(f"note: {difference}")
+    noise = dict.fromkeys(filter(None, (model_note(before.environment), model_note(after.environment))))
+    for note in (*noise, *differences(before, after)):
+        terminal.say(f"note: {note}")
     found = changes(before, after, allowed)
     terminal.table(changes_table(found))
     if fail_if_slower is not None and any(change.regressed for change in found):

@@ -47,6 +47,16 @@ def environment(info: pb.GetServerInfoResponse, data_dir: Path | None, arguments
     }
 
 
+def model_note(environment: dict[str, Any]) -> str | None:
+    """What a reader must know of the model before its numbers: random weights answer noise. None otherwise."""
+    server = environment["server"]
+    if server.get("model_kind") != pb.ModelKind.Name(pb.MODEL_KIND_RANDOM):
+        return None
+    return (
+        f"{server['model_id']} is noise: random weights in a model's shape. Only timings and sizes mean anything."
+    )
+
+
 def processor() -> str:
     """The processor's name as its maker writes it, or its architecture."""
     try:

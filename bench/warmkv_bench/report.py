@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from warmkv_bench.environment import model_note
 from warmkv_bench.results import Results
 from warmkv_bench.tables import Table, all_tables, invalid_table, size
 
@@ -39,7 +40,7 @@ def write_markdown(results: Results, folder: Path, plots: Sequence[str]) -> None
 
 def notes(results: Results) -> list[str]:
     """What a reader should know before any number."""
-    found = list(results.problems)
+    found = [*filter(None, [model_note(results.environment)]), *results.problems]
     machine = results.environment["machine"]
     if machine["load_average"][0] > BUSY * machine["cores"]:
         load = machine["load_average"][0]

@@ -72,6 +72,7 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
     def __init__(self, bug: Bug = Bug.NONE, seconds_per_token: float = 0.0) -> None:
         self.bug = bug
         self.agents: dict[str, Held] = {}
+        self.model_kind = pb.MODEL_KIND_BUILTIN
         self.counters = pb.ServerCounters()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._seconds_per_token = seconds_per_token
@@ -174,6 +175,7 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         return pb.GetServerInfoResponse(
             model_id="scripted",
+            model_kind=self.model_kind,
             fingerprint="f",
             device="none",
             context_limit=CONTEXT_LIMIT,

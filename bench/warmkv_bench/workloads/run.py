@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from warmkv_bench.environment import environment
+from warmkv_bench.environment import environment, model_note
 from warmkv_bench.options import ServerChoice
 from warmkv_bench.prompts import Prompts
 from warmkv_bench.report import markdown_table
@@ -54,7 +54,7 @@ def write(result: WorkloadResult, folder: Path) -> None:
     """Writes workload.json and report.md."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "workload.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
-    parts = [f"# Workload {result.name}, {result.environment['time']}", *(f"- {p}" for p in result.problems)]
+    parts = [f"# Workload {result.name}, {result.environment['time']}", *(f"- {note}" for note in notes(result))]
     parts += [markdown_table(table) for table in tables(result)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
 
@@ -62,9 +62,14 @@ def write(result: WorkloadResult, folder: Path) -> None:
 def show(result: WorkloadResult, terminal: Terminal, folder: Path) -> None:
     for table in tables(result):
         terminal.table(table)
-    for problem in result.problems:
-        terminal.say(f"! {problem}")
+    for note in notes(result):
+        terminal.say(f"! {note}")
     terminal.say(f"results and report: {folder}")
+
+
+def notes(result: WorkloadResult) -> list[str]:
+    """What a reader should know before any number."""
+    return [*filter(None, [model_note(result.environment)]), *result.problems]
 
 
 def tables(result: WorkloadResult) -> list[Table]:
