@@ -52,9 +52,7 @@ def model_note(environment: dict[str, Any]) -> str | None:
     server = environment["server"]
     if server.get("model_kind") != pb.ModelKind.Name(pb.MODEL_KIND_RANDOM):
         return None
-    return (
-        f"{server['model_id']} is noise: random weights in a model's shape. Only timings and sizes mean anything."
-    )
+    return f"{server['model_id']} is noise: random weights in a model's shape. Only timings and sizes mean anything."
 
 
 def processor() -> str:

@@ -21,7 +21,7 @@ LABEL = "scripted is noise"
 KINDS = pytest.mark.parametrize(("kind", "said"), [(pb.MODEL_KIND_RANDOM, True), (pb.MODEL_KIND_BUILTIN, False)])
 
 
-def server(kind: pb.ModelKind) -> ScriptedServer:
+def server(kind: pb.ModelKind.ValueType) -> ScriptedServer:
     servicer = ScriptedServer()
     servicer.model_kind = kind
     return servicer
@@ -29,7 +29,7 @@ def server(kind: pb.ModelKind) -> ScriptedServer:
 
 @KINDS
 async def test_a_matrix_says_so_everywhere(
-    kind: pb.ModelKind, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: pb.ModelKind.ValueType, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await measured(tmp_path, servicer=server(kind), contexts=(64,))
     shown = capsys.readouterr().out
@@ -40,7 +40,7 @@ async def test_a_matrix_says_so_everywhere(
 
 @KINDS
 async def test_a_workload_says_so_too(
-    kind: pb.ModelKind, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: pb.ModelKind.ValueType, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with serving(server(kind)) as address:
         choice = ServerChoice(address, None)
