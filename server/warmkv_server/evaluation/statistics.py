@@ -19,3 +19,17 @@ def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
     draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def median_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap confidence interval of the median."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def median_ratio(above: Floats, below: Floats, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """The ratio of two medians and its 95% interval; samples taken in pairs are resampled in pairs."""
+    draws = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
+    low, high = np.percentile(np.median(above[draws], axis=1) / np.median(below[draws], axis=1), [2.5, 97.5])
+    return float(np.median(above) / np.median(below)), (float(low), float(high))

@@ -1,0 +1,70 @@
+"""Contexts in a real store whose KV is noise: as large as a model's, computed by none."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.arrays import stored_shape
+from warmkv_server.kv.store import Commit, Committed, Durability, Fingerprint, Store, StoreSettings, TokenIds
+from warmkv_server.kv.types import Growth, KVLayout, PartKind
+
+TENANT = "measured"
+HOT_BYTES = 1 << 40  # nothing is evicted unless a measurement asks for it
+
+Noise = np.random.Generator
+
+
+@asynccontextmanager
+async def opened(data_dir: Path, layout: KVLayout, **settings: Any) -> AsyncIterator[Store]:
+    """A store of its own in an empty folder, as durable as a server's unless told otherwise."""
+    chosen = StoreSettings(data_dir, **{"hot_bytes": HOT_BYTES, "durability": Durability.FULL, **settings})
+    store = await Store.open(chosen, layout, Fingerprint({"contents": "noise"}))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def tokens_of(count: int, seed: int = 0) -> TokenIds:
+    """Token ids of a context; contexts of different seeds share no block."""
+    return np.random.default_rng((seed, 1)).integers(0, 32_000, count, dtype=np.int32)
+
+
+def noise(layout: KVLayout, start: int, count: int, rng: Noise) -> Growth:
+    """KV of tokens [start, start + count): as hard to compress as quantised words, and as large."""
+    tensors: dict[PartKind, dict[str, mx.array]] = {}
+    for spec in layout.tensors:
+        if spec.kind is not PartKind.STATE:
+            dtype = np.dtype(spec.dtype)
+            shape = stored_shape(spec, count)
+            words = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+            tensors.setdefault(spec.kind, {})[spec.name] = mx.array(words)
+    mx.eval([list(family.values()) for family in tensors.values()])
+    return Growth(start, count, dict(tensors))
+
+
+async def extend(store: Store, layout: KVLayout, agent_id: str, tokens: TokenIds, rng: Noise) -> Committed:
+    """One turn: reuse what the agent has of `tokens`, make up the rest, commit.
+
+    Raises:
+        OperatorError: the disk refused.
+    """
+    with store.resolve(TENANT, agent_id, tokens, len(tokens)) as lease:
+        reuse = await store.load(lease)
+        growth = noise(layout, reuse.length, len(tokens) - reuse.length, rng)
+        committed = await store.commit(Commit(TENANT, agent_id, lease.incarnation, tokens, reuse, growth, lease))
+    if not committed.persisted:
+        raise OperatorError("the disk refused a commit; measure where there is room: --data-dir")
+    return committed
+
+
+def block_files(data_dir: Path) -> dict[Path, int]:
+    """Every block file with its size, in bytes, in the order of their names."""
+    return {path: path.stat().st_size for path in sorted(data_dir.rglob("*.safetensors"))}
