@@ -27,6 +27,7 @@ from warmkv_bench.results import Results, ResultsError
 from warmkv_bench.run import report, run_matrix
 from warmkv_bench.spawn import ServerFailed
 from warmkv_bench.terminal import Terminal
+from warmkv_bench.tiers.cli import tiers
 from warmkv_bench.workloads.cli import app as workloads
 
 INVALID, INTERRUPTED = 1, 130
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(workloads, name="workload")
 app.command()(peers)
+app.command()(tiers)
 
 
 @app.command()

@@ -1,0 +1,121 @@
+"""`warmkv bench tiers`: a request on a context in RAM, on disk, and on disk with the page cache dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from warmkv_bench.config import ConfigError
+from warmkv_bench.environment import environment
+from warmkv_bench.options import (
+    DEFAULT_MODEL,
+    ModelOption,
+    ServerArgsOption,
+    ServerChoice,
+    SpawnOption,
+    TargetOption,
+    listed,
+    usage_error,
+)
+from warmkv_bench.prompts import Prompts
+from warmkv_bench.report import markdown_table
+from warmkv_bench.spawn import ServerFailed
+from warmkv_bench.terminal import Terminal
+from warmkv_bench.tiers.figures import TierFigures, figures, tiers_table
+from warmkv_bench.tiers.pairs import Tiers, TiersConfig
+
+REQUEST_TIMEOUT_S = 3600.0
+
+
+def tiers(
+    contexts: Annotated[str, typer.Option(help="Tokens of the held context, comma-separated.")] = (
+        "1024,4096,8192,16384,32768"
+    ),
+    pairs: Annotated[int, typer.Option(help="Pairs of a hot and a warm sample for each context.")] = 20,
+    dropped: Annotated[int, typer.Option(help="Samples with the page cache dropped for each context.")] = 7,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 also if a promised limit is passed.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the primed agent on the server, for another run with the same --seed.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
+    target: TargetOption = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Data directory of --target, for plain reads of its files.")
+    ] = None,
+    spawn: SpawnOption = False,
+    model: ModelOption = DEFAULT_MODEL,
+    server_args: ServerArgsOption = "",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the results go.")] = Path(
+        "results"
+    ),
+) -> None:
+    """The same request on a context in RAM and on disk, in turns; then with the page cache dropped.
+
+    Exits with 1 if any sample is invalid.
+    """
+    terminal = Terminal()
+    try:
+        config = TiersConfig(listed("--contexts", contexts, int), pairs, dropped, seed=seed, keep=keep)
+        server = ServerChoice.of(target, spawn, model, server_args)
+        good = asyncio.run(_measure(config, server, data_dir, output, terminal, check=check))
+    except (ConfigError, ServerFailed) as error:
+        raise usage_error(str(error)) from None
+    if not good:
+        raise typer.Exit(1)
+
+
+async def _measure(
+    config: TiersConfig,
+    server: ServerChoice,
+    data_dir: Path | None,
+    output: Path,
+    terminal: Terminal,
+    *,
+    check: bool = False,
+) -> bool:
+    async with server.connected(REQUEST_TIMEOUT_S) as target:
+        info = await target.client.info()
+        where = environment(info, target.data_dir or data_dir, server.arguments)
+        run = Tiers(target.client, info, config, target.data_dir or data_dir)
+        await run.run(await Prompts.of_server(target.client, config.seed), terminal.say)
+    found = figures(run.samples)
+    misses = [miss for one in found for miss in one.misses]
+    invalid = [sample for sample in run.samples if sample.invalid_reason is not None]
+    write(run, config, where, found, misses, output)
+    table = tiers_table(found)
+    terminal.table(table)
+    for note in _notes(run, misses):
+        terminal.say(f"! {note}")
+    terminal.say(f"results and report: {output}")
+    return not (invalid or run.problems or (check and misses))
+
+
+def write(
+    run: Tiers, config: TiersConfig, where: dict[str, Any], found: list[TierFigures], misses: list[str], folder: Path
+) -> None:
+    """Writes tiers.json, with every sample, and tiers.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        "schema_version": 1,
+        "environment": where,
+        "config": asdict(config),
+        "figures": [asdict(one) for one in found],
+        "misses": misses,
+        "problems": run.problems,
+        "samples": [asdict(sample) for sample in run.samples],
+    }
+    (folder / "tiers.json").write_text(json.dumps(results) + "\n")
+    title = f"# Tiers, {where['server']['model_id']}, {where['time']}"
+    notes = [f"- {note}" for note in _notes(run, misses)]
+    (folder / "tiers.md").write_text("\n\n".join([title, markdown_table(tiers_table(found)), *notes]) + "\n")
+
+
+def _notes(run: Tiers, misses: list[str]) -> list[str]:
+    invalid = [sample.invalid_reason for sample in run.samples if sample.invalid_reason is not None]
+    found = [*run.problems, *(f"limit passed at {miss}" for miss in misses)]
+    return [*found, f"{len(invalid)} invalid samples, such as: {invalid[0]}"] if invalid else found
