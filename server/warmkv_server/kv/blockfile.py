@@ -115,6 +115,19 @@ def header(info: BlockInfo, specs: Sequence[TensorSpec]) -> bytearray:
             "data_offsets": [offset, offset + size],
         }
         offset += size
+    return _pack(described)
+
+
+def renamed(content: bytes, info: BlockInfo) -> tuple[bytearray, memoryview, str]:
+    """A good file under another name: its new header, its payload, in which no tensor changes, and the checksum."""
+    start = header_size(content, len(content))
+    described = json.loads(content[LENGTH_BYTES:start])
+    described["__metadata__"] = {"xxh3_128": _NO_DIGEST.decode(), **info.metadata()}
+    head, payload = _pack(described), memoryview(content)[start:]
+    return head, payload, seal(head, [payload])
+
+
+def _pack(described: dict[str, object]) -> bytearray:
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGN)
     return bytearray(len(text).to_bytes(LENGTH_BYTES, "little") + text)
@@ -212,6 +225,21 @@ def parse(head: bytes) -> Parsed:
         return Parsed(info, meta["xxh3_128"], tensors, payload)
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
         raise BadFile(Fallback.FORMAT, f"unreadable header: {error!r}") from error
+
+
+def verify(content: bytes) -> Parsed:
+    """Check a whole file in memory against itself, whatever model it is of.
+
+    Raises:
+        BadFile
+    """
+    start = header_size(content, len(content))
+    parsed = parse(content[:start])
+    if start + parsed.payload != len(content):
+        raise BadFile(Fallback.FORMAT, f"{len(content)} bytes instead of {start + parsed.payload}")
+    if checksum(content[:start], [memoryview(content)[start:]]) != parsed.digest:
+        raise BadFile(Fallback.CHECKSUM, "the checksum is another")
+    return parsed
 
 
 def expect(parsed: Parsed, info: BlockInfo, specs: Sequence[TensorSpec]) -> None:

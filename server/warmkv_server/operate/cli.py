@@ -97,3 +97,101 @@ def verify(
         show.report(report, moved)
     if report.problems:
         raise typer.Exit(1)
+
+
+Tenant = Annotated[str, typer.Option(help="Whose agent; without it that of a server without a token file.")]
+
+
+@agents.command("export")
+def export_agent(
+    agent: Annotated[str, typer.Argument(help="The agent_id.", metavar="AGENT")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    tenant: Tenant = "",
+) -> None:
+    """Write one agent, with its context and its KV, into a single file.
+
+    Works beside a running server, and takes the last committed context. Every block is read and checked.
+    """
+    from warmkv_server.operate import show
+    from warmkv_server.operate.directory import look
+    from warmkv_server.operate.exporting import export
+
+    with _refusing():
+        done = export(look(data_dir), tenant, agent, output)
+    lost = _without_kv(done.tokens, done.usable_tokens)
+    typer.echo(
+        f"{output}: agent {agent} at revision {done.revision}, {done.tokens} tokens{lost}; {done.files} block files, "
+        f"{show.size(done.nbytes)}"
+    )
+
+
+@agents.command("import")
+def import_agent(
+    file: Annotated[Path, typer.Argument(help="What `warmkv agents export` wrote.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    new_id: Annotated[str | None, typer.Option("--as", help="Another agent_id.", metavar="NEW_ID")] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            help="Another tenant. Its files get other names and headers, for tenants share nothing; the KV is the same."
+        ),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Delete the agent that has this id already.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that will serve the directory, as for `warmkv serve`: it is loaded, and the archive has to "
+            "be of it. Without --model, the archive has to be of one that the directory was served with before."
+        ),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
+    kv_bits: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
+    kv_group_size: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
+) -> None:
+    """Make an exported agent one of this data directory. Needs the server stopped.
+
+    Refused, with nothing changed, if the archive is damaged or its KV is of another model or other settings. The
+    agent keeps its revision, labels, ttl and pin; a request id it answered before is not known here.
+    """
+    from warmkv_server.config import Settings
+    from warmkv_server.operate import show
+    from warmkv_server.operate.directory import is_new, look, make, take
+    from warmkv_server.operate.importing import Specs, opened, require_same_model
+    from warmkv_server.operate.importing import import_agent as take_in
+
+    flags = {"adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
+    given = {name: value for name, value in flags.items() if value is not None}
+    specs: Specs | None = None
+    with _refusing():
+        if given and model is None:
+            raise OperatorError(f"--{next(iter(given)).replace('_', '-')} goes with --model")
+        with opened(file) as reader:
+            told = reader.manifest
+            if model is not None:
+                from warmkv_server.operate.model import load
+
+                fingerprint, specs = load(Settings.read({"model": model, **given}))
+                require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
+                make(data_dir)
+            else:
+                served = [] if is_new(data_dir) else list(look(data_dir).fingerprints.values())
+                require_same_model(told.fingerprint, served, f"the data directory {data_dir}")
+            with take(data_dir) as taken:
+                done = take_in(
+                    reader,
+                    taken,
+                    tenant=told.agent.tenant if tenant is None else tenant,
+                    agent_id=told.agent.agent_id if new_id is None else new_id,
+                    replace=replace,
+                    specs=specs,
+                )
+    lost = _without_kv(done.tokens, done.usable_tokens)
+    typer.echo(
+        f"agent {done.agent_id} at revision {done.revision}, {done.tokens} tokens{lost}; {done.files} block files "
+        f"written, {show.size(done.nbytes)}"
+    )
+
+
+def _without_kv(tokens: int, usable: int) -> str:
+    return f" ({tokens - usable} of them without KV, to be computed anew)" if usable < tokens else ""

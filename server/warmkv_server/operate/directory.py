@@ -18,8 +18,8 @@ from warmkv_server.kv.index import Agent, Index, Node
 from warmkv_server.kv.journal import Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.readonly import ReadOnlyDatabase
-from warmkv_server.kv.records import Durability, Fingerprint
-from warmkv_server.kv.startup import block_files
+from warmkv_server.kv.records import Durability, Fingerprint, StoreSettings
+from warmkv_server.kv.startup import block_files, make_folders
 from warmkv_server.kv.types import PartKind
 
 
@@ -59,19 +59,20 @@ def look(data_dir: Path) -> View:
 
 
 @contextlib.contextmanager
-def take(data_dir: Path, *, headroom_bytes: int = 0) -> Iterator[Taken]:
+def take(data_dir: Path) -> Iterator[Taken]:
     """Keep servers out for the block. What is changed is as durable as a server's commits.
 
     Raises:
         OperatorError: there is no readable index, or another process has the directory.
     """
     path = _index_path(data_dir)
-    with _locked(data_dir), open_index(path) as database:
+    with _locked(data_dir), _open_index(path) as database:
         try:
             index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
         except JournalDamaged as error:
             raise _damaged(path, error) from error
-        yield Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom_bytes))
+        headroom = StoreSettings(data_dir).headroom_bytes
+        yield Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom))
 
 
 @contextlib.contextmanager
@@ -83,8 +84,25 @@ def _locked(data_dir: Path) -> Iterator[None]:
         held.release()
 
 
+def make(data_dir: Path) -> None:
+    """Have an empty data directory where there is none.
+
+    Raises:
+        OperatorError
+    """
+    if is_new(data_dir):
+        make_folders(data_dir, Files(Durability.FULL))
+        with _locked(data_dir), _open_index(data_dir / journal.FILE_NAME):
+            pass
+
+
+def is_new(data_dir: Path) -> bool:
+    """Whether nothing of a data directory is there."""
+    return not (data_dir / journal.FILE_NAME).exists() and not _has_blocks(data_dir)
+
+
 @contextlib.contextmanager
-def open_index(path: Path) -> Iterator[Database]:
+def _open_index(path: Path) -> Iterator[Database]:
     try:
         database = Database(path, Durability.FULL)
     except JournalDamaged as error:
@@ -144,9 +162,13 @@ def _index_path(data_dir: Path) -> Path:
     path = data_dir / journal.FILE_NAME
     if path.is_file():
         return path
-    if (data_dir / BLOCKS).is_dir() and any(entry.name.endswith(SUFFIX) for entry in block_files(data_dir)):
+    if _has_blocks(data_dir):
         raise OperatorError(f"the index {path} is missing, though there are block files; put it back from a backup")
     raise OperatorError(f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir")
+
+
+def _has_blocks(data_dir: Path) -> bool:
+    return (data_dir / BLOCKS).is_dir() and any(entry.name.endswith(SUFFIX) for entry in block_files(data_dir))
 
 
 def _damaged(path: Path, error: JournalDamaged) -> OperatorError:

@@ -15,8 +15,8 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.errors import EmptyContent, InvalidField, Violation
 
-_AGENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_AGENT_ID_RULE = "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
+AGENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+AGENT_ID_RULE = "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
 _SECOND = 1_000_000_000
 _LONGEST_TTL = 100 * 365 * 86400 * _SECOND
 """Nanoseconds. Later than that, times run out of what a Timestamp can hold."""
@@ -149,7 +149,7 @@ def count_tokens(request: server_pb.CountTokensRequest, vocab_size: int) -> None
 
 
 def _agent_id(faults: Faults, field: str, value: str) -> None:
-    faults.need(_AGENT_ID.fullmatch(value) is not None, field, _AGENT_ID_RULE)
+    faults.need(AGENT_ID.fullmatch(value) is not None, field, AGENT_ID_RULE)
 
 
 def _is_given(content: pb.Content) -> bool:

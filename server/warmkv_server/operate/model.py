@@ -1,0 +1,24 @@
+"""The model that will serve a directory: its fingerprint, and the shapes of its KV."""
+
+from __future__ import annotations
+
+from warmkv_server.config import Settings
+from warmkv_server.engine import model as models
+from warmkv_server.engine.codec import Codec
+from warmkv_server.kv import blockfile
+from warmkv_server.kv.records import Fingerprint
+from warmkv_server.kv.types import PartKind
+from warmkv_server.operate.importing import Specs
+
+
+def load(settings: Settings) -> tuple[Fingerprint, Specs]:
+    """Load the model as `warmkv serve` would, and forget it again.
+
+    Raises:
+        OperatorError
+    """
+    models.prepare_device()
+    codec = Codec(settings.kv_bits, settings.kv_group_size)
+    info = models.load(settings.model, adapter=settings.adapter, codec=codec, context_limit=None).info
+    specs = {kind: blockfile.ordered(info.layout.of_kind(kind)) for kind in PartKind}
+    return Fingerprint.of_model(info.fingerprint_fields), specs
