@@ -52,7 +52,10 @@ class Chooser:
         return self.greedy and not (self._bias or self._on_context or self._on_answer or self.top_logprobs)
 
     def choose(self, logits: mx.array, position: int, last: mx.array | None) -> Choice:
-        """Choose from logits of shape (1, vocabulary).
+        """Choose from the model's logits of shape (1, vocabulary).
+
+        The log-probabilities that go with the choice are the model's own, of these logits before bias and penalties:
+        what people compare between requests, score texts and measure certainty with. (vLLM's default too.)
 
         Args:
             position: length of the context that the token will follow.
@@ -62,29 +65,33 @@ class Chooser:
             self._answer = mx.concatenate([self._answer, last.astype(mx.uint32)])
         if last is not None and self._on_context:
             self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
+        own = _logprobs(logits) if self.top_logprobs else None  # now: the processors write into their logits
         for process in self._bias:
             logits = process(self._answer, logits)
         for process in self._on_context:
             logits = process(self._context, logits)
         for process in self._on_answer:
             logits = process(self._answer, logits)
-        if self.greedy and not self.top_logprobs:
-            return Choice(mx.argmax(logits, axis=-1))
-        logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        if not self.greedy:
+        if self.greedy:
+            token = mx.argmax(logits, axis=-1)
+        else:
             # One call of the generator seeds it; what is drawn here touches no other sequence's stream.
             mx.random.seed((self._seed + position * 0x9E3779B97F4A7C15) & _MASK64)
-        token = self._draw(logprobs)
-        if not self.top_logprobs:
+            token = self._draw(_logprobs(logits))
+        if own is None:
             return Choice(token)
-        ids = mx.argpartition(-logprobs, kth=self.top_logprobs - 1, axis=-1)[:, : self.top_logprobs]
+        ids = mx.argpartition(-own, kth=self.top_logprobs - 1, axis=-1)[:, : self.top_logprobs]
         return Choice(
             token,
-            chosen=mx.take_along_axis(logprobs, token[:, None], axis=-1),
+            chosen=mx.take_along_axis(own, token[:, None], axis=-1),
             top_ids=ids,
-            top=mx.take_along_axis(logprobs, ids, axis=-1),
+            top=mx.take_along_axis(own, ids, axis=-1),
         )
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class Choice:

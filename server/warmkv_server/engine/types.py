@@ -74,7 +74,8 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities of one sampled token and of the `top` likeliest, likeliest first, after penalties and bias."""
+    """Log-probabilities of one sampled token and of the `top` likeliest, likeliest first: the model's own, before
+    penalties, bias and temperature."""
 
     token_id: int
     logprob: float

@@ -1186,7 +1186,8 @@ Global___GenerateDelta: _TypeAlias = GenerateDelta  # noqa: Y015
 @_typing.final
 class TokenLogprobs(_message.Message):
     """TokenLogprobs is the log probability of a token of the answer and of its alternatives. Natural logarithms of the model's
-    own distribution, before temperature and the other sampling parameters.
+    own distribution, before logit_bias, penalties, temperature and every other sampling parameter, so that they can be
+    compared between requests.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
