@@ -140,7 +140,7 @@ async def test_quarantine_puts_bad_files_away_and_the_rest_is_reused(data_dir: P
     file_of(data_dir, "b", 256).unlink()
     result = run("store", "verify", "--quarantine", "--data-dir", data_dir)
     assert result.exit_code == 1
-    assert "1 files moved to quarantine" in result.stdout
+    assert "moved to quarantine: 1" in result.stdout
     assert len(list((data_dir / "quarantine").iterdir())) == 1
     again = verify(data_dir)
     assert [(p.trouble, p.subject) for p in again.problems] == [(Trouble.INCOMPLETE, f"agent 'a' of tenant '{TENANT}'")]

@@ -136,6 +136,10 @@ def insert_fingerprint(fingerprint: Fingerprint) -> Statement:
     return sql, (fingerprint.digest, as_json(dict(fingerprint.fields)))
 
 
+def delete_fingerprint(digest: str) -> Statement:
+    return "DELETE FROM fingerprints WHERE digest = ?", (digest,)
+
+
 def read_fingerprints(db: Queryable) -> dict[str, Fingerprint]:
     rows = db.query("SELECT digest, fields FROM fingerprints")
     return {digest: Fingerprint(json.loads(fields)) for digest, fields in rows}

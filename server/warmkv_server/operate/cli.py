@@ -99,6 +99,47 @@ def verify(
         raise typer.Exit(1)
 
 
+@store.command()
+def gc(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    agents_unused_for: Annotated[
+        str | None,
+        typer.Option(help="Also delete agents that nobody used for so long, such as 30d; units s, m, h, d, w."),
+    ] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            help="Also delete the agents of this model and settings; the first digits of what `warmkv store ls` shows. "
+            "With --agents-unused-for: those to which both apply."
+        ),
+    ] = None,
+    pinned_too: Annotated[bool, typer.Option("--pinned-too", help="Don't spare pinned agents.")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Also empty the quarantine.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what nothing references: leftovers of crashes, and blocks of no agent. Needs the server stopped.
+
+    Agents, of whatever model, and the quarantine stay unless an option names them. Says what goes, and its bytes.
+    """
+    from warmkv_server.operate import show
+    from warmkv_server.operate.directory import take
+    from warmkv_server.operate.garbage import Choice, find_waste, full_digest, remove
+
+    with _refusing():
+        unused_for = None if agents_unused_for is None else show.seconds(agents_unused_for)
+        with take(data_dir) as taken:
+            digest = None if fingerprint is None else full_digest(taken, fingerprint)
+            choice = Choice(unused_for, digest, pinned_too, quarantine)
+            waste = find_waste(taken, choice)
+            if not dry_run:
+                remove(taken, waste, choice)
+    if as_json:
+        typer.echo(json.dumps(show.waste_json(waste, dry_run)))
+    else:
+        show.waste(waste, dry_run)
+
+
 Tenant = Annotated[str, typer.Option(help="Whose agent; without it that of a server without a token file.")]
 
 

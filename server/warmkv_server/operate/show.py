@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.index import Agent
+from warmkv_server.operate.garbage import Waste
 from warmkv_server.operate.listing import Listing
 from warmkv_server.operate.verify import Report
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 SHORT = 12
 """Digits of a digest that a person gets to see."""
 
@@ -30,6 +35,26 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1024
     return f"{nbytes:.1f} {_UNITS[-1]}"
+
+
+def seconds(duration: str) -> float:
+    """
+    Args:
+        duration: a number and a unit, such as 30d.
+
+    Raises:
+        OperatorError: it is not.
+    """
+    number, unit = duration[:-1], duration[-1:]
+    try:
+        value = float(number) * _DURATIONS[unit]
+    except (KeyError, ValueError):
+        raise OperatorError(
+            f"{duration!r} is no duration; give a number and a unit of s, m, h, d or w, such as 30d"
+        ) from None
+    if not 0 <= value < math.inf:
+        raise OperatorError(f"{duration!r} is no duration that can have passed")
+    return value
 
 
 def ago(then: float) -> str:
@@ -119,8 +144,8 @@ def report(found: Report, moved: int | None) -> None:
         typer.echo(f"{problem.trouble}: {problem.subject}: {problem.detail}")
     for note in found.notes:
         typer.echo(f"note: {note}")
-    wrong = f"{len(found.problems)} problems" if found.problems else "nothing is wrong"
-    away = f"; {moved} files moved to quarantine" if moved is not None else ""
+    wrong = f"{len(found.problems)} problem{'s' * (len(found.problems) > 1)}" if found.problems else "nothing is wrong"
+    away = f"; moved to quarantine: {moved}" if moved is not None else ""
     typer.echo(f"{found.files} block files with {size(found.nbytes)} and {found.agents} agents: {wrong}{away}")
 
 
@@ -133,3 +158,38 @@ def report_json(found: Report, moved: int | None) -> dict[str, Any]:
         "notes": found.notes,
         "quarantined": moved,
     }
+
+
+def waste(found: Waste, dry_run: bool) -> None:
+    would, gone = ("would ", "would be freed") if dry_run else ("", "freed")
+    for agent in found.agents:
+        typer.echo(f"{would}delete agent {_named(agent)}: {len(agent.tokens)} tokens, last used {ago(agent.last_used)}")
+    for agent in found.kept:
+        typer.echo(f"keep agent {_named(agent)}, which is pinned; --pinned-too doesn't spare it")
+    for what, files in _kinds(found).items():
+        if files:
+            typer.echo(f"{would}remove {what}: {len(files)} with {size(sum(files.values()))}")
+    typer.echo(f"{size(found.nbytes)} {gone}")
+
+
+def waste_json(found: Waste, dry_run: bool) -> dict[str, Any]:
+    return {
+        "dry_run": dry_run,
+        "bytes": found.nbytes,
+        "agents": [{"tenant": agent.tenant, "agent_id": agent.agent_id} for agent in found.agents],
+        "kept_pinned": [{"tenant": agent.tenant, "agent_id": agent.agent_id} for agent in found.kept],
+        "files": {what: {"count": len(files), "bytes": sum(files.values())} for what, files in _kinds(found).items()},
+    }
+
+
+def _kinds(found: Waste) -> dict[str, dict[Path, int]]:
+    return {
+        "temporary files": found.temporary,
+        "block files that the index doesn't know": found.unknown,
+        "block files that no agent references": found.blocks,
+        "files in quarantine": found.quarantine,
+    }
+
+
+def _named(agent: Agent) -> str:
+    return f"{agent.agent_id!r}" + (f" of tenant {agent.tenant!r}" if agent.tenant else "")

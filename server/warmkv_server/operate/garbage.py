@@ -1,0 +1,141 @@
+"""`warmkv store gc`: what nothing references, and what an operator names. Pinned agents only if asked for.
+
+What goes is found first, so that a dry run tells exactly what a run does. Rows go before files, as in a server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv import rows
+from warmkv_server.kv.blockfile import SUFFIX
+from warmkv_server.kv.core import QUARANTINE, block_path
+from warmkv_server.kv.files import TEMP_SUFFIX
+from warmkv_server.kv.index import Agent, Node
+from warmkv_server.kv.journal import Statement
+from warmkv_server.kv.startup import block_files
+from warmkv_server.operate.directory import Taken, View
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    Attributes:
+        unused_for: seconds; agents last used before go.
+        fingerprint: digest; agents of this model and settings go. With `unused_for`, those to which both apply.
+        pinned_too: pinned agents go like the others.
+        quarantine: the quarantine is emptied.
+    """
+
+    unused_for: float | None = None
+    fingerprint: str | None = None
+    pinned_too: bool = False
+    quarantine: bool = False
+
+    def takes(self, agent: Agent, now: float) -> bool:
+        """Whether it goes, unless it is pinned."""
+        if self.unused_for is None and self.fingerprint is None:
+            return False
+        unused = self.unused_for is None or agent.last_used < now - self.unused_for
+        return unused and self.fingerprint in (None, agent.fingerprint)
+
+
+@dataclass
+class Waste:
+    """What goes. Files are with their bytes.
+
+    Attributes:
+        temporary: what a crash left behind.
+        unknown: block files that the index doesn't have.
+        agents: the ones chosen.
+        kept: pinned ones that would have been chosen.
+        nodes: blocks that no agent references, or none but the chosen.
+        blocks: the files of these nodes.
+    """
+
+    temporary: dict[Path, int] = field(default_factory=dict)
+    unknown: dict[Path, int] = field(default_factory=dict)
+    agents: list[Agent] = field(default_factory=list)
+    kept: list[Agent] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    blocks: dict[Path, int] = field(default_factory=dict)
+    quarantine: dict[Path, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(sum(files.values()) for files in (self.temporary, self.unknown, self.blocks, self.quarantine))
+
+
+def find_waste(view: View, choice: Choice) -> Waste:
+    """Takes the chosen agents out of the view, which is of no other use afterwards."""
+    index = view.index
+    waste = Waste()
+    known = {block_path(view.data_dir, n.id.hex(), kind) for n in index.nodes.values() for kind in n.parts}
+    for entry in block_files(view.data_dir):
+        path = Path(entry.path)
+        if path in known:
+            continue
+        if entry.name.endswith(TEMP_SUFFIX):
+            waste.temporary[path] = _size(path)
+        elif entry.name.endswith(SUFFIX):
+            waste.unknown[path] = _size(path)
+    now = time.time()
+    for agent in list(index.agents.values()):
+        if choice.takes(agent, now):
+            (waste.kept if agent.pinned and not choice.pinned_too else waste.agents).append(agent)
+    for agent in waste.agents:
+        index.remove_agent(agent)
+    waste.nodes = [node for node in index.nodes.values() if not node.refs]
+    paths = (block_path(view.data_dir, node.id.hex(), kind) for node in waste.nodes for kind in node.parts)
+    waste.blocks = {path: _size(path) for path in paths if path.exists()}
+    if choice.quarantine:
+        waste.quarantine = {path: _size(path) for path in (view.data_dir / QUARANTINE).iterdir() if path.is_file()}
+    return waste
+
+
+def remove(taken: Taken, waste: Waste, choice: Choice) -> None:
+    """
+    Raises:
+        OperatorError: the disk refuses. What is gone then was to go, and the next run removes the rest.
+    """
+    statements: list[Statement] = []
+    for agent in waste.agents:
+        statements += rows.delete_agent(agent.incarnation)
+    statements += [rows.delete_node(node) for node in waste.nodes]
+    if choice.fingerprint is not None and not _in_use(taken, waste, choice.fingerprint):
+        statements.append(rows.delete_fingerprint(choice.fingerprint))
+    try:
+        if statements:
+            taken.database.remove(statements)
+        for files in (waste.temporary, waste.unknown, waste.blocks, waste.quarantine):
+            for path in files:
+                taken.files.unlink(path)
+    except OSError as error:
+        raise OperatorError(f"the disk refuses to remove what nobody needs ({error.strerror or error})") from error
+
+
+def full_digest(view: View, prefix: str) -> str:
+    """The one fingerprint that begins so.
+
+    Raises:
+        OperatorError: there is none, or more than one.
+    """
+    digests = {*view.fingerprints, *(agent.fingerprint for agent in view.index.agents.values())}
+    found = sorted(digest for digest in digests if prefix and digest.startswith(prefix))
+    if len(found) != 1:
+        what = "no fingerprint begins" if not found else f"{len(found)} fingerprints begin"
+        raise OperatorError(f"{what} with {prefix!r} in {view.data_dir}; `warmkv store ls` lists them")
+    return found[0]
+
+
+def _in_use(taken: Taken, waste: Waste, fingerprint: str) -> bool:
+    left: Iterable[Agent | Node] = (*taken.index.agents.values(), *(set(taken.index.nodes.values()) - {*waste.nodes}))
+    return any(each.fingerprint == fingerprint for each in left)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
