@@ -62,6 +62,7 @@ async def serve(settings: Settings) -> None:
             )
             agents = Agents(engine, store, fingerprint.digest, agent_settings)
             metrics.watch(agents)
+            store.watch_disk(server.say_storage)
             gate.open(agents)
             await server.announce()
             print(f"listening on {settings.host}:{port}", flush=True)

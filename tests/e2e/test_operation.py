@@ -33,6 +33,7 @@ from tests.e2e.harness import (
 from tests.e2e.test_order import read_deltas
 from warmkv import v1
 
+STORAGE = "warmkv.v1.storage"
 SERVICES = ("", "warmkv.v1.AgentService", "warmkv.v1.ServerService")
 
 
@@ -178,6 +179,24 @@ def test_sigterm_while_the_model_loads(tmp_path: Path) -> None:
         assert server.process.poll() is None
         time.sleep(0.01)
     assert server.terminate() == 0
+
+
+# The disk
+
+
+def test_health_tells_when_the_disk_refuses_and_when_it_takes_again(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--disk-bytes", "1700kB") as (server, client):
+        assert client.health_of(STORAGE) == "SERVING"
+        refused_by_quota = client.prime("a", token_ids(some_tokens(3000)))
+        assert not refused_by_quota.persisted
+        assert client.health_of(STORAGE) == "NOT_SERVING"
+        assert client.health_of() == "SERVING"
+        answer = client.generate("a", text(" x"), ephemeral=True)
+        assert answer.cache.hot_tokens == 3000
+        client.delete("a")
+        assert client.health_of(STORAGE) == "SERVING"
+        assert "the disk refuses commits" in server.log_text()
+        assert "the disk takes commits again" in server.log_text()
 
 
 # Stopping

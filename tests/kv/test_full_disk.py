@@ -57,6 +57,22 @@ async def test_a_commit_that_the_disk_refuses_stays_usable_and_is_written_later(
     await driver.close()
 
 
+async def test_whoever_watches_is_told_when_the_disk_begins_to_refuse_and_when_it_ends(tmp_path: Path) -> None:
+    files, told = RefusingFiles(), list[bool]()
+    driver = await Driver.open(tmp_path, files=files)
+    driver.store.watch_disk(told.append)
+    await driver.put("a", context(300))
+    assert told == [True]
+    files.refusal = errno.ENOSPC
+    await driver.put("a", context(400))
+    await driver.put("b", context(500))
+    assert told == [True, False]
+    files.refusal = None
+    await recovered(driver)
+    assert told == [True, False, True]
+    await driver.close()
+
+
 async def test_an_index_that_refuses_keeps_the_agent_in_ram_and_its_outcome_too(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path)
     make_index_refuse(driver, True)

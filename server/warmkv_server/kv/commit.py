@@ -121,6 +121,7 @@ class Committer:
     def forget(self, agent: Agent) -> None:
         """The agent is gone from the journal, or the journal has its last commit: its old state isn't needed."""
         self._let_go(self.not_durable.pop(agent, []))
+        self._core.disk.note(len(self.not_durable))
 
     async def _take_ticket(self, key: AgentKey) -> Ticket:
         while (before := self.tickets.get(key)) is not None:
@@ -212,6 +213,7 @@ class Committer:
             for node in before.all_nodes():
                 node.pins += 1
             self.not_durable[agent] = before.all_nodes()
+            self._core.disk.note(len(self.not_durable))
 
     @staticmethod
     def _statements(agent: Agent, before: _State, plan: Plan) -> list[Statement]:

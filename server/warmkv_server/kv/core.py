@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.blockfile import BlockInfo
 from warmkv_server.kv.boundaries import in_window
+from warmkv_server.kv.disk_state import DiskState
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.hot import HotTier
 from warmkv_server.kv.ids import root_id
@@ -68,6 +69,7 @@ class Core:
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
         }
         self.counters = Counters()
+        self.disk = DiskState()
         self.outcomes: dict[AgentKey, KeptOutcome] = {}
         self.block_bytes = 0
         """Of all block files that the index knows."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound, NotDurable, StorageUnavailable
@@ -121,6 +121,10 @@ class Store:
     async def flush(self) -> bool:
         """Try now to write what the disk has refused. Whether every agent is durable afterwards."""
         return await self._finish(self._committer.retry_all())
+
+    def watch_disk(self, tell: Callable[[bool], None]) -> None:
+        """Have it told now, and at every change, whether the disk has every agent's last commit."""
+        self._core.disk.watch(tell)
 
     # Looking
 

@@ -23,7 +23,10 @@ from warmkv_server.service.server_servicer import ServerServicer
 
 _AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
 _SERVER = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
-_STATES_OF = ("", _AGENTS.full_name, _SERVER.full_name)
+_SERVICES = ("", _AGENTS.full_name, _SERVER.full_name)
+_STORAGE = "warmkv.v1.storage"
+"""No service, but a state to watch: whether what is committed is on disk. Calls are served either way."""
+_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 _RECEIVE_FACTOR = 8
@@ -53,6 +56,7 @@ class GrpcServer:
             ]
         )
         self._health = health.aio.HealthServicer()
+        self._saying: set[asyncio.Task[None]] = set()
         self._server.add_generic_rpc_handlers(
             (endpoints.handlers(_AGENTS, agents), endpoints.handlers(_SERVER, server), *_reflection())
         )
@@ -74,12 +78,20 @@ class GrpcServer:
             raise OperatorError(f"can't listen on {host}:{port}: {error}") from error
 
     async def start(self) -> None:
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        for service in (*_SERVICES, _STORAGE):
+            await self._health.set(service, _NOT_SERVING)
         await self._server.start()
 
     async def announce(self) -> None:
         """Say SERVING."""
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        for service in _SERVICES:
+            await self._health.set(service, _SERVING)
+
+    def say_storage(self, taking: bool) -> None:
+        """Say SERVING of the storage if the disk has all that is committed, else NOT_SERVING."""
+        saying = asyncio.create_task(self._health.set(_STORAGE, _SERVING if taking else _NOT_SERVING))
+        self._saying.add(saying)
+        saying.add_done_callback(self._saying.discard)
 
     async def withdraw(self) -> None:
         """Say NOT_SERVING, for good."""
@@ -92,10 +104,6 @@ class GrpcServer:
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if left:
             await asyncio.wait(left, timeout=_LEFT_SECONDS)
-
-    async def _say(self, status: Any) -> None:
-        for service in _STATES_OF:
-            await self._health.set(service, status)
 
 
 def _reflection() -> list[grpc.GenericRpcHandler]:

@@ -29,6 +29,8 @@ class ServerServiceStub:
     """ServerService describes the server. None of its RPCs changes anything or waits for the engine.
 
     Whether the server is ready is told by grpc.health.v1.Health: NOT_SERVING while it loads the model and while it drains.
+    Its service `warmkv.v1.storage` is NOT_SERVING also while the disk refuses commits: calls are served from RAM then, with
+    `persisted` false, and what they made is written when the disk takes it.
     """
 
     def __init__(self, channel):
@@ -58,6 +60,8 @@ class ServerServiceServicer:
     """ServerService describes the server. None of its RPCs changes anything or waits for the engine.
 
     Whether the server is ready is told by grpc.health.v1.Health: NOT_SERVING while it loads the model and while it drains.
+    Its service `warmkv.v1.storage` is NOT_SERVING also while the disk refuses commits: calls are served from RAM then, with
+    `persisted` false, and what they made is written when the disk takes it.
     """
 
     def GetServerInfo(self, request, context):
@@ -115,6 +119,8 @@ class ServerService:
     """ServerService describes the server. None of its RPCs changes anything or waits for the engine.
 
     Whether the server is ready is told by grpc.health.v1.Health: NOT_SERVING while it loads the model and while it drains.
+    Its service `warmkv.v1.storage` is NOT_SERVING also while the disk refuses commits: calls are served from RAM then, with
+    `persisted` false, and what they made is written when the disk takes it.
     """
 
     @staticmethod

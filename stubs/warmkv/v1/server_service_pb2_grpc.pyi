@@ -30,6 +30,8 @@ class ServerServiceStub:
     """ServerService describes the server. None of its RPCs changes anything or waits for the engine.
 
     Whether the server is ready is told by grpc.health.v1.Health: NOT_SERVING while it loads the model and while it drains.
+    Its service `warmkv.v1.storage` is NOT_SERVING also while the disk refuses commits: calls are served from RAM then, with
+    `persisted` false, and what they made is written when the disk takes it.
     """
 
     @_typing.overload
@@ -53,6 +55,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     """ServerService describes the server. None of its RPCs changes anything or waits for the engine.
 
     Whether the server is ready is told by grpc.health.v1.Health: NOT_SERVING while it loads the model and while it drains.
+    Its service `warmkv.v1.storage` is NOT_SERVING also while the disk refuses commits: calls are served from RAM then, with
+    `persisted` false, and what they made is written when the disk takes it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -72,6 +76,8 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """ServerService describes the server. None of its RPCs changes anything or waits for the engine.
 
     Whether the server is ready is told by grpc.health.v1.Health: NOT_SERVING while it loads the model and while it drains.
+    Its service `warmkv.v1.storage` is NOT_SERVING also while the disk refuses commits: calls are served from RAM then, with
+    `persisted` false, and what they made is written when the disk takes it.
     """
 
     @_abc_1.abstractmethod
