@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -174,3 +175,23 @@ async def test_a_filesystem_that_is_really_full(small_disk: Path) -> None:
     await driver.store.evict(TENANT, str(agents))
     assert (await driver.reuse(str(agents), context([agents] * 1000))).warm_tokens == 1000
     await driver.close()
+
+
+async def test_a_server_starts_on_a_full_disk_and_deletes_make_room(small_disk: Path) -> None:
+    driver = await Driver.open(small_disk)
+    await driver.put("a", context(1000))
+    await driver.close()
+    fill(small_disk / "somebody else's")
+    driver = await Driver.open(small_disk)
+    assert (await driver.reuse("a", context(1000))).warm_tokens == 1000
+    _, committed = await driver.put("b", context([1] * 5000))
+    assert not committed.persisted
+    assert await driver.store.delete(TENANT, "a")
+    await driver.close()
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full to the last page."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass

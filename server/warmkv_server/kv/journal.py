@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,8 @@ class Database:
         self.bytes_written = 0
         self.disk_bytes = 0
         """What the index takes on disk, its log counted as large as it may get."""
+        if not _has_room(path.parent, _RESERVE_BYTES):
+            self._use_reserve()  # A full disk has no room for SQLite's log, without which nothing can be removed.
         try:
             self._db = sqlite3.connect(path, _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
@@ -216,7 +219,7 @@ class Database:
         self.disk_bytes = _size(self.path) + log + _SHARED_MEMORY_BYTES + _RESERVE_BYTES
 
     def _make_reserve(self) -> None:
-        if _size(self._reserve) < _RESERVE_BYTES:
+        if _size(self._reserve) < _RESERVE_BYTES and _has_room(self.path.parent, 2 * _RESERVE_BYTES):
             with contextlib.suppress(OSError):  # No room now; the next checkpoint tries again.
                 self._reserve.write_bytes(bytes(_RESERVE_BYTES))
 
@@ -255,6 +258,11 @@ class Journal:
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.database.close)
         self._thread.shutdown()
+
+
+def _has_room(folder: Path, nbytes: int) -> bool:
+    volume = os.statvfs(folder)
+    return volume.f_bavail * volume.f_frsize >= nbytes
 
 
 def _size(path: Path) -> int:
