@@ -182,7 +182,7 @@ async def test_a_server_starts_on_a_full_disk_and_deletes_make_room(small_disk: 
     await driver.put("a", context(1000))
     await driver.close()
     fill(small_disk / "somebody else's")
-    driver = await Driver.open(small_disk)
+    driver = await Driver.open(small_disk, headroom_bytes=1 << 20)
     assert (await driver.reuse("a", context(1000))).warm_tokens == 1000
     _, committed = await driver.put("b", context([1] * 5000))
     assert not committed.persisted
