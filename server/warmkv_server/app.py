@@ -104,6 +104,7 @@ async def _load_engine(settings: Settings) -> Engine:
             inflight_bytes=settings.inflight_bytes,
             prefill_chunk=settings.prefill_chunk,
             max_decode_gap_ms=settings.max_decode_gap_ms,
+            speculate_tokens=settings.speculate_tokens,
         )
     )
     where = f"{engine.info.device}, {engine.info.blas}" if engine.info.blas else engine.info.device

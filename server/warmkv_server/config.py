@@ -64,6 +64,13 @@ class Settings(BaseSettings):
     max_decode_gap_ms: int = Field(
         200, ge=1, description="Milliseconds that another's prefill may hold up answers that are streaming."
     )
+    speculate_tokens: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Most tokens guessed from the context and checked in one step of an answer that is computed alone; "
+        "0 for none.",
+    )
     default_max_tokens: int = Field(256, ge=1, description="Length of an answer where the request names none.")
     max_message_bytes: ByteSize = Field(ByteSize(16 << 20), ge=1024, description="Largest request that is read.")
     load_seconds: float = Field(30.0, gt=0, description="Longest wait for blocks from disk before computing them anew.")

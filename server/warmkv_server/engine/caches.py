@@ -69,6 +69,12 @@ class QuantiseFirst:
         stock: StockCache = super()  # type: ignore[assignment]
         return stock.update_and_fetch(keys, values)
 
+    def cut(self, tokens: int) -> None:
+        """Forget the last tokens of the last update, which had more of them. For caches that keep every token."""
+        stock: Any = super()
+        assert stock.trim(tokens) == tokens
+        self.log[-1] = tuple(component[..., :-tokens, :] for component in self.log[-1])
+
     def take(self) -> tuple[Words, Words]:
         """What was stored since the last time: keys' and values' components, each (rows, kv_heads, tokens, width)."""
         pieces = [join(column, -2) for column in zip(*self.log, strict=True)]

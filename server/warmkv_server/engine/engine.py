@@ -37,6 +37,7 @@ class EngineSettings:
         inflight_bytes: bytes of caches of running sequences.
         prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
         max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
+        speculate_tokens: most tokens guessed and checked in one step of a sequence that decodes alone; 0 for none.
     """
 
     model: str = "builtin:tiny"
@@ -49,6 +50,7 @@ class EngineSettings:
     inflight_bytes: int = 8 << 30
     prefill_chunk: int = 0
     max_decode_gap_ms: int = 200
+    speculate_tokens: int = 0
 
 
 class Handle:
@@ -143,6 +145,7 @@ class Engine:
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
             max_decode_gap=settings.max_decode_gap_ms / 1000,
+            speculate_tokens=settings.speculate_tokens,
             inflight_bytes=settings.inflight_bytes,
         )
         self.info: ModelInfo

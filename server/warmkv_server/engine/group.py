@@ -75,10 +75,31 @@ class Group:
         mx.async_eval([choice.arrays for choice in choices if isinstance(choice, Choice)])
         for sequence in self.sequences:
             sequence.done += 1
-        self._steps += 1
-        if self._steps % DRAIN_EVERY == 0:
-            self.drain()
+        self._count_step()
         return choices
+
+    def verify(self, guess: list[int]) -> list[Choice]:
+        """Feed the only row's last token and a guess of what follows it, and start choosing a token behind each.
+
+        What turns out to be wrong is for `cut`, before anything else is done with the group.
+        """
+        (sequence,) = self.sequences
+        assert sequence.pending is not None
+        assert sequence.chooser is not None
+        inputs = mx.array([[sequence.pending.read(), *guess]])
+        logits = sequence.loaded.model(inputs, cache=self.caches)[0]
+        choices = sequence.chooser.choose_each(logits, sequence.done + 1)
+        mx.async_eval([choice.arrays for choice in choices])
+        sequence.done += 1 + len(guess)
+        return choices
+
+    def cut(self, tokens: int) -> None:
+        """Take back the last tokens that `verify` fed, in caches and logged words; none is fine."""
+        if tokens:
+            for leaf in kinds.leaves(self.caches):
+                leaf.cut(tokens)
+            self.sequences[0].done -= tokens
+        self._count_step()
 
     def drain(self) -> None:
         """Hand the words logged since the last time to the rows they belong to."""
@@ -93,6 +114,11 @@ class Group:
         """Keep the row's recurrent state as it is now."""
         row = self.sequences.index(sequence)
         sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(self.caches, row))
+
+    def _count_step(self) -> None:
+        self._steps += 1
+        if self._steps % DRAIN_EVERY == 0:
+            self.drain()
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):

@@ -58,6 +58,11 @@ class CacheMap:
     """(leaf, index) of the arrays of recurrent leaves."""
     layout: KVLayout
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether every cache can forget its last tokens."""
+        return not self.states and all(stack.kind is PartKind.APPEND for stack in self.stacks)
+
     def live_bytes(self, tokens: int) -> int:
         """Bytes of the caches in flight of one sequence of that many tokens, words of new tokens aside."""
         total = self.layout.nbytes(PartKind.STATE)

@@ -23,6 +23,7 @@ from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.sampling import Choice
 from warmkv_server.engine.schedule import Schedule, cost
 from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.speculate import Speculator
 from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Logprobs, Progress, Started
 from warmkv_server.errors import Draining, EngineError, WarmKVError
 
@@ -68,6 +69,7 @@ class StepLoop:
         prefill_chunk: int,
         max_decode_gap: float,
         inflight_bytes: int,
+        speculate_tokens: int,
     ) -> None:
         self._load = load
         self._deliver = deliver
@@ -76,6 +78,8 @@ class StepLoop:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
         self._groups: list[Group] = []
+        self._speculate_tokens = speculate_tokens
+        self._speculator: Speculator | None = None
         self._sequences: dict[int, Sequence] = {}
         self._submitted: dict[int, float] = {}
         self._outbox: list[Message] = []
@@ -106,6 +110,8 @@ class StepLoop:
             batch_size=self._batch_size,
             prefilled_tokens=self._prefilled,
             decoded_tokens=self._decoded,
+            proposed_tokens=self._speculator.proposed if self._speculator else 0,
+            accepted_tokens=self._speculator.accepted if self._speculator else 0,
             in_flight_bytes=self._bytes_in_flight(),
         )
 
@@ -113,6 +119,8 @@ class StepLoop:
         try:
             prepare_device()
             self.loaded = self._load()
+            if self._speculate_tokens:
+                self._speculator = Speculator(self._speculate_tokens, self.loaded)
         except BaseException as error:
             self.failure = error
             return
@@ -218,6 +226,8 @@ class StepLoop:
                 self._groups.append(group)
 
     def _decode(self) -> None:
+        if self._speculator is not None and self._speculate(self._speculator):
+            return
         launched = []
         self._batch_size = sum(len(group.sequences) for group in self._groups)
         for group in list(self._groups):
@@ -248,6 +258,34 @@ class StepLoop:
                     with self._containing(sequence):
                         self._finish(sequence, finish)
         self._groups = [group for group in self._groups if group.sequences]
+
+    def _speculate(self, speculator: Speculator) -> bool:
+        """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""
+        if len(self._groups) != 1 or len(self._groups[0].sequences) != 1:
+            return False
+        group, sequence = self._groups[0], self._groups[0].sequences[0]
+        with self._containing(sequence):
+            guess = speculator.propose(sequence)
+            if not guess:
+                return False
+            self._batch_size = 1
+            choices = group.verify(guess)
+            finish = None if sequence.sent else self._emit(sequence, *sequence.sampled())
+            self._flush()
+            right = 0
+            while finish is None and right < len(guess) and choices[right].read() == guess[right]:
+                finish = self._emit(sequence, guess[right], choices[right].logprobs())
+                right += 1
+            group.cut(len(guess) - right)
+            speculator.learn(sequence, len(guess), right)
+            choices[right].read()
+            sequence.pending, sequence.sent = choices[right], False
+            if finish is not None:
+                self._flush()
+                group.leave([sequence])
+                self._finish(sequence, finish)
+        self._groups = [group for group in self._groups if group.sequences]
+        return True
 
     def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Finish | None:
         delta, finish = sequence.emit(token, logprobs)

@@ -51,6 +51,22 @@ class Chooser:
         """Whether the choice is the largest of the model's own logits and nothing else is reported."""
         return self.greedy and not (self._bias or self._on_context or self._on_answer or self.top_logprobs)
 
+    @property
+    def memoryless(self) -> bool:
+        """Whether the choice at a position depends on no token but through the logits."""
+        return not (self._on_context or self._on_answer)
+
+    def choose_each(self, logits: mx.array, position: int) -> list[Choice]:
+        """Choose from logits of shape (tokens, vocabulary), of a `memoryless` sequence.
+
+        Args:
+            position: length of the context that the first of the chosen tokens will follow.
+        """
+        if self.plain:
+            best = mx.argmax(logits, axis=-1)
+            return [Choice(best[row : row + 1]) for row in range(len(logits))]
+        return [self.choose(logits[row : row + 1], position + row, None) for row in range(len(logits))]
+
     def choose(self, logits: mx.array, position: int, last: mx.array | None) -> Choice:
         """Choose from the model's logits of shape (1, vocabulary).
 
@@ -110,14 +126,22 @@ class Choice:
     ) -> None:
         self.token = token
         self._reported = (chosen, top_ids, top)
+        self._value: int | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
         return [self.token, *(a for a in self._reported if a is not None)]
 
+    @property
+    def known(self) -> bool:
+        """Whether it was read: reading it again waits for nothing."""
+        return self._value is not None
+
     def read(self) -> int:
         """The token; waits for it."""
-        return cast(int, self.token.item())
+        if self._value is None:
+            self._value = cast(int, self.token.item())
+        return self._value
 
     def logprobs(self) -> Logprobs | None:
         """What was asked to be reported; waits for the values."""

@@ -141,4 +141,8 @@ class EngineStats:
     """Rows in the last decode step."""
     prefilled_tokens: int
     decoded_tokens: int
+    proposed_tokens: int
+    """Guessed from the context and checked."""
+    accepted_tokens: int
+    """Guessed right."""
     in_flight_bytes: int

@@ -98,6 +98,8 @@ def _families(agents: Agents) -> Iterator[Metric]:
         "shared_tokens_reused": ("Prompt tokens whose KV was another agent's", tally.shared_tokens),
         "prefilled_tokens": ("Prompt tokens whose KV was computed", tally.prefilled_tokens),
         "decoded_tokens": ("Tokens sampled", engine.decoded_tokens),
+        "proposed_tokens": ("Tokens guessed from the context and checked", engine.proposed_tokens),
+        "accepted_tokens": ("Tokens guessed right", engine.accepted_tokens),
         "loaded_bytes": ("Bytes read from block files", store.bytes_loaded),
         "kv_written_bytes": ("Bytes of block files written", store.kv_bytes_written),
         "metadata_written_bytes": ("Bytes of the index written", store.metadata_bytes_written),
