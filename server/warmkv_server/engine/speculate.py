@@ -35,6 +35,9 @@ ALLOWANCE = 0.01
 START, MOST = 1.0, 4.0
 """Steps that a sequence may lose at once: in the beginning, and after its guesses were good."""
 
+FIRST_GUESS = 3
+"""Tokens of a sequence's first guess. A later one has up to twice as many as were right the last time, and one more."""
+
 WAITING = 0.1
 """Steps lost by reading a token before the next one is launched."""
 
@@ -137,6 +140,7 @@ class Speculator:
         self._ident = -1
         self._lookup = Lookup((), 0)
         self._purse = Purse()
+        self._reach = FIRST_GUESS
 
     def propose(self, stream: Stream) -> list[int]:
         """The tokens that will follow the pending one, perhaps. Empty to go on without a guess.
@@ -151,11 +155,11 @@ class Speculator:
             return []
         total = min(answer.max_tokens, stream.loaded.info.context_limit - stream.prompt_length)
         if stream.ident != self._ident:
-            self._ident, self._purse = stream.ident, Purse()
+            self._ident, self._purse, self._reach = stream.ident, Purse(), FIRST_GUESS
             self._lookup = Lookup(stream.job.tokens, total)
         self._purse.earn(ALLOWANCE)
         left = total - len(stream.completion) - (not stream.sent)
-        count = min(self._limit, left - 1, self._purse.affords(self._price(stream.done)))
+        count = min(self._limit, self._reach, left - 1, self._purse.affords(self._price(stream.done)))
         if count < 1:
             return []
         known = stream.completion[len(self._lookup) - stream.prompt_length :]
@@ -174,6 +178,7 @@ class Speculator:
         """What came of a guess."""
         self.proposed += proposed
         self.accepted += accepted
+        self._reach = 2 * accepted + 1
         self._purse.earn(accepted - proposed * self._price(stream.done))
 
     def _price(self, length: int) -> float:
