@@ -101,3 +101,38 @@ async def test_windows_and_snapshots_are_kept_at_few_lengths(tmp_path: Path) -> 
     assert count(tmp_path, PartKind.WINDOW) <= 12
     assert count(tmp_path, PartKind.APPEND) >= 31
     await driver.close()
+
+
+async def test_a_restart_knows_who_was_used_last_even_if_nothing_was_committed(tmp_path: Path) -> None:
+    driver = await Driver.open(tmp_path)
+    for name in ("a", "b"):
+        await driver.put(name, context([ord(name)] * 300))
+    await driver.reuse("a", context([ord("a")] * 300))
+    before = {agent.agent_id: agent.last_used_time for agent in driver.store.agents(TENANT)}
+    assert before["a"] > before["b"]
+    await driver.close()
+    driver = await Driver.open(tmp_path)
+    assert {agent.agent_id: agent.last_used_time for agent in driver.store.agents(TENANT)} == before
+    await driver.close()
+
+
+async def test_bad_files_leave_most_of_the_quota_to_good_ones(tmp_path: Path) -> None:
+    limit = 3_000_000
+    driver = await Driver.open(tmp_path, disk_bytes=limit)
+    for number in range(4):
+        tokens = context([number] * 1000)
+        await driver.put("a", tokens)
+        await driver.store.evict(TENANT, "a")
+        damage_all(tmp_path)
+        assert (await driver.reuse("a", tokens)).length == 0
+    kept = sum(path.stat().st_size for path in (tmp_path / "quarantine").iterdir())
+    assert 0 < kept <= limit // 8
+    await driver.close()
+
+
+def damage_all(data_dir: Path) -> None:
+    """Flip a bit of every block."""
+    for path in data_dir.glob("blocks/*/*.safetensors"):
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)

@@ -70,6 +70,8 @@ class Core:
         }
         self.counters = Counters()
         self.disk = DiskState()
+        self.used: set[Agent] = set()
+        """Agents whose last use is not written down yet."""
         self.outcomes: dict[AgentKey, KeptOutcome] = {}
         self.block_bytes = 0
         """Of all block files that the index knows."""

@@ -160,7 +160,7 @@ class Loader:
                 folder = core.settings.data_dir / QUARANTINE
                 core.counters.quarantined += 1
                 core.quarantine_bytes = await core.writing(
-                    quarantine, core.files, core.path(node, kind), folder, core.settings.quarantine_bytes
+                    quarantine, core.files, core.path(node, kind), folder, core.settings.quarantine_limit
                 )
             if node.saved:
                 await core.journal.apply([rows.update_node(node)])

@@ -40,6 +40,9 @@ class Tier(StrEnum):
     """Some of it has to be read from disk."""
 
 
+_QUARANTINE_SHARE = 8
+
+
 @dataclass(frozen=True)
 class StoreSettings:
     """
@@ -65,6 +68,11 @@ class StoreSettings:
     quarantine_bytes: int = 1 << 30
     retry_seconds: float = 5.0
     outcome_seconds: float = 3600.0
+
+    @property
+    def quarantine_limit(self) -> int:
+        """Bytes. Bad files count in the quota, and must not take the room of good ones."""
+        return min(self.quarantine_bytes, self.disk_bytes // _QUARANTINE_SHARE or self.quarantine_bytes)
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ class Store:
         now = time.time()
         if agent is not None:
             agent.last_used = now
+            core.used.add(agent)
             lease.hold(agent)
         for node in lease.nodes:
             node.last_used = now

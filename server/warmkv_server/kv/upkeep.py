@@ -1,4 +1,5 @@
-"""What the store does by itself: delete agents whose time is up, write what the disk refused, forget old outcomes."""
+"""What the store does by itself: delete agents whose time is up, write what the disk refused, forget old outcomes, and
+write down when agents were used."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from warmkv_server.kv.core import Core
 log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 60.0
-"""Seconds; also how late an old outcome may be forgotten."""
+"""Seconds; also how late an old outcome may be forgotten, and a use written down."""
 
 
 class Upkeep:
@@ -28,6 +29,7 @@ class Upkeep:
         self._delete = delete
         self._changed = asyncio.Event()
         self._retry_at: float | None = None
+        self._noted_at = time.time()
         self._task = asyncio.create_task(self._run())
 
     def wake(self) -> None:
@@ -36,6 +38,7 @@ class Upkeep:
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await self._note_use()
 
     async def _run(self) -> None:
         while True:
@@ -44,6 +47,8 @@ class Upkeep:
                 await self._expire()
                 await self._forget()
                 await self._retry()
+                if time.time() >= self._noted_at + _LONGEST_PAUSE:
+                    await self._note_use()
             except Exception:
                 log.exception("upkeep failed; it goes on")
             with contextlib.suppress(TimeoutError):
@@ -79,6 +84,18 @@ class Upkeep:
             except StorageUnavailable as error:
                 log.warning("agent %r has expired but can't be deleted: %s", agent.agent_id, error)
                 return
+
+    async def _note_use(self) -> None:
+        """Requests that commit nothing use an agent too: a restart must not take it for one that nobody needs."""
+        self._noted_at = time.time()
+        used, self._core.used = self._core.used, set()
+        statements = [rows.update_columns(a.incarnation, {"last_used": a.last_used}) for a in used if a.saved]
+        if statements:
+            try:
+                await self._core.journal.apply(statements)
+            except OSError as error:
+                log.warning("when agents were used can't be written down: %s", error)
+                self._core.used |= used
 
     async def _forget(self) -> None:
         before = time.time() - self._core.settings.outcome_seconds
