@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from warmkv_server.malloc import keep_freed_memory
+
 OWN_PACKAGES = ("warmkv", "warmkv_server", "warmkv_bench")
 
 
 def main() -> None:
     """Runs the command line; exits with status 2 if the packages that it needs are not installed."""
+    keep_freed_memory()
     try:
         from warmkv_server.cli import app
     except ModuleNotFoundError as error:

@@ -140,6 +140,8 @@ class PlainReader:
         """Have the files in the page cache, or out of it."""
         if drop:
             drop_pages(self.files)
+        elif resident_bytes(self.files) < self.nbytes:
+            self.timed(REUSED)  # what the system has dropped by itself
         resident = resident_bytes(self.files)
         if resident != UNKNOWN and resident != (0 if drop else self.nbytes):
             raise OperatorError(

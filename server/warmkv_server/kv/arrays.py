@@ -32,6 +32,11 @@ def allocate(spec: TensorSpec, count: int) -> tuple[mx.array, Words]:
     return array, view(array)
 
 
+def copied(spec: TensorSpec, count: int, memory: memoryview) -> mx.array:
+    """An evaluated array for `count` tokens (or a snapshot) with these bytes, which can change afterwards."""
+    return mx.array(np.frombuffer(memory, spec.dtype).reshape(stored_shape(spec, count)))
+
+
 def view(array: mx.array) -> Words:
     """An evaluated array's memory, not copied. Its dtype must be one that numpy has."""
     return np.array(array, copy=False)

@@ -1,27 +1,29 @@
-"""Reading block files: straight into new arrays, checked on the way. Blocking.
+"""Reading block files into arrays, checked before anything is made of them. Blocking.
 
-The pieces are hashed while the processor's cache still has them. `mx.load` could read into memory that was not cleared
-first, but it has no place for a checksum: a file object in Python deadlocks with any MLX call that waits for a stream
-while it holds the interpreter's lock, and an I/O error on a plain path ends the process.
+A file is read and hashed piece by piece in memory that the thread has had all along, and copied from there into new
+arrays. The memory of an array can be had without clearing it first only by a copy: `mx.load` has no place for a
+checksum (a file object in Python deadlocks with any MLX call that waits for a stream while it holds the interpreter's
+lock), and an I/O error on a plain path ends the process.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
 from warmkv_server.kv import blockfile
-from warmkv_server.kv.arrays import allocate
+from warmkv_server.kv.arrays import copied
 from warmkv_server.kv.blockfile import BadFile, BlockInfo
 from warmkv_server.kv.types import Fallback, TensorSpec
 
 _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
-_CHUNK = 256 << 10
-"""Bytes read and hashed at a time: a fraction of a processor's second-level cache."""
+_CHUNK = 1 << 20
+"""Bytes read and hashed at a time: few system calls, and still in the processor's cache when they are hashed."""
 
 
 def read_part(path: Path, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> dict[str, mx.array]:
@@ -70,20 +72,36 @@ def verify_file(path: Path) -> blockfile.Parsed:
 
 def _read(fd: int, head: bytes, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> dict[str, mx.array]:
     hasher = blockfile.begin_checksum(head)
-    made: dict[str, mx.array] = {}
-    offset = len(head)
-    for spec in specs:
-        made[spec.name], words = allocate(spec, info.count)
-        rest = blockfile.flat(words)
-        while len(rest):
-            got = os.preadv(fd, [rest[:_CHUNK]], offset)
-            if not got:
-                raise BadFile(Fallback.FORMAT, "cut off while it was read")
-            hasher.update(rest[:got])
-            rest, offset = rest[got:], offset + got
+    payload = _scratch.of(blockfile.payload_size(specs, info.count))
+    done = 0
+    while done < len(payload):
+        got = os.preadv(fd, [payload[done : done + _CHUNK]], len(head) + done)
+        if not got:
+            raise BadFile(Fallback.FORMAT, "cut off while it was read")
+        hasher.update(payload[done : done + got])
+        done += got
     if hasher.hexdigest() != digest:
         raise BadFile(Fallback.CHECKSUM, "the checksum is another")
+    made: dict[str, mx.array] = {}
+    for spec in specs:
+        size = blockfile.payload_size([spec], info.count)
+        made[spec.name], payload = copied(spec, info.count, payload[:size]), payload[size:]
     return made
+
+
+class _Scratch(threading.local):
+    """Memory of each reading thread, as large as the largest file it has read."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def of(self, size: int) -> memoryview:
+        if len(self._memory) < size:
+            self._memory = bytearray(size)
+        return memoryview(self._memory)[:size]
+
+
+_scratch = _Scratch()
 
 
 def _expected_head(fd: int, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> bytes:
