@@ -5,26 +5,45 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from warmkv_server.kv import rows
 from warmkv_server.kv.blockfile import BadFile
 from warmkv_server.kv.boundaries import Has, in_window, longest_usable
 from warmkv_server.kv.core import QUARANTINE, Core
 from warmkv_server.kv.hot import PartKey
-from warmkv_server.kv.index import Node
+from warmkv_server.kv.index import Node, Part
 from warmkv_server.kv.lease import Lease
 from warmkv_server.kv.quarantine import quarantine
-from warmkv_server.kv.reader import read_part
+from warmkv_server.kv.reader import PartOrder, read_parts
 from warmkv_server.kv.types import Fallback, PartKind, Reuse, Span, Tensors
 
 log = logging.getLogger(__name__)
+
+BATCH_BYTES = 4 << 20
+"""Files that one thread reads before it reports: enough to make the way there and back cheap."""
+
+
+@dataclass(eq=False, slots=True)
+class _Read:
+    """A part on its way from its file."""
+
+    node: Node
+    kind: PartKind
+    future: asyncio.Future[Tensors]
+
+    @property
+    def part(self) -> Part:
+        return self.node.parts[self.kind]
 
 
 class Loader:
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._reads: dict[PartKey, asyncio.Task[Tensors]] = {}
+        self._reads: dict[PartKey, asyncio.Future[Tensors]] = {}
+        self._batches: set[asyncio.Task[None]] = set()
 
     async def load(self, lease: Lease) -> Reuse:
         """See `Store.load`."""
@@ -43,27 +62,37 @@ class Loader:
             self._core.hot.touch(node)
         return self._reuse(lease, held, read, time.perf_counter() - began)
 
-    def read(self, node: Node, kind: PartKind) -> asyncio.Task[Tensors]:
-        """One part into the hot tier. Whoever wants it meanwhile gets the same task: wait for it, don't cancel it.
+    def read(self, node: Node, kind: PartKind) -> asyncio.Future[Tensors]:
+        """One part into the hot tier. Whoever wants it meanwhile gets the same future: wait for it, don't cancel it.
 
-        The task raises BadFile if the file can't be used (if it was damaged, it is in quarantine then), and OSError if
-        it can't be read now.
+        It raises BadFile if the file can't be used (if it was damaged, it is in quarantine then), and OSError if it
+        can't be read now.
         """
-        key = node.id, kind
-        task = self._reads.get(key)
-        if task is None:
-            task = self._reads[key] = asyncio.create_task(self._read(node, kind))
-            task.add_done_callback(lambda done: self._done(key, done))
-        return task
+        return self._read_all([(node, kind)])[0]
+
+    def _read_all(self, wanted: Sequence[tuple[Node, PartKind]]) -> list[asyncio.Future[Tensors]]:
+        """`read` for many: small files share a trip to a thread, which costs more than reading one of them."""
+        new: list[_Read] = []
+        for node, kind in wanted:
+            key = node.id, kind
+            if key not in self._reads:
+                future = self._reads[key] = asyncio.get_running_loop().create_future()
+                future.add_done_callback(partial(self._done, key))
+                new.append(_Read(node, kind, future))
+        for batch in _batches(new, self._core.settings.io_threads):
+            task = asyncio.create_task(self._read_batch(batch))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+        return [self._reads[node.id, kind] for node, kind in wanted]
 
     async def idle(self) -> None:
         """Wait for reads that nobody waits for any more."""
-        await asyncio.gather(*self._reads.values(), return_exceptions=True)
+        await asyncio.gather(*self._batches, return_exceptions=True)
 
-    def _done(self, key: PartKey, task: asyncio.Task[Tensors]) -> None:
+    def _done(self, key: PartKey, future: asyncio.Future[Tensors]) -> None:
         del self._reads[key]
-        if not task.cancelled():
-            task.exception()  # Seen: whoever waits for it gets it.
+        if not future.cancelled():
+            future.exception()  # Seen: whoever waits for it gets it.
 
     def _parts(self, lease: Lease) -> list[tuple[Node, PartKind]]:
         parts = [(node, PartKind.APPEND) for node in lease.nodes]
@@ -80,7 +109,7 @@ class Loader:
         deadline: float,
     ) -> tuple[Node, Fallback] | None:
         """Fill `held` with the wanted parts. Returns the first node whose part can't be had in time, and why."""
-        reads: dict[asyncio.Task[Tensors], tuple[Node, PartKind]] = {}
+        missing: list[tuple[Node, PartKind]] = []
         for node, kind in wanted:
             key = node.id, kind
             if key in held:
@@ -89,9 +118,10 @@ class Loader:
             if tensors is not None:
                 held[key] = tensors
             else:
-                reads[self.read(node, kind)] = node, kind
-        if not reads:
+                missing.append((node, kind))
+        if not missing:
             return None
+        reads = dict(zip(self._read_all(missing), missing, strict=True))
         _, late = await asyncio.wait(reads, timeout=max(deadline - time.perf_counter(), 0))
         failed: list[tuple[Node, Fallback]] = []
         for task, (node, kind) in reads.items():
@@ -129,23 +159,40 @@ class Loader:
         if best.snapshot is not None:
             lease.pin(best.snapshot)
 
-    async def _read(self, node: Node, kind: PartKind) -> Tensors:
+    async def _read_batch(self, batch: list[_Read]) -> None:
         core = self._core
-        path, info, specs = core.path(node, kind), core.info(node, kind), core.specs[kind]
+        asked = [read for read in batch if read.kind in read.node.parts]
+        orders = [
+            PartOrder(core.path(r.node, r.kind), core.info(r.node, r.kind), core.specs[r.kind], r.part.digest)
+            for r in asked
+        ]
         try:
-            if kind not in node.parts:
-                raise BadFile(node.lost or Fallback.MISSING_BLOCK, "gone")
-            tensors: Tensors = await core.reading(read_part, path, info, specs, node.parts[kind].digest)
-        except BadFile as bad:
-            if kind in node.parts:
-                await self._lose(node, kind, bad)
-            raise
-        core.counters.bytes_loaded += node.parts[kind].nbytes if kind in node.parts else 0
-        if core.index.nodes.get(node.id) is node:  # not collected meanwhile
-            core.hot.put(node, kind, tensors)
-            tensors = core.hot.get(node, kind) or tensors
+            outcomes = dict(zip(asked, await core.reading(read_parts, orders), strict=True))
+            for read in batch:
+                gone = BadFile(read.node.lost or Fallback.MISSING_BLOCK, "gone")
+                outcome = outcomes.get(read, gone)
+                if isinstance(outcome, BadFile) and read.kind in read.node.parts:
+                    await self._lose(read.node, read.kind, outcome)
+                if isinstance(outcome, Exception):
+                    read.future.set_exception(outcome)
+                else:
+                    read.future.set_result(self._keep(read.node, read.kind, outcome))
             core.hot.shrink()
-        return tensors
+        except Exception as error:
+            for read in batch:
+                if not read.future.done():
+                    read.future.set_exception(error)
+        finally:
+            for read in batch:
+                read.future.cancel()  # What isn't done by now never will be.
+
+    def _keep(self, node: Node, kind: PartKind, tensors: Tensors) -> Tensors:
+        core = self._core
+        core.counters.bytes_loaded += node.parts[kind].nbytes if kind in node.parts else 0
+        if core.index.nodes.get(node.id) is not node:  # collected meanwhile
+            return tensors
+        core.hot.put(node, kind, tensors)
+        return core.hot.get(node, kind) or tensors
 
     async def _lose(self, node: Node, kind: PartKind, bad: BadFile) -> None:
         """Take note that a file can't be used, and put it away."""
@@ -221,3 +268,18 @@ def _contiguous(nodes: list[Node]) -> int:
             return number
         end = node.end
     return len(nodes)
+
+
+def _batches(reads: Sequence[_Read], threads: int) -> Iterator[list[_Read]]:
+    """Cut into batches: no fewer than there are threads, where there is work for them, and none of many bytes."""
+    most = -(-len(reads) // threads)
+    batch: list[_Read] = []
+    nbytes = 0
+    for read in reads:
+        batch.append(read)
+        nbytes += read.part.nbytes if read.kind in read.node.parts else 0
+        if nbytes >= BATCH_BYTES or len(batch) >= most:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch

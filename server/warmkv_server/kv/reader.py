@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,28 +27,56 @@ _CHUNK = 1 << 20
 """Bytes read and hashed at a time: few system calls, and still in the processor's cache when they are hashed."""
 
 
-def read_part(path: Path, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> dict[str, mx.array]:
-    """Read one block file, and check that it is whole and the one that was asked for.
+@dataclass(frozen=True, slots=True)
+class PartOrder:
+    """A block file to be read, and what has to be in it; `digest` is the checksum that the index has."""
 
-    Args:
-        digest: the checksum that the index has.
+    path: Path
+    info: BlockInfo
+    specs: Sequence[TensorSpec]
+    digest: str
 
-    Raises:
-        BadFile: missing, damaged, or another one.
-        OSError: it can't be read now.
+
+def read_parts(orders: Sequence[PartOrder]) -> list[dict[str, mx.array] | BadFile | OSError]:
+    """Read block files one after another, while the system fetches those that come later.
+
+    Returns:
+        For each its arrays; BadFile if it is missing, damaged, or another one; OSError if it can't be read now.
     """
-    fd = _open(path)
+    files = [_open_ahead(order.path) for order in orders]
     try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)  # All of it at once, not a little ahead of each chunk.
-        try:
-            return _read(fd, _expected_head(fd, info, specs, digest), info, specs, digest)
-        except BadFile as bad:
-            if not _is_whole(fd):
-                raise BadFile(Fallback.CHECKSUM, f"damaged: {bad}") from bad
-            raise
+        return [
+            _read_part(file, order) if isinstance(file, int) else file
+            for file, order in zip(files, orders, strict=True)
+        ]
     finally:
-        os.close(fd)
+        for file in files:
+            if isinstance(file, int):
+                os.close(file)
+
+
+def _read_part(fd: int, order: PartOrder) -> dict[str, mx.array] | BadFile | OSError:
+    try:
+        head = _expected_head(fd, order.info, order.specs, order.digest)
+        return _read(fd, head, order.info, order.specs, order.digest)
+    except BadFile as bad:
+        try:
+            return bad if _is_whole(fd) else BadFile(Fallback.CHECKSUM, f"damaged: {bad}")
+        except OSError as error:
+            return error
+    except OSError as error:
+        return error
+
+
+def _open_ahead(path: Path) -> int | BadFile | OSError:
+    """Open a file and have the system fetch all of it, not a little ahead of each chunk."""
+    try:
+        fd = _open(path)
+    except (BadFile, OSError) as error:
+        return error
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+    return fd
 
 
 def verify_file(path: Path) -> blockfile.Parsed:
