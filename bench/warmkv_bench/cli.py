@@ -26,6 +26,7 @@ from warmkv_bench.presets import PRESETS, Preset
 from warmkv_bench.results import Results, ResultsError
 from warmkv_bench.run import report, run_matrix
 from warmkv_bench.spawn import ServerFailed
+from warmkv_bench.speculate import speculate
 from warmkv_bench.terminal import Terminal
 from warmkv_bench.tiers.cli import tiers
 from warmkv_bench.workloads.cli import app as workloads
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(workloads, name="workload")
 app.command()(peers)
 app.command()(tiers)
+app.command()(speculate)
 
 
 @app.command()
