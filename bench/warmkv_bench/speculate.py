@@ -34,10 +34,14 @@ PASSAGE = 48
 
 
 class Case(StrEnum):
-    """What is asked: a passage over and over, begun once more at the end; or text without repetitions."""
+    """What is asked."""
 
     REPETITIVE = "repetitive"
+    """A passage over and over."""
     PLAIN = "plain"
+    """Text without repetitions. The greedy answer may repeat itself all the same, as small models' do."""
+    SAMPLED = "sampled"
+    """The same at temperature 1, with a seed: what there is to lose where nothing repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,12 @@ async def measure(
     for run in range(-1, runs):
         for case in Case:
             ids = prompt_of(case, prompts, run + 1, context)
-            order = [plain, speculating] if run % 2 else [speculating, plain]
+            request = generation("", tokens_content(ids), output_tokens)
+            if case is Case.SAMPLED:
+                request.sampling.temperature, request.sampling.seed = 1.0, run + 1
             answers = {}
-            for client in order:
-                answers[client] = await client.generate(generation("", tokens_content(ids), output_tokens))
+            for client in [plain, speculating] if run % 2 else [speculating, plain]:
+                answers[client] = await client.generate(request)
             one, two = answers[plain], answers[speculating]
             if len(one.token_ids) != output_tokens or len(two.token_ids) != output_tokens:
                 raise BrokenStream(f"{len(one.token_ids)} and {len(two.token_ids)} tokens came, not {output_tokens}")
@@ -114,9 +120,10 @@ async def measure(
 
 def prompt_of(case: Case, prompts: Prompts, ordinal: int, count: int) -> list[int]:
     """Exactly `count` token ids."""
-    if case is Case.PLAIN:
-        return prompts.tokens(2 * ordinal, count)
-    passage = prompts.tokens(2 * ordinal + 1, PASSAGE)
+    number = len(Case) * ordinal + list(Case).index(case)
+    if case is not Case.REPETITIVE:
+        return prompts.tokens(number, count)
+    passage = prompts.tokens(number, PASSAGE)
     return (passage * (count // PASSAGE + 1))[:count]
 
 

@@ -31,7 +31,7 @@ async def test_both_servers_are_asked_the_same() -> None:
         pairs = await measure(plain, guessing, PROMPTS, 2 * PASSAGE, 6, 2)
         asked = [(await client.stats()).counters.prefilled_tokens for client in (plain, guessing)]
     assert [(pair.case, pair.run) for pair in pairs] == [(case, run) for run in (0, 1) for case in Case]
-    assert asked == [6 * 2 * PASSAGE] * 2, "two runs and a warm-up, two cases"
+    assert asked == [9 * 2 * PASSAGE] * 2, "two runs and a warm-up, three cases"
     assert all(pair.plain_per_s > 0 and pair.speculating_per_s > 0 for pair in pairs)
     assert all(pair.same_tokens == 6 for pair in pairs)
 
