@@ -31,11 +31,12 @@ def test_a_guess_is_what_followed_the_longest_repetition(tokens: list[int], coun
 
 
 def test_what_guessing_loses_is_bounded_whatever_is_guessed() -> None:
-    price, steps, lost = 0.15, 5000, 0.0
+    check, row, steps, lost = 0.3, 0.15, 5000, 0.0
     purse = Purse()
     for _ in range(steps):
         purse.earn(ALLOWANCE)
-        tried = purse.affords(price)
-        lost += tried * price
-        purse.earn(-tried * price)
+        if tried := purse.affords(check, row):
+            cost = check + tried * row
+            lost += cost
+            purse.earn(-cost)
     assert ALLOWANCE * steps / 2 < lost <= START + ALLOWANCE * steps + 1e-6
