@@ -10,6 +10,7 @@ import typer
 
 from warmkv_bench.compare import changes, changes_table, differences
 from warmkv_bench.config import ConfigError, Isolation, MatrixConfig, Mode, State
+from warmkv_bench.engine.cli import engine
 from warmkv_bench.environment import model_note
 from warmkv_bench.options import (
     DEFAULT_MODEL,
@@ -40,6 +41,7 @@ app.add_typer(workloads, name="workload")
 app.command()(peers)
 app.command()(tiers)
 app.command()(speculate)
+app.command()(engine)
 
 
 @app.command()

@@ -134,14 +134,17 @@ class Client:
             await self.delete(agent_id)
         return len(ids)
 
-    async def generate(self, request: pb.GenerateRequest) -> Answer:
+    async def generate(self, request: pb.GenerateRequest, answer: Answer | None = None) -> Answer:
         """Runs a Generate to its end and times every message.
+
+        Args:
+            answer: an empty one to fill, for a caller that reads it meanwhile, or cancels.
 
         Raises:
             RequestFailed: the stream ended with an error status, at whatever point.
             BrokenStream: it ended OK, but without exactly one `started` first and one `finished` last.
         """
-        answer = Answer()
+        answer = answer or Answer()
         order: list[str] = []
         begin = time.perf_counter_ns()
         call = self._agents.Generate(request, timeout=self.timeout_s)

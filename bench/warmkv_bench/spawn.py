@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -28,12 +28,15 @@ class ServerFailed(Exception):
 class ServerProcess:
     """`warmkv serve` on a free port of this machine.
 
-    `arguments` go to `warmkv serve` as they are. The data directory outlives `restart` and is removed at the end,
-    unless the caller named one.
+    `arguments` go to `warmkv serve` as they are, and `environment` to its process. The data directory outlives
+    `restart` and is removed at the end, unless the caller named one.
     """
 
-    def __init__(self, arguments: Sequence[str], data_dir: Path | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], data_dir: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._arguments = list(arguments)
+        self._environment = {**os.environ, **(environment or {})}
         self._own_data = data_dir is None
         self.data_dir = data_dir or Path(tempfile.mkdtemp(prefix="warmkv-bench-"))
         self.address = ""
@@ -74,6 +77,7 @@ class ServerProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env=self._environment,
             start_new_session=True,
         )
         self._process = process

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from warmkv_bench.peers.peer import PeerFailed
@@ -20,11 +20,14 @@ class Child:
 
     Args:
         preload: a library that it is to load before all others (LD_PRELOAD), such as a BLAS; None for none.
+        environment: further variables, such as a BLAS's settings.
     """
 
-    def __init__(self, command: Sequence[str], preload: str | None) -> None:
+    def __init__(
+        self, command: Sequence[str], preload: str | None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.command = list(command)
-        self._environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
+        self._environment = {**os.environ, **(environment or {}), **({"LD_PRELOAD": preload} if preload else {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
