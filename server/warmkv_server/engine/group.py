@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +63,12 @@ class Group:
             for cache in self.caches:
                 cache.filter(mx.array(keep))
 
-    def launch(self) -> list[Choice | Exception]:
+    def launch(self, meanwhile: Callable[[], None]) -> list[Choice | Exception]:
         """Feed each row's last token and start computing its next one.
+
+        Args:
+            meanwhile: called when the step is described and about to be computed. What it wakes in other threads runs
+                while this one waits without Python's lock, instead of holding up the description.
 
         Returns the choices that are being computed, or why a row can't choose. Their tokens are lazy; the KV of the
         fed tokens is being computed.
@@ -72,6 +77,7 @@ class Group:
         inputs = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
         logits = self.sequences[0].loaded.model(inputs[:, None], cache=self.caches)[:, -1]
         choices = self._choose(logits, tokens)
+        meanwhile()
         mx.async_eval([choice.arrays for choice in choices if isinstance(choice, Choice)])
         for sequence in self.sequences:
             sequence.done += 1

@@ -130,7 +130,8 @@ class StepLoop:
             self._admit()
             self._prefill()
             self._decode()
-            self._flush()
+            if self._schedule.prefilling or not self._groups:
+                self._flush()  # else the next step does, once it is under way
         for sequence in list(self._sequences.values()):
             self._forget(sequence)
             self._send(sequence.ident, Draining("the server is shutting down"))
@@ -232,7 +233,7 @@ class StepLoop:
         self._batch_size = sum(len(group.sequences) for group in self._groups)
         for group in list(self._groups):
             with self._containing(*group.sequences):
-                launched.append((group, group.launch()))
+                launched.append((group, group.launch(self._flush)))
         for group, choices in launched:
             with self._containing(*group.sequences):
                 leaving: list[tuple[Sequence, Finish]] = []
