@@ -155,7 +155,7 @@ async def prefill(bench: Bench) -> None:
 async def gap(bench: Bench) -> None:
     """How long answers that stream are held up while a long context is prefilled beside them."""
     long_context = max(bench.plan.contexts)
-    agents = [await bench.primed(SHORT, number) for number in range(DECODERS)]
+    agents = [await bench.primed(SHORT, 1 + number) for number in range(DECODERS)]
     arriving = f"{AGENT_PREFIX}engine.{long_context}.0"
     await bench.client.delete(arriving)
     answers = [Answer() for _ in agents]
