@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class Bench:
         case: str,
         unit: str,
         ours: Measure,
-        theirs: dict[str, tuple[Measure, Target | None]],
+        theirs: Mapping[str, tuple[Measure, Target | None]],
         *,
         runs: int | None = None,
     ) -> None:
