@@ -128,9 +128,11 @@ class StepLoop:
             self.ready.set()
         while self._take_commands():
             self._admit()
+            if self._schedule.prefilling:
+                self._flush()
             self._prefill()
             self._decode()
-            if self._schedule.prefilling or not self._groups:
+            if not self._groups:
                 self._flush()  # else the next step does, once it is under way
         for sequence in list(self._sequences.values()):
             self._forget(sequence)
