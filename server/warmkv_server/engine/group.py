@@ -51,6 +51,7 @@ class Group:
                 mine.extend(other)
         sequence.caches = []
         self.sequences.append(sequence)
+        self._note_lengths()
 
     def leave(self, leaving: list[Sequence]) -> None:
         """Let finished or cancelled sequences go; `collect` first, if their KV is wanted."""
@@ -62,6 +63,7 @@ class Group:
         elif self._batched:
             for cache in self.caches:
                 cache.filter(mx.array(keep))
+            self._note_lengths()
 
     def launch(self, meanwhile: Callable[[], None]) -> list[Choice | Exception]:
         """Feed each row's last token and start computing its next one.
@@ -126,10 +128,20 @@ class Group:
         if self._steps % DRAIN_EVERY == 0:
             self.drain()
 
+    def _note_lengths(self) -> None:
+        even = len({sequence.done for sequence in self.sequences}) == 1
+        for leaf in kinds.leaves(self.caches):
+            if isinstance(leaf, kinds.BatchAppendCache):
+                leaf.even = even
+
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
             best = mx.argmax(logits, axis=-1)
-            return [Choice(best[row : row + 1]) for row in range(len(self.sequences))]
+            if len(self.sequences) == 1:
+                return [Choice(best)]
+            # Another type, so that each row's token has memory of its own. On CUDA at most 8 bytes are shared with the
+            # host; a larger array would move to and fro with every step, because the host reads it.
+            return [Choice(best[row : row + 1].astype(mx.int64)) for row in range(len(self.sequences))]
         choices: list[Choice | Exception] = []
         for row, sequence in enumerate(self.sequences):
             assert sequence.chooser is not None

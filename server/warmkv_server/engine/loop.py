@@ -29,6 +29,10 @@ from warmkv_server.errors import Draining, EngineError, WarmKVError
 
 log = logging.getLogger(__name__)
 
+RELEASE_AFTER = 2.0
+"""Seconds without work after which cached memory goes back to the system; sooner, the next request would only have to
+get it again."""
+
 Message = tuple[int, Event | WarmKVError]
 Deliver = Callable[[list[Message]], None]
 
@@ -84,6 +88,8 @@ class StepLoop:
         self._submitted: dict[int, float] = {}
         self._outbox: list[Message] = []
         self._prefilled = self._decoded = self._batch_size = 0
+        self._cached = True
+        self._stepped = self._prefill_took = 0.0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self.loaded: LoadedModel | None = None
         self.failure: BaseException | None = None
@@ -131,7 +137,8 @@ class StepLoop:
             if self._schedule.prefilling:
                 self._flush()
             self._prefill()
-            self._decode()
+            if self._may_decode():
+                self._decode()
             if not self._groups:
                 self._flush()  # else the next step does, once it is under way
         for sequence in list(self._sequences.values()):
@@ -144,13 +151,16 @@ class StepLoop:
 
     def _take_commands(self) -> bool:
         idle = not self._sequences
-        if idle:
-            mx.clear_cache()  # give the memory of what has just ended back to the system
         while True:
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=idle, timeout=RELEASE_AFTER if self._cached else None)
             except queue.Empty:
-                return True
+                if not idle:
+                    return True
+                mx.clear_cache()
+                self._cached = False
+                continue
+            self._cached = True
             idle = False
             match command:
                 case Submit(ident, job, submitted):
@@ -174,10 +184,26 @@ class StepLoop:
             with self._containing(sequence):
                 sequence.opening = sequence.open()
 
+    def _may_decode(self) -> bool:
+        """Whether a step of decoding comes before the next chunk.
+
+        Not while somebody is one chunk away from a first token and those who decode can wait for it: short prefills
+        run one after the other, and sequences of one length that came together decode together, without padding.
+        """
+        chunk = self._pace.chunk
+        if not any(waiting.prefill_end - waiting.done <= chunk for waiting in self._schedule.prefilling):
+            return True
+        return time.perf_counter() - self._stepped + self._prefill_took > self._pace.gap / 2
+
     def _prefill(self) -> None:
         sequence = self._schedule.pick()
         if sequence is None:
             return
+        began = time.perf_counter()
+        self._prefill_one(sequence)
+        self._prefill_took = time.perf_counter() - began
+
+    def _prefill_one(self, sequence: Sequence) -> None:
         with self._containing(sequence):
             if sequence.opening is not None and not self._open(sequence, sequence.opening):
                 return
@@ -232,6 +258,7 @@ class StepLoop:
         if self._speculator is not None and self._speculate(self._speculator):
             return
         launched = []
+        self._stepped = time.perf_counter()
         self._batch_size = sum(len(group.sequences) for group in self._groups)
         for group in list(self._groups):
             with self._containing(*group.sequences):
@@ -297,9 +324,11 @@ class StepLoop:
         return finish
 
     def _cancel(self, ident: int) -> None:
-        """Between two steps: every token that was sent has its KV computed or in flight."""
+        """Between two steps, once every token that was sent has its KV computed or in flight."""
         sequence = self._sequences.get(ident)
-        if sequence is None:
+        if sequence is not None and sequence.sent:
+            self._decode()  # its first token waits for others' prefill
+        if sequence is None or ident not in self._sequences:
             return
         group = self._group_of(sequence)
         if group is not None:
