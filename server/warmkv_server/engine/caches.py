@@ -123,11 +123,11 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
     kind = PartKind.APPEND
     even = False
 
-    def make_mask(self, count: int, return_array: bool = False, **kwargs: Any) -> Any:
-        if count == 1 and self.even and not return_array and kwargs.get("window_size") is None:
+    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
+        if N == 1 and self.even and not return_array and kwargs.get("window_size") is None:
             return None  # fused kernels for one token take no mask
         stock: Any = super()
-        return stock.make_mask(count, return_array=return_array, **kwargs)
+        return stock.make_mask(N, return_array=return_array, **kwargs)
 
 
 class WindowCache(QuantiseFirst, RotatingKVCache):

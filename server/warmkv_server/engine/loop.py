@@ -193,7 +193,7 @@ class StepLoop:
         chunk = self._pace.chunk
         if not any(waiting.prefill_end - waiting.done <= chunk for waiting in self._schedule.prefilling):
             return True
-        return time.perf_counter() - self._stepped + self._prefill_took > self._pace.gap / 2
+        return time.perf_counter() - self._stepped + self._prefill_took > self._pace.gap
 
     def _prefill(self) -> None:
         sequence = self._schedule.pick()
@@ -249,7 +249,7 @@ class StepLoop:
         group = next((g for g in self._groups if g.fits(sequence, self._max_batch)), None)
         if group is None:
             group = Group()
-        with self._containing(sequence, *group.sequences):  # half joined, its layers would hold different rows
+        with self._containing(sequence, *group.sequences):
             group.join(sequence)
             if group not in self._groups:
                 self._groups.append(group)
