@@ -255,10 +255,10 @@ class StepLoop:
                 self._groups.append(group)
 
     def _decode(self) -> None:
+        self._stepped = time.perf_counter()
         if self._speculator is not None and self._speculate(self._speculator):
             return
         launched = []
-        self._stepped = time.perf_counter()
         self._batch_size = sum(len(group.sequences) for group in self._groups)
         for group in list(self._groups):
             with self._containing(*group.sequences):

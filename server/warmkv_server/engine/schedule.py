@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from warmkv_server.engine.group import DRAIN_EVERY
 from warmkv_server.engine.layout import CacheMap
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.types import Job
@@ -12,11 +13,17 @@ from warmkv_server.kv.types import PartKind
 
 
 def cost(job: Job, cache_map: CacheMap) -> int:
-    """Bytes that a job takes in flight at most: the caches attention reads, and the words of its new tokens beside."""
-    length = len(job.tokens) + (job.answer.max_tokens if job.answer is not None else 0)
+    """Bytes that a job takes in flight at most.
+
+    The caches attention reads, the words of its new tokens beside, and the values of the tokens whose words are not
+    made yet.
+    """
+    answer = job.answer.max_tokens if job.answer is not None else 0
+    length = len(job.tokens) + answer
     layout = cache_map.layout
     words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
-    return cache_map.live_bytes(length) + words * (length - job.reuse.length)
+    logged = cache_map.live_bytes(min(answer, DRAIN_EVERY)) if answer else 0
+    return cache_map.live_bytes(length) + words * (length - job.reuse.length) + logged
 
 
 @dataclass
