@@ -26,6 +26,7 @@ from warmkv_bench.peers.cli import peers
 from warmkv_bench.presets import PRESETS, Preset
 from warmkv_bench.results import Results, ResultsError
 from warmkv_bench.run import report, run_matrix
+from warmkv_bench.soak.cli import soak
 from warmkv_bench.spawn import ServerFailed
 from warmkv_bench.speculate import speculate
 from warmkv_bench.terminal import Terminal
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(workloads, name="workload")
 app.command()(peers)
+app.command()(soak)
 app.command()(tiers)
 app.command()(speculate)
 app.command()(engine)

@@ -103,6 +103,10 @@ class Client:
         request = pb.PrimeRequest(agent_id=agent_id, content=content)
         return await _checked("Prime", self._agents.Prime(request, timeout=self.timeout_s))
 
+    async def extend(self, agent_id: str, content: pb.Content) -> pb.ExtendResponse:
+        request = pb.ExtendRequest(agent_id=agent_id, content=content)
+        return await _checked("Extend", self._agents.Extend(request, timeout=self.timeout_s))
+
     async def fork(self, source: str, agent_id: str) -> pb.Agent:
         request = pb.ForkAgentRequest(source_agent_id=source, agent_id=agent_id)
         return (await _checked("ForkAgent", self._agents.ForkAgent(request, timeout=self.timeout_s))).agent
@@ -133,6 +137,10 @@ class Client:
         for agent_id in ids:
             await self.delete(agent_id)
         return len(ids)
+
+    def stream(self, request: pb.GenerateRequest) -> aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]:
+        """A Generate as it is: to be iterated or cancelled, with the library's own errors."""
+        return self._agents.Generate(request, timeout=self.timeout_s)
 
     async def generate(self, request: pb.GenerateRequest, answer: Answer | None = None) -> Answer:
         """Runs a Generate to its end and times every message.
