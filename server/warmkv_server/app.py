@@ -55,6 +55,7 @@ async def serve(settings: Settings) -> None:
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
+            engine.relieve = store.relieve
             agent_settings = AgentSettings(
                 max_waiting=settings.max_queue,
                 loaded_bytes=settings.inflight_bytes,

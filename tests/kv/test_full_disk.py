@@ -157,7 +157,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if made.returncode:
         pytest.skip("mounting a small filesystem needs to be allowed")
     yield tmp_path
-    subprocess.run(["umount", "-l", tmp_path], check=True)  # also if a test that failed still has files open
+    subprocess.run(["umount", tmp_path], check=True)
 
 
 async def test_a_filesystem_that_is_really_full(small_disk: Path) -> None:

@@ -1,16 +1,14 @@
 """mlx-lm's caches, made to quantise first and to remember what they stored.
 
 A model calls `update_and_fetch(keys, values)` and attends to what comes back. Each class here is the stock cache with
-one thing put before it: the new keys and values are quantised, what was quantised is kept in `log` until the engine
-drains it, and the stock cache goes on with the dequantised values. Model code sees a stock cache of the class it asked
-for.
+one thing put before it: the new keys and values are quantised, the words are kept in `log` until the engine drains
+them, and the stock cache goes on with the dequantised values. Model code sees a stock cache of the class it asked for.
 
 Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be cut; they are used as they are.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
@@ -41,12 +39,8 @@ class QuantiseFirst:
 
     kind: PartKind
     codec: Codec
-    log: list[tuple[mx.array, ...]]
-    """Of each update: components of keys and values stacked, or of keys and then of values where shapes differ.
-
-    Of an update of one token the values themselves: `take` makes the same words of many of them at once. A step of
-    decoding then keeps one array of a layer instead of three, which is what a GPU's step of small operations costs.
-    """
+    log: list[Words]
+    """Of each update: components of keys and values stacked, or of keys and then of values where shapes differ."""
 
     def record_with(self, codec: Codec) -> None:
         self.codec = codec
@@ -61,12 +55,17 @@ class QuantiseFirst:
         return batch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        # Both at once where shapes allow: half the operations, which is what a step of one token costs.
-        computed = (mx.stack([keys, values]),) if self.codec.bits and keys.shape == values.shape else (keys, values)
-        stored = [self.codec.encode(x) for x in computed]
-        self.log.append(computed if keys.shape[-2] == 1 else tuple(itertools.chain(*stored)))
-        decoded = [self.codec.decode(words, keys.dtype) for words in stored]
-        keys, values = decoded if len(decoded) == 2 else decoded[0]
+        if self.codec.bits and keys.shape == values.shape:
+            # Both at once: half the operations, which is what a step of one token costs.
+            both = self.codec.encode(mx.stack([keys, values]))
+            self.log.append(both)
+            decoded = self.codec.decode(both, keys.dtype)
+            keys, values = decoded[0], decoded[1]
+        else:
+            key_words, value_words = self.codec.encode(keys), self.codec.encode(values)
+            self.log.append(key_words + value_words)
+            keys = self.codec.decode(key_words, keys.dtype)
+            values = self.codec.decode(value_words, values.dtype)
         stock: StockCache = super()  # type: ignore[assignment]
         return stock.update_and_fetch(keys, values)
 
@@ -78,20 +77,12 @@ class QuantiseFirst:
 
     def take(self) -> tuple[Words, Words]:
         """What was stored since the last time: keys' and values' components, each (rows, kv_heads, tokens, width)."""
-        runs: list[tuple[mx.array, ...]] = []
-        for computed, run in itertools.groupby(self.log, key=self._is_computed):
-            joined = tuple(join(column, -2) for column in zip(*run, strict=True))
-            runs.append(tuple(itertools.chain(*map(self.codec.encode, joined))) if computed else joined)
-        pieces = [join(column, -2) for column in zip(*runs, strict=True)]
+        pieces = [join(column, -2) for column in zip(*self.log, strict=True)]
         self.log = []
         count = len(self.codec.components)
         if len(pieces) == count:
             return tuple(piece[0] for piece in pieces), tuple(piece[1] for piece in pieces)
         return tuple(pieces[:count]), tuple(pieces[count:])
-
-    def _is_computed(self, update: tuple[mx.array, ...]) -> bool:
-        """Whether this update was logged as values, and not as words."""
-        return bool(self.codec.bits) and mx.issubdtype(update[0].dtype, mx.floating)
 
 
 class AppendCache(QuantiseFirst, KVCache):
@@ -114,20 +105,7 @@ class AppendCache(QuantiseFirst, KVCache):
 
 
 class BatchAppendCache(QuantiseFirst, BatchKVCache):
-    """Rows of full attention.
-
-    Attributes:
-        even: whether all rows have the same length, so that none is padded.
-    """
-
     kind = PartKind.APPEND
-    even = False
-
-    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
-        if N == 1 and self.even and not return_array and kwargs.get("window_size") is None:
-            return None  # fused kernels for one token take no mask
-        stock: Any = super()
-        return stock.make_mask(N, return_array=return_array, **kwargs)
 
 
 class WindowCache(QuantiseFirst, RotatingKVCache):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from warmkv_server.engine import model
@@ -20,6 +21,9 @@ from warmkv_server.errors import Draining, MemoryBudget, QueueFull, WarmKVError
 
 STREAM_EVENTS = 256
 """Events a stream holds for a slow reader; deltas beyond that are joined to the last one."""
+
+_RELIEF_SECONDS = 1.0
+"""Longest wait for others to let go of memory, before trying again without."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,15 @@ class Engine:
                 settings.model, adapter=settings.adapter, codec=codec, context_limit=settings.context_limit
             ),
             self._deliver_from_thread,
+            self._relieve_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
             max_decode_gap=settings.max_decode_gap_ms / 1000,
             speculate_tokens=settings.speculate_tokens,
             inflight_bytes=settings.inflight_bytes,
         )
+        self.relieve: Callable[[], object] = _nothing
+        """Called on the event loop when memory has run out: to let go of what can be spared."""
         self.info: ModelInfo
         self.text: Text
 
@@ -207,9 +214,25 @@ class Engine:
     def _deliver_from_thread(self, messages: list[Message]) -> None:
         self._asyncio.call_soon_threadsafe(self._deliver, messages)
 
+    def _relieve_from_thread(self) -> None:
+        relieved = threading.Event()
+
+        def relieve() -> None:
+            try:
+                self.relieve()
+            finally:
+                relieved.set()
+
+        self._asyncio.call_soon_threadsafe(relieve)
+        relieved.wait(_RELIEF_SECONDS)
+
     def _deliver(self, messages: list[Message]) -> None:
         for ident, event in messages:
             handle = self._handles[ident]
             handle.push(event)
             if handle.phase == "done":
                 del self._handles[ident]
+
+
+def _nothing() -> None:
+    """Spares nothing."""

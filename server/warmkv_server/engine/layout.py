@@ -23,12 +23,6 @@ from warmkv_server.kv.types import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensor
 
 KEYS, VALUES = 0, 1
 
-CAPACITY_STEP = 256
-"""Tokens by which mlx-lm's caches grow. Fused attention on CUDA wants capacities that are multiples of it."""
-
-FILL_BYTES = 64 << 20
-"""Bytes of caches filled at once: many small layers together, large ones one at a time."""
-
 
 @dataclass(frozen=True)
 class Stack:
@@ -107,7 +101,7 @@ class CacheMap:
         }
 
     def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> Iterator[None]:
-        """Put a loaded prefix into empty caches, some layers at a time: what is left can wait at every `yield`.
+        """Put a loaded prefix into empty caches, a layer at a time: what is left can wait at every `yield`.
 
         Args:
             caches: one sequence's, fresh from the model.
@@ -123,15 +117,11 @@ class CacheMap:
             for number, stream in enumerate(stack.streams):
                 words = tuple(component[number : number + 1] for component in components)
                 streams[stream] = self.codec.decode(words, stack.dtype)
-        filled: list[mx.array] = []
         for leaf in sorted({leaf for leaf, _ in streams}):
             keys, values = streams.pop((leaf, KEYS)), streams.pop((leaf, VALUES))
+            mx.eval(keys, values)
             members[leaf].fill(keys, values, reuse.length)
-            filled += [keys, values]
-            if sum(array.nbytes for array in filled) >= FILL_BYTES or not streams:
-                mx.eval(filled)
-                filled.clear()
-                yield
+            yield
         if self.states:
             assert reuse.spans[-1].end == reuse.length  # a snapshot of a longer context is another one
             state = reuse.spans[-1].parts[PartKind.STATE]
@@ -149,10 +139,9 @@ class CacheMap:
             pieces[-1] = pieces[-1][:, :, : reuse.length - spans[-1].start]
             if room:
                 streams, heads, _, width = pieces[0].shape
-                behind = room + -(wanted + room) % CAPACITY_STEP
-                pieces.append(mx.zeros((streams, heads, behind, width), pieces[0].dtype))
+                pieces.append(mx.zeros((streams, heads, room, width), pieces[0].dtype))
             joined = join(pieces, TOKEN_AXIS)
-            assert joined.shape[TOKEN_AXIS] >= wanted + room
+            assert joined.shape[TOKEN_AXIS] == wanted + room
             components.append(restored(joined, dtype))
         return components
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
+from warmkv_server.engine.memory import ran_out
 from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, prepare_device
 from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.sampling import Choice
@@ -25,13 +26,12 @@ from warmkv_server.engine.schedule import Schedule, cost
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.speculate import Speculator
 from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Logprobs, Progress, Started
-from warmkv_server.errors import Draining, EngineError, WarmKVError
+from warmkv_server.errors import Draining, EngineError, MemoryBudget, WarmKVError
 
 log = logging.getLogger(__name__)
 
-RELEASE_AFTER = 2.0
-"""Seconds without work after which cached memory goes back to the system; sooner, the next request would only have to
-get it again."""
+_RETRY_AFTER = 5.0
+"""Seconds after which a request that memory ran out for may be sent again."""
 
 Message = tuple[int, Event | WarmKVError]
 Deliver = Callable[[list[Message]], None]
@@ -62,12 +62,14 @@ class StepLoop:
     Args:
         load: makes the model, on this thread.
         deliver: called on this thread with events in order; must not block.
+        relieve: called on this thread when memory has run out; lets go, elsewhere, of what can be spared.
     """
 
     def __init__(
         self,
         load: Callable[[], LoadedModel],
         deliver: Deliver,
+        relieve: Callable[[], None],
         *,
         max_batch: int,
         prefill_chunk: int,
@@ -77,6 +79,7 @@ class StepLoop:
     ) -> None:
         self._load = load
         self._deliver = deliver
+        self._relieve = relieve
         self._max_batch = max_batch
         self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -88,8 +91,6 @@ class StepLoop:
         self._submitted: dict[int, float] = {}
         self._outbox: list[Message] = []
         self._prefilled = self._decoded = self._batch_size = 0
-        self._cached = True
-        self._stepped = self._prefill_took = 0.0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self.loaded: LoadedModel | None = None
         self.failure: BaseException | None = None
@@ -137,8 +138,7 @@ class StepLoop:
             if self._schedule.prefilling:
                 self._flush()
             self._prefill()
-            if self._may_decode():
-                self._decode()
+            self._decode()
             if not self._groups:
                 self._flush()  # else the next step does, once it is under way
         for sequence in list(self._sequences.values()):
@@ -151,16 +151,14 @@ class StepLoop:
 
     def _take_commands(self) -> bool:
         idle = not self._sequences
+        if idle:
+            self._batch_size = 0
+            mx.clear_cache()  # give the memory of what has just ended back to the system
         while True:
             try:
-                command = self._commands.get(block=idle, timeout=RELEASE_AFTER if self._cached else None)
+                command = self._commands.get(block=idle)
             except queue.Empty:
-                if not idle:
-                    return True
-                mx.clear_cache()
-                self._cached = False
-                continue
-            self._cached = True
+                return True
             idle = False
             match command:
                 case Submit(ident, job, submitted):
@@ -180,30 +178,15 @@ class StepLoop:
             sequence = self._schedule.admit(running, self._bytes_in_flight())
             if sequence is None:
                 return
-            self._send(sequence.ident, Started(time.perf_counter() - self._submitted[sequence.ident]))
+            if not sequence.rewound:
+                self._send(sequence.ident, Started(time.perf_counter() - self._submitted[sequence.ident]))
             with self._containing(sequence):
                 sequence.opening = sequence.open()
-
-    def _may_decode(self) -> bool:
-        """Whether a step of decoding comes before the next chunk.
-
-        Not while somebody is one chunk away from a first token and those who decode can wait for it: short prefills
-        run one after the other, and sequences of one length that came together decode together, without padding.
-        """
-        chunk = self._pace.chunk
-        if not any(waiting.prefill_end - waiting.done <= chunk for waiting in self._schedule.prefilling):
-            return True
-        return time.perf_counter() - self._stepped + self._prefill_took > self._pace.gap
 
     def _prefill(self) -> None:
         sequence = self._schedule.pick()
         if sequence is None:
             return
-        began = time.perf_counter()
-        self._prefill_one(sequence)
-        self._prefill_took = time.perf_counter() - began
-
-    def _prefill_one(self, sequence: Sequence) -> None:
         with self._containing(sequence):
             if sequence.opening is not None and not self._open(sequence, sequence.opening):
                 return
@@ -211,13 +194,13 @@ class StepLoop:
             self._run_chunk(sequence)
             if sequence.done >= sequence.prefill_end:
                 self._schedule.prefilling.remove(sequence)
-                if sequence.job.answer is None:
+                if not sequence.wants_token:
                     self._prefilled += sequence.done - before
-                    self._finish(sequence, Finish.PREFILLED)
+                    self._finish(sequence)
                     return
                 prefill.choose_first(sequence)
             self._prefilled += sequence.done - before
-            self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
+            self._report(sequence)
             if sequence.pending is not None:
                 self._start_decoding(sequence)
 
@@ -228,8 +211,15 @@ class StepLoop:
             if self._groups and time.perf_counter() - began > self._pace.gap / 2:
                 return False
         sequence.opening = None
-        self._send(sequence.ident, Progress(sequence.done, sequence.prompt_length))
+        self._report(sequence)
         return True
+
+    def _report(self, sequence: Sequence) -> None:
+        """Tell how far the prompt is, where it is farther than before."""
+        done = min(sequence.done, sequence.prompt_length)
+        if done > sequence.reported:
+            sequence.reported = done
+            self._send(sequence.ident, Progress(done, sequence.prompt_length))
 
     def _run_chunk(self, sequence: Sequence) -> None:
         prefix, began = sequence.done, time.perf_counter()
@@ -238,24 +228,23 @@ class StepLoop:
             self._pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 
     def _start_decoding(self, sequence: Sequence) -> None:
-        finish = self._emit(sequence, *sequence.sampled())
+        self._emit(sequence, *sequence.sampled())
         sequence.sent = True
         self._flush()
-        if finish is not None:
-            prefill.feed(sequence, sequence.completion[-1], choose=False)
+        if sequence.finish is not None:
+            prefill.feed_last(sequence)
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
-            self._finish(sequence, finish)
+            self._finish(sequence)
             return
         group = next((g for g in self._groups if g.fits(sequence, self._max_batch)), None)
         if group is None:
             group = Group()
-        with self._containing(sequence, *group.sequences):
+        with self._containing(sequence, *group.sequences):  # half joined, its layers would hold different rows
             group.join(sequence)
             if group not in self._groups:
                 self._groups.append(group)
 
     def _decode(self) -> None:
-        self._stepped = time.perf_counter()
         if self._speculator is not None and self._speculate(self._speculator):
             return
         launched = []
@@ -265,29 +254,34 @@ class StepLoop:
                 launched.append((group, group.launch(self._flush)))
         for group, choices in launched:
             with self._containing(*group.sequences):
-                leaving: list[tuple[Sequence, Finish]] = []
-                failed: list[Sequence] = []
-                for sequence, choice in zip(group.sequences, choices, strict=True):
-                    sampled = None if sequence.sent else sequence.sampled()
-                    try:
-                        finish = None if sampled is None else self._emit(sequence, *sampled)
-                        if finish is None and isinstance(choice, Exception):
-                            raise choice
-                    except Exception:  # of its own text or sampling: the others' step went well
-                        self._fail([sequence])
-                        failed.append(sequence)
-                        continue
-                    sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
-                    if finish is not None:
-                        group.snapshot(sequence)
-                        leaving.append((sequence, finish))
-                if leaving or failed:
-                    self._flush()
-                    group.leave([*(sequence for sequence, _ in leaving), *failed])
-                for sequence, finish in leaving:
-                    with self._containing(sequence):
-                        self._finish(sequence, finish)
+                self._take(group, choices)
         self._groups = [group for group in self._groups if group.sequences]
+
+    def _take(self, group: Group, choices: list[Choice | Exception]) -> None:
+        """Send the tokens that the last step gave, now that the next one is under way; let go of rows that end."""
+        leaving: list[Sequence] = []
+        failed: list[Sequence] = []
+        for sequence, choice in zip(group.sequences, choices, strict=True):
+            sampled = None if sequence.sent else sequence.sampled()
+            try:
+                if sampled is not None:
+                    self._emit(sequence, *sampled)
+                if sequence.finish is None and isinstance(choice, Exception):
+                    raise choice
+            except Exception:  # of its own text or sampling: the others' step went well
+                self._fail([sequence])
+                failed.append(sequence)
+                continue
+            sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
+            if sequence.finish is not None:
+                group.snapshot(sequence)
+                leaving.append(sequence)
+        if leaving or failed:
+            self._flush()
+            group.leave([*leaving, *failed])
+        for sequence in leaving:
+            with self._containing(sequence):
+                self._finish(sequence)
 
     def _speculate(self, speculator: Speculator) -> bool:
         """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""
@@ -300,36 +294,35 @@ class StepLoop:
                 return False
             self._batch_size = 1
             choices = group.verify(guess)
-            finish = None if sequence.sent else self._emit(sequence, *sequence.sampled())
+            if not sequence.sent:
+                self._emit(sequence, *sequence.sampled())
             self._flush()
             right = 0
-            while finish is None and right < len(guess) and choices[right].read() == guess[right]:
-                finish = self._emit(sequence, guess[right], choices[right].logprobs())
+            while sequence.finish is None and right < len(guess) and choices[right].read() == guess[right]:
+                self._emit(sequence, guess[right], choices[right].logprobs())
                 right += 1
             group.cut(len(guess) - right)
             speculator.learn(sequence, len(guess), right)
             choices[right].read()
             sequence.pending, sequence.sent = choices[right], False
-            if finish is not None:
+            if sequence.finish is not None:
                 self._flush()
                 group.leave([sequence])
-                self._finish(sequence, finish)
+                self._finish(sequence)
         self._groups = [group for group in self._groups if group.sequences]
         return True
 
-    def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Finish | None:
-        delta, finish = sequence.emit(token, logprobs)
+    def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
+        delta = sequence.emit(token, logprobs)
         self._decoded += 1
         self._send(sequence.ident, delta)
-        return finish
 
     def _cancel(self, ident: int) -> None:
-        """Between two steps, once every token that was sent has its KV computed or in flight."""
+        """Between two steps: every token that was sent has its KV computed or in flight."""
         sequence = self._sequences.get(ident)
-        if sequence is not None and sequence.sent:
-            self._decode()  # its first token waits for others' prefill
-        if sequence is None or ident not in self._sequences:
+        if sequence is None:
             return
+        sequence.finish = Finish.CANCELLED
         group = self._group_of(sequence)
         if group is not None:
             with self._containing(*group.sequences):
@@ -338,23 +331,56 @@ class StepLoop:
             self._groups = [g for g in self._groups if g.sequences]
         if ident in self._sequences:
             with self._containing(sequence):
-                self._finish(sequence, Finish.CANCELLED)
+                self._finish(sequence)
 
-    def _finish(self, sequence: Sequence, finish: Finish) -> None:
-        event = sequence.finished(finish)
+    def _finish(self, sequence: Sequence) -> None:
+        event = sequence.finished()
         self._forget(sequence)
         self._send(sequence.ident, event)
 
     @contextmanager
     def _containing(self, *sequences: Sequence) -> Iterator[None]:
-        """Let an exception end these sequences, and those that share a batch with them, and nothing else."""
+        """Let an exception end these sequences, and those that share a batch with them, and nothing else.
+
+        Where memory ran out they begin again, once, after everybody has let go of what can be spared.
+        """
         try:
             yield
-        except Exception:
+        except Exception as error:
             shared = [group for group in self._groups if any(row in sequences for row in group.sequences)]
             concerned = {*sequences, *(row for group in shared for row in group.sequences)}
             self._groups = [group for group in self._groups if group not in shared]
-            self._fail(concerned)
+            running = sorted((s for s in concerned if s.ident in self._sequences), key=lambda s: s.ident, reverse=True)
+            if not ran_out(error):
+                self._fail(running)
+                return
+            log.warning("memory ran out: %s", error)
+            shared.clear()
+            error.__traceback__ = None  # its frames hold arrays
+            for sequence in running:
+                self._rewind(sequence)
+            mx.clear_cache()
+            self._relieve()
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """Put it back at the head of the queue; refuse it if it has been there before."""
+        sequence.caches = []
+        try:
+            if sequence.rewound:
+                raise MemoryBudget(
+                    "memory ran out for the request, also alone; send less, or raise what the server may use",
+                    retry_after=_RETRY_AFTER,
+                )
+            sequence.rewind()
+        except MemoryBudget as refusal:
+            self._forget(sequence)
+            self._send(sequence.ident, refusal)
+        except Exception:
+            self._fail([sequence])
+        else:
+            if sequence in self._schedule.prefilling:
+                self._schedule.prefilling.remove(sequence)
+            self._schedule.waiting.appendleft(sequence)
 
     def _fail(self, sequences: Iterable[Sequence]) -> None:
         error_id = secrets.token_hex(6)

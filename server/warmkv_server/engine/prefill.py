@@ -23,7 +23,7 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
     """Compute one chunk. Its logits are never asked for, so they are never computed."""
     end = next_boundary(sequence, chunk)
     if end > sequence.done:
-        tokens = mx.array(list(sequence.job.tokens[sequence.done : end]))
+        tokens = mx.array(list(sequence.to_prefill[sequence.done : end]))
         sequence.loaded.model(tokens[None], cache=sequence.caches)
         mx.eval(kinds.arrays(sequence.caches))
         sequence.done = end
@@ -33,19 +33,25 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
 
 
 def choose_first(sequence: Sequence) -> None:
-    """Feed the prompt's last token, alone, and sample the first token of the answer from its logits."""
+    """Feed the last token, alone, and sample the first token of the answer, or the next one, from its logits."""
     assert sequence.chooser is not None
-    feed(sequence, sequence.job.tokens[-1], choose=True)
-
-
-def feed(sequence: Sequence, token: int, *, choose: bool) -> None:
-    """One step of a sequence that has its own caches."""
-    logits = sequence.loaded.model(mx.array([[token]]), cache=sequence.caches)
-    sequence.done += 1
-    if choose:
-        assert sequence.chooser is not None
-        sequence.pending = sequence.chooser.choose(logits[:, -1], sequence.done, None)
-        mx.eval(sequence.pending.arrays)
-    else:
-        mx.eval(kinds.arrays(sequence.caches))
+    last = sequence.to_prefill[-1]
+    logits = _step(sequence, last)
+    fed = mx.array([last]) if sequence.completion else None
+    sequence.pending = sequence.chooser.choose(logits[:, -1], sequence.done, fed)
+    mx.eval(sequence.pending.arrays)
     sequence.collect()
+
+
+def feed_last(sequence: Sequence) -> None:
+    """Compute the KV of the last token of the answer."""
+    _step(sequence, sequence.completion[-1])
+    mx.eval(kinds.arrays(sequence.caches))
+    sequence.collect()
+
+
+def _step(sequence: Sequence, token: int) -> mx.array:
+    """One step of a sequence that has its own caches: its logits, (1, 1, vocabulary), lazy."""
+    logits: mx.array = sequence.loaded.model(mx.array([[token]]), cache=sequence.caches)
+    sequence.done += 1
+    return logits

@@ -43,8 +43,14 @@ class Chooser:
             frequency_penalty=sampling.frequency_penalty or None,
             frequency_context_size=everything,
         )
-        self._context = mx.array(list(prompt) if self._on_context else [], dtype=mx.uint32)
-        self._answer = mx.array([], dtype=mx.uint32)
+        self._prompt = prompt
+        self.rewind(())
+
+    def rewind(self, answer: Sequence[int]) -> None:
+        """Be where it was before the last of these tokens of the answer was fed."""
+        before = list(answer[:-1])
+        self._context = mx.array([*self._prompt, *before] if self._on_context else [], dtype=mx.uint32)
+        self._answer = mx.array(before, dtype=mx.uint32)
 
     @property
     def plain(self) -> bool:

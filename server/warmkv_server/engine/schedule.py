@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from warmkv_server.engine.group import DRAIN_EVERY
 from warmkv_server.engine.layout import CacheMap
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.types import Job
@@ -13,17 +12,11 @@ from warmkv_server.kv.types import PartKind
 
 
 def cost(job: Job, cache_map: CacheMap) -> int:
-    """Bytes that a job takes in flight at most.
-
-    The caches attention reads, the words of its new tokens beside, and the values of the tokens whose words are not
-    made yet.
-    """
-    answer = job.answer.max_tokens if job.answer is not None else 0
-    length = len(job.tokens) + answer
+    """Bytes that a job takes in flight at most: the caches attention reads, and the words of its new tokens beside."""
+    length = len(job.tokens) + (job.answer.max_tokens if job.answer is not None else 0)
     layout = cache_map.layout
     words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
-    logged = cache_map.live_bytes(min(answer, DRAIN_EVERY)) if answer else 0
-    return cache_map.live_bytes(length) + words * (length - job.reuse.length) + logged
+    return cache_map.live_bytes(length) + words * (length - job.reuse.length)
 
 
 @dataclass
@@ -42,11 +35,14 @@ class Schedule:
     _turn: int = 0
 
     def admit(self, running: int, bytes_in_flight: int) -> Sequence | None:
-        """The next waiting sequence, in order of arrival, if there is room for it now."""
+        """The next waiting sequence, in order of arrival, if there is room for it now.
+
+        One for which memory ran out has its second try alone.
+        """
         if not self.waiting or running >= self.max_running:
             return None
         first = self.waiting[0]
-        if running and bytes_in_flight + first.cost > self.budget:
+        if running and (first.rewound or bytes_in_flight + first.cost > self.budget):
             return None
         self.prefilling.append(self.waiting.popleft())
         return first

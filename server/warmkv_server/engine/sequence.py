@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from warmkv_server.engine.codec import join
 from warmkv_server.engine.model import LoadedModel
 from warmkv_server.engine.sampling import Choice, Chooser
 from warmkv_server.engine.types import Delta, Finish, Finished, Job, Logprobs
-from warmkv_server.kv.types import TOKEN_AXIS, Growth, PartKind, Tensors
+from warmkv_server.kv.types import TOKEN_AXIS, Growth, PartKind, Reuse, Span, Tensors
 
 
 @dataclass(eq=False)
@@ -27,10 +28,14 @@ class Sequence:
         cost: bytes it takes in flight at most.
         caches: its own caches while it runs alone; empty once it shares a group's.
         done: tokens of prompt and answer whose KV is computed.
+        to_prefill: tokens to compute in chunks: the prompt, or after `rewind` also what was sent of the answer.
         completion: tokens of the answer that were sent out.
+        finish: why it ends, once that is decided.
         pending: the token sampled last, to be fed next.
         opening: what is left to do before the first chunk.
         sent: whether the pending token was sent out already.
+        rewound: whether it has begun again, after memory ran out.
+        reported: tokens of the prompt that its client was told of.
     """
 
     ident: int
@@ -40,37 +45,80 @@ class Sequence:
     caches: list[Any] = field(default_factory=list)
     done: int = 0
     completion: list[int] = field(default_factory=list)
+    finish: Finish | None = None
     opening: Iterator[None] | None = None
     pending: Choice | None = None
     sent: bool = False
+    rewound: bool = False
+    reported: int = -1
     chooser: Chooser | None = None
     text: AnswerText | None = None
     _grown: list[tuple[int, Mapping[PartKind, Tensors]]] = field(default_factory=list)
+    _reuse: Reuse = field(init=False)
     _snapshots: dict[int, Tensors] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
     _first_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.to_prefill: abc.Sequence[int] = self.job.tokens
+        self._reuse = self.job.reuse
 
     @property
     def prompt_length(self) -> int:
         return len(self.job.tokens)
 
     @property
+    def wants_token(self) -> bool:
+        """Whether the last token of `to_prefill` is to be followed by one of the answer."""
+        return self.job.answer is not None and self.finish is None
+
+    @property
     def prefill_end(self) -> int:
-        """Tokens to prefill in chunks: all, or all but the last, whose logits choose the first token."""
-        return self.prompt_length - (self.job.answer is not None)
+        """Tokens to prefill in chunks: all, or all but the last, whose logits choose the next token."""
+        return len(self.to_prefill) - self.wants_token
 
     def open(self) -> Iterator[None]:
-        """Take memory and put the reused prefix in place, in steps."""
-        self._began = time.perf_counter()
+        """Take memory and put what is there already in place, in steps."""
         self.caches = self.loaded.empty_caches()
         job = self.job
-        if job.reuse.length:
-            yield from self.loaded.cache_map.fill(self.caches, job.reuse, room=_room(job))
-            self.done = job.reuse.length
+        if self._reuse.length:
+            yield from self.loaded.cache_map.fill(self.caches, self._reuse, room=_room(job))
+            self.done = self._reuse.length
+        if self.rewound:
+            return
+        self._began = time.perf_counter()
         if job.answer is not None:
             info = self.loaded.info
             self.chooser = Chooser(job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs)
             self.text = AnswerText(self.loaded.tokenizer, job.tokens[-1], info.eos_token_ids, job.answer.stop)
+
+    def rewind(self) -> None:
+        """Drop everything but the words, after a step of it has failed: it can begin again from them.
+
+        The tokens that were sent stay as they are; those whose words are lost are computed again. Where state can't be
+        cut, that is everything behind the reused prefix.
+        """
+        self.rewound = True
+        self.caches, self.opening, self.pending, self.sent = [], None, None, False
+        self.to_prefill = [*self.job.tokens, *self.completion]
+        self._snapshots = {}
+        spans, end = list(self.job.reuse.spans), self.job.reuse.length
+        if self.loaded.cache_map.states:
+            self._grown = []
+        elif spans:
+            spans[-1] = _cut(spans[-1], end)
+        grown, self._grown = self._grown, []
+        for count, parts in grown:
+            # The last token is fed again for its logits. One that was fed but not sent will be chosen again.
+            piece = _cut(Span(end, count, parts), min(end + count, self.prefill_end))
+            if piece.count > 0:
+                mx.eval([list(tensors.values()) for tensors in piece.parts.values()])
+                spans.append(piece)
+                self._grown.append((piece.count, piece.parts))
+                end = piece.end
+        self._reuse, self.done = Reuse(end, tuple(spans)), end
+        if self.chooser is not None:
+            self.chooser.rewind(self.completion)
 
     def collect(self) -> None:
         """Take over what its own caches have logged. Lazy."""
@@ -91,8 +139,8 @@ class Sequence:
         assert self.pending is not None
         return self.pending.read(), self.pending.logprobs()
 
-    def emit(self, token: int, logprobs: Logprobs | None) -> tuple[Delta, Finish | None]:
-        """Account for one sampled token: what to send, and whether the answer ends with it."""
+    def emit(self, token: int, logprobs: Logprobs | None) -> Delta:
+        """Account for one sampled token, which may be the last: what to send."""
         answer, text = self.job.answer, self.text
         assert answer is not None
         assert text is not None
@@ -114,18 +162,21 @@ class Sequence:
             piece += text.finish()
             if text.matched_stop:
                 finish = Finish.STOP_SEQUENCE
-        return Delta((token,), piece, (logprobs,) if logprobs is not None else ()), finish
+        self.finish = finish
+        return Delta((token,), piece, (logprobs,) if logprobs is not None else ())
 
-    def finished(self, finish: Finish) -> Finished:
-        """The last event, with the KV evaluated. All tokens of the completion must have been fed."""
+    def finished(self) -> Finished:
+        """The last event, with the KV evaluated. All tokens of the completion were fed, unless it was cancelled."""
         text = self.text
-        if text is not None and text.matched_stop and (behind := text.tokens_behind_stop()):
-            del self.completion[-behind:]
+        behind = text.tokens_behind_stop() if text is not None and text.matched_stop else 0
+        completion = self.completion[: len(self.completion) - behind]
+        if self.finish is Finish.CANCELLED:  # perhaps after `rewind`: what isn't computed again yet is not kept
+            completion = completion[: max(0, self.done - self.prompt_length)]
         now = time.perf_counter()
         return Finished(
-            finish=finish,
-            completion=tuple(self.completion),
-            growth=self._growth(min(self.done, self.prompt_length + len(self.completion))),
+            finish=self.finish or Finish.PREFILLED,
+            completion=tuple(completion),
+            growth=self._growth(min(self.done, self.prompt_length + len(completion))),
             prompt_ready=self.done >= self.prompt_length,
             matched_stop=text.matched_stop if text is not None else "",
             prefill_seconds=(self._first_token or now) - self._began,
@@ -153,3 +204,14 @@ def _room(job: Job) -> int:
     """Tokens to make room for behind a reused prefix: the new prompt and a first stretch of the answer."""
     answer = min(job.answer.max_tokens, 256) if job.answer is not None else 0
     return len(job.tokens) - job.reuse.length + answer
+
+
+def _cut(span: Span, end: int) -> Span:
+    """The span up to a length of the context."""
+    count = end - span.start
+    parts: dict[PartKind, Tensors] = {
+        kind: {name: array[:, :, :count] for name, array in tensors.items()}
+        for kind, tensors in span.parts.items()
+        if kind is not PartKind.STATE
+    }
+    return Span(span.start, count, parts)

@@ -21,7 +21,7 @@ from warmkv_server.engine.layout import discover
 from warmkv_server.engine.prefill import run_chunk
 from warmkv_server.engine.sequence import Sequence as Running
 from warmkv_server.engine.text import Text
-from warmkv_server.engine.types import Finish, Job
+from warmkv_server.engine.types import Job
 from warmkv_server.evaluation.statistics import Floats, interval
 from warmkv_server.evaluation.windows import cut
 from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
@@ -123,7 +123,7 @@ async def _round_trip(store: Store, loaded: models.LoadedModel, tokens: list[int
         run_chunk(running, CHUNK)
     ids = np.array(tokens, dtype=np.int32)
     with store.resolve("", "window", ids, len(tokens)) as lease:
-        growth = running.finished(Finish.PREFILLED).growth
+        growth = running.finished().growth
         await store.commit(Commit("", "window", None, ids, Reuse(), growth, lease))
     await store.evict("", "window")
     with store.resolve("", "window", ids, len(tokens)) as lease:

@@ -89,10 +89,10 @@ class HotTier:
                 freed += part.nbytes
         return freed
 
-    def shrink(self) -> list[Node]:
-        """Evict down to the limit; returns the nodes that lost a part."""
+    def shrink(self, limit: int | None = None) -> list[Node]:
+        """Evict down to the limit, or to another one this once; returns the nodes that lost a part."""
         victims: list[HotPart] = []
-        excess = self.nbytes - self.limit
+        excess = self.nbytes - (self.limit if limit is None else limit)
         for part in self._parts.values():
             if excess <= 0:
                 break

@@ -387,6 +387,12 @@ class Store:
         after = await core.reading(resident_bytes, paths) if drop_page_cache else before
         return Evicted(core.record(agent), freed, before, after)
 
+    def relieve(self) -> int:
+        """Let go of half of the RAM copies, least recently used first, as the machine has too little memory; bytes."""
+        before = self._core.hot.nbytes
+        self._core.hot.shrink(before // 2)
+        return before - self._core.hot.nbytes
+
     async def delete(self, tenant: str, agent_id: str) -> bool:
         """Remove an agent, durably, without reading any of its files. False if there was none.
 
