@@ -9,7 +9,7 @@ import argparse
 import itertools
 import statistics
 import time
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
@@ -61,7 +61,7 @@ def main() -> None:
             )
         if context <= options.rows_up_to:
             for run in (1, 2):
-                step, rate = together(model, prompts[1:].tolist())
+                step, rate = together(model, cast(list[list[int]], prompts[1:].tolist()))
                 print(f"{context:6} eight, run {run}: a step every {1e3 * step:6.2f} ms, {rate:6.1f} tokens/s in all")
         mx.clear_cache()
 
