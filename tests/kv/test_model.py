@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
-from warmkv_server.errors import MemoryBudget, NotDurable, StorageUnavailable
+from warmkv_server.errors import MemoryBudget, NotDurable, OperatorError, StorageUnavailable
 from warmkv_server.kv.index import common_length
 from warmkv_server.kv.records import TokenIds
 from warmkv_server.kv.types import KVLayout, PartKind
@@ -162,7 +162,7 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             existed = self.run(self.d.store.delete(TENANT, agent))
         except StorageUnavailable:
-            assert self.index_refuses
+            assert self.refusing
             return
         assert existed == (agent in self.agents)
         self.agents.pop(agent, None)
@@ -186,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.run(self.d.reuse("", tokens, limit=len(tokens) - 1))
 
     @rule(agent=AGENTS, pieces=PIECES)
-    @precondition(lambda self: not self.index_refuses)
+    @precondition(lambda self: not self.refusing)
     def delete_while_committing(self, agent: str, pieces: list[tuple[int, int]]) -> None:
         before = self.agents[agent].tokens.tolist() if agent in self.agents else []
         tokens = context(before, tokens_of(pieces).tolist())
@@ -227,8 +227,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.start()
 
     def stop(self) -> None:
+        # The end of a server tries once more; what lacked only its row may go through though files are refused.
         if not self.refusing:
-            self.recover()  # The end of a server tries once more.
+            self.recover()
+        self.run(self.d.store.flush())
+        for record in self.d.store.agents(TENANT):
+            if record.durable:
+                self.agents[record.agent_id].durable = True
+                self.durable[record.agent_id] = replace(self.agents[record.agent_id])
         self.run(self.d.close())
 
     @rule()
@@ -243,6 +249,36 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.data)
         self.data = copy
         self.start()
+
+    @rule(how=st.sampled_from(["gone", "empty", "garbage", "half"]), crash=st.booleans())
+    @precondition(lambda self: not self.refusing)
+    def lose_index(self, how: str, crash: bool) -> None:
+        """What the manifests and the block files say is all that is left."""
+        if crash:
+            self.recover()
+            self.crash()
+        self.stop()
+        path = self.data / "index.sqlite"
+        content = path.read_bytes()
+        match how:
+            case "gone":
+                path.unlink()
+            case "empty":
+                path.write_bytes(b"")
+            case "garbage":
+                path.write_bytes(bytes(len(content)))
+            case "half":
+                path.write_bytes(content[: len(content) // 2])
+        try:
+            self.start()
+        except OperatorError:
+            assert not self.durable  # Files that were not collected yet, and nobody to tell whose they were.
+            shutil.rmtree(self.data)
+            self.start()
+        for agent in self.agents.keys() - {record.agent_id for record in self.d.store.agents(TENANT)}:
+            # The only file with some of its tokens was damaged.
+            assert self.damaged
+            del self.agents[agent], self.durable[agent]
 
     @rule()
     def change_model(self) -> None:
@@ -309,7 +345,8 @@ class StoreMachine(RuleBasedStateMachine):
                 assert node.refs > 0
                 assert node.pins == 0
                 assert node.saved
-                assert not node.dirty
+                # A commit that comes to nothing may have replaced a damaged file; the next one writes the row.
+                assert self.damaged or not node.dirty
         assert core.block_bytes == sum(node.disk_bytes for node in core.index.nodes.values())
         assert core.hot.nbytes == sum(core.hot.bytes_of(node) for node in core.index.nodes.values())
         if not self.settled:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from warmkv_server.kv import rows
@@ -35,8 +35,13 @@ class Collector:
         if self._suspects and self._running is None:
             self._running = asyncio.create_task(self._run())
 
-    async def drop_files(self, nodes: Iterable[Node], reason: Fallback) -> None:
+    async def drop_files(
+        self, nodes: Iterable[Node], reason: Fallback, before_unlinking: Callable[[], Awaitable[None]]
+    ) -> None:
         """Give up the files of nodes that agents still reference; what is in RAM stays usable.
+
+        Args:
+            before_unlinking: is awaited when the rows don't have the files any more.
 
         Raises:
             OSError: the disk refuses; nothing has changed.
@@ -57,6 +62,7 @@ class Collector:
             raise
         else:
             core.block_bytes -= sum(part.nbytes for parts in dropped.values() for part in parts.values())
+            await before_unlinking()
             await core.writing(_unlink_all, core, paths)
         finally:
             self._removing -= ids

@@ -21,6 +21,7 @@ from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.core import Core, KeptOutcome
 from warmkv_server.kv.index import Agent, AgentKey, Node
 from warmkv_server.kv.journal import Statement
+from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.parts import Effort, PartWriter
 from warmkv_server.kv.plan import Plan, Planner
 from warmkv_server.kv.records import Commit, Committed, RequestOutcome, Unset
@@ -57,10 +58,11 @@ class _State:
 
 
 class Committer:
-    def __init__(self, core: Core, writer: PartWriter, collector: Collector) -> None:
+    def __init__(self, core: Core, writer: PartWriter, collector: Collector, manifests: Manifests) -> None:
         self._core = core
         self._writer = writer
         self._collector = collector
+        self._manifests = manifests
         self._planner = Planner(core.index, core.layout, core.fingerprint, core.has)
         self.tickets: dict[AgentKey, Ticket] = {}
         self.not_durable: dict[Agent, list[Node]] = {}
@@ -102,7 +104,7 @@ class Committer:
             statements += [
                 rows.insert_outcome(key[0], core.outcomes[key].outcome, core.outcomes[key].time) for key in lost
             ]
-            if not await self._apply(agent, statements, nodes):
+            if not await self._apply(agent, statements, nodes, []):
                 return False
             for key in lost:
                 core.outcomes[key].saved = True
@@ -182,7 +184,7 @@ class Committer:
                 statements = self._statements(agent, before, plan)
                 if outcome is not None:
                     statements.append(rows.insert_outcome(commit.tenant, outcome, agent.last_used))
-                agent.durable = await self._apply(agent, statements, plan.all_nodes())
+                agent.durable = await self._apply(agent, statements, plan.all_nodes(), before.all_nodes())
             if not agent.durable:
                 self._note_not_durable(agent, before)
                 outcome = self._outcome(commit, agent, persisted=False)
@@ -263,7 +265,10 @@ class Committer:
             return commit.request
         return commit.request(self._core.record(agent), persisted)
 
-    async def _apply(self, agent: Agent, statements: list[Statement], nodes: Iterable[Node]) -> bool:
+    async def _apply(
+        self, agent: Agent, statements: list[Statement], nodes: Iterable[Node], replaced: Iterable[Node]
+    ) -> bool:
+        """One transaction; `replaced` is what the agent referenced before."""
         dirty = [node for node in nodes if node.dirty]
         for node in dirty:
             node.dirty = False  # Now, not afterwards: what changes meanwhile is for the next commit to write.
@@ -277,6 +282,7 @@ class Committer:
         for node in nodes:
             node.saved = True
         agent.saved = agent.durable = True
+        self._manifests.note(agent, [*replaced, *self.not_durable.get(agent, [])])
         self.forget(agent)
         return True
 

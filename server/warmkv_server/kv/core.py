@@ -19,6 +19,7 @@ from warmkv_server.kv.hot import HotTier
 from warmkv_server.kv.ids import root_id
 from warmkv_server.kv.index import Agent, AgentKey, Index, Node
 from warmkv_server.kv.journal import Journal
+from warmkv_server.kv.manifest import FOLDER, file_name
 from warmkv_server.kv.records import AgentRecord, RequestOutcome, StoreSettings, Tier
 from warmkv_server.kv.types import KVLayout, PartKind, TensorSpec
 
@@ -40,6 +41,7 @@ class Counters:
     shared_tokens_reused: int = 0
     bytes_loaded: int = 0
     kv_bytes_written: int = 0
+    manifest_bytes_written: int = 0
     evictions: int = 0
     quarantined: int = 0
     commits_failed: int = 0
@@ -76,6 +78,11 @@ class Core:
         self.block_bytes = 0
         """Of all block files that the index knows."""
         self.quarantine_bytes = 0
+        self.aside_bytes = 0
+        """Of damaged or replaced indexes that were kept."""
+        self.manifest_bytes = 0
+        """Of all manifests on disk, and of those that are still to be written."""
+        self.manifest_sizes: dict[AgentKey, int] = {}
         self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
         self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
 
@@ -84,6 +91,9 @@ class Core:
 
     def info(self, node: Node, kind: PartKind) -> BlockInfo:
         return block_info(node, kind)
+
+    def manifest_path(self, key: AgentKey) -> Path:
+        return self.settings.data_dir / FOLDER / file_name(*key)
 
     def root(self, tenant: str) -> bytes:
         return root_id(tenant, self.fingerprint)
@@ -102,7 +112,8 @@ class Core:
     @property
     def disk_bytes(self) -> int:
         """Everything that the store has under the data directory."""
-        return self.block_bytes + self.quarantine_bytes + self.journal.database.disk_bytes
+        files = self.block_bytes + self.quarantine_bytes + self.manifest_bytes + self.aside_bytes
+        return files + self.journal.database.disk_bytes
 
     def shutdown(self) -> None:
         self._readers.shutdown()

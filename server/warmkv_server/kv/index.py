@@ -43,7 +43,7 @@ class Node:
         parts: files on disk.
         lost: why a file it should have is gone.
         refs: agents that reference it. Without any it is never reused, only collected.
-        pins: leases and commits that are working with it.
+        pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
         window_refs: agents that need its WINDOW part.
         pinned_refs: pinned agents that reference it.
         last_used: seconds since 1970.

@@ -101,10 +101,13 @@ class Database:
     Beside the index lies a file of nothing: space that removing things can have on a disk that is full.
     """
 
-    def __init__(self, path: Path, durability: Durability, checkpoint_bytes: int = CHECKPOINT_BYTES) -> None:
+    def __init__(
+        self, path: Path, durability: Durability, checkpoint_bytes: int = CHECKPOINT_BYTES, *, create: bool = True
+    ) -> None:
         """
         Args:
             checkpoint_bytes: size of the write-ahead log at which it is folded into the file.
+            create: begin an empty index where there is none; without it, that counts as damage.
 
         Raises:
             JournalDamaged
@@ -117,6 +120,8 @@ class Database:
         self.bytes_written = 0
         self.disk_bytes = 0
         """What the index takes on disk, its log counted as large as it may get."""
+        if not create and not path.exists():
+            raise JournalDamaged("it is missing")
         if not _has_room(path.parent, _RESERVE_BYTES):
             self._use_reserve()  # A full disk has no room for SQLite's log, without which nothing can be removed.
         try:
@@ -124,7 +129,7 @@ class Database:
         except sqlite3.Error as error:
             raise OperatorError(f"the index {path} can't be opened: {error}") from error
         try:
-            self._prepare(durability)
+            self._prepare(durability, create)
         except sqlite3.OperationalError as error:
             self._db.close()
             raise OperatorError(f"the index {path} can't be used: {error}") from error
@@ -135,7 +140,7 @@ class Database:
             self._db.close()
             raise
 
-    def _prepare(self, durability: Durability) -> None:
+    def _prepare(self, durability: Durability, create: bool) -> None:
         run = self._db.execute
         run(f"PRAGMA page_size = {PAGE_BYTES}")
         run("PRAGMA journal_mode = WAL").fetchall()
@@ -152,6 +157,8 @@ class Database:
                 "start the newer version, or give another --data-dir"
             )
         if version == 0:
+            if not create:
+                raise JournalDamaged("it is empty")
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         if (found := run("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise JournalDamaged(str(found))

@@ -16,6 +16,7 @@ from warmkv_server.kv.core import QUARANTINE, Core
 from warmkv_server.kv.hot import PartKey
 from warmkv_server.kv.index import Node, Part
 from warmkv_server.kv.lease import Lease
+from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.quarantine import quarantine
 from warmkv_server.kv.reader import PartOrder, read_parts
 from warmkv_server.kv.types import Fallback, PartKind, Reuse, Span, Tensors
@@ -40,8 +41,9 @@ class _Read:
 
 
 class Loader:
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, manifests: Manifests) -> None:
         self._core = core
+        self._manifests = manifests
         self._reads: dict[PartKey, asyncio.Future[Tensors]] = {}
         self._batches: set[asyncio.Task[None]] = set()
 
@@ -202,6 +204,8 @@ class Loader:
         core.block_bytes -= part.nbytes
         missing = bad.reason is Fallback.MISSING_BLOCK
         node.lost = Fallback.MISSING_BLOCK if missing else Fallback.QUARANTINED
+        if not node.parts:
+            self._manifests.note_lost([node])
         try:
             if not missing:
                 folder = core.settings.data_dir / QUARANTINE

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Node
+from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.types import Fallback
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,10 @@ _SLACK = 20
 
 
 class Quota:
-    def __init__(self, core: Core, collector: Collector) -> None:
+    def __init__(self, core: Core, collector: Collector, manifests: Manifests) -> None:
         self._core = core
         self._collector = collector
+        self._manifests = manifests
         self._reserved = 0
 
     @contextlib.asynccontextmanager
@@ -64,4 +66,9 @@ class Quota:
                 errno.EDQUOT, f"the disk quota of {limit} bytes is used up by pinned agents and running requests"
             )
         log.info("the disk quota takes %d blocks with %d bytes", len(victims), freed)
-        await self._collector.drop_files(victims, Fallback.MISSING_BLOCK)
+
+        async def keep_tokens() -> None:
+            self._manifests.note_lost(victims)
+            await self._manifests.flush()
+
+        await self._collector.drop_files(victims, Fallback.MISSING_BLOCK, keep_tokens)

@@ -56,6 +56,7 @@ class StoreSettings:
         quarantine_bytes: bad files kept for inspection; the oldest go first.
         retry_seconds: pause between attempts to write what the disk refused.
         outcome_seconds: how long the outcome of a request id is kept.
+        manifest_seconds: pause between writing manifests; what commits meanwhile is written together.
     """
 
     data_dir: Path
@@ -68,6 +69,7 @@ class StoreSettings:
     quarantine_bytes: int = 1 << 30
     retry_seconds: float = 5.0
     outcome_seconds: float = 3600.0
+    manifest_seconds: float = 1.0
 
     @property
     def quarantine_limit(self) -> int:

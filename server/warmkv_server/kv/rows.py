@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from warmkv_server.kv.ids import node_id
 from warmkv_server.kv.index import Agent, Index, Node, Part
 from warmkv_server.kv.journal import JournalDamaged, Statement, as_json, insert
 from warmkv_server.kv.records import Fingerprint, RequestOutcome
@@ -156,8 +158,17 @@ def read_index(db: Queryable) -> Index:
     """Nodes and agents. Which windows are needed depends on the layout, so that is left to the caller.
 
     Raises:
-        JournalDamaged: the tables contradict each other.
+        JournalDamaged: the tables can't be read, or contradict each other.
     """
+    try:
+        return _read_index(db)
+    except sqlite3.OperationalError:
+        raise
+    except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError) as error:
+        raise JournalDamaged(f"its rows make no sense: {error}") from error
+
+
+def _read_index(db: Queryable) -> Index:
     index = Index()
     by_row: dict[int, Node] = {}
     for row, ident, tenant, fingerprint, parent, start, tokens, parts, lost in db.query(
@@ -166,6 +177,8 @@ def read_index(db: Queryable) -> Index:
         node = Node(ident, row, tenant, fingerprint, parent, start, tokens, saved=True, dirty=False)
         node.parts = {PartKind(kind): Part(*values) for kind, values in json.loads(parts).items()}
         node.lost = Fallback(lost) if lost else None
+        if node_id(parent, start, tokens) != ident:
+            raise JournalDamaged(f"the id of node {row} is not that of its tokens")
         by_row[row] = index.nodes[ident] = node
     chains: dict[int, list[Node]] = {}
     for incarnation, row in db.query(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
@@ -18,6 +17,9 @@ from warmkv_server.kv.files import TEMP_SUFFIX, Files
 from warmkv_server.kv.index import AgentKey, Index
 from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
+from warmkv_server.kv.manifest import FOLDER
+from warmkv_server.kv.manifests import UpToDate, bring_up_to_date
+from warmkv_server.kv.rebuild import aside_bytes, holds_contexts, rebuild_index
 from warmkv_server.kv.records import Fingerprint, StoreSettings
 from warmkv_server.kv.types import Fallback, KVLayout
 
@@ -34,14 +36,20 @@ class Opened:
     outcomes: dict[AgentKey, KeptOutcome]
     block_bytes: int
     quarantine_bytes: int
+    aside_bytes: int
+    manifests: UpToDate
 
 
 @dataclass
 class _Sweep:
-    """What was found and put right."""
+    """What was found to be put right.
 
-    temps: int = 0
-    orphans: int = 0
+    Attributes:
+        temps, orphans: files that are to go.
+    """
+
+    temps: list[Path] = field(default_factory=list)
+    orphans: list[Path] = field(default_factory=list)
     missing: int = 0
     unreferenced: int = 0
 
@@ -55,11 +63,14 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
     make_folders(settings.data_dir, files)
     lock = DirectoryLock(settings.data_dir)
     try:
-        database = _open_database(settings)
+        database, index = _open_index(settings, files)
         try:
-            index = rows.read_index(database)
             _count_windows(index, layout, fingerprint.digest)
-            sweep = _sweep(settings.data_dir, index, database, files)
+            sweep = _sweep(settings.data_dir, index, database)
+            # Before the files that only older manifests refer to are gone.
+            manifests = bring_up_to_date(settings.data_dir, index, files)
+            for path in (*sweep.temps, *sweep.orphans):
+                files.unlink(path)
             database.apply([rows.insert_fingerprint(fingerprint)])
             files.sync_folders([settings.data_dir])
             outcomes = {
@@ -74,17 +85,20 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
         raise
     log.info(
         "opened %s: %d agents, %d nodes; removed %d temporary and %d unknown files and %d unreferenced nodes;"
-        " %d files are missing",
+        " %d files are missing; wrote %d manifests and removed %d",
         settings.data_dir,
         len(index.agents),
         len(index.nodes),
-        sweep.temps,
-        sweep.orphans,
+        len(sweep.temps),
+        len(sweep.orphans),
         sweep.unreferenced,
         sweep.missing,
+        manifests.written,
+        manifests.removed,
     )
     kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
-    return Opened(lock, database, index, outcomes, sum(n.disk_bytes for n in index.nodes.values()), kept)
+    blocks = sum(n.disk_bytes for n in index.nodes.values())
+    return Opened(lock, database, index, outcomes, blocks, kept, aside_bytes(settings.data_dir), manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:
@@ -97,6 +111,7 @@ def make_folders(data_dir: Path, files: Files) -> None:
     try:
         (data_dir / QUARANTINE).mkdir(parents=True, exist_ok=True)
         blocks.mkdir(exist_ok=True)
+        (data_dir / FOLDER).mkdir(exist_ok=True)
         missing = {f"{number:02x}" for number in range(256)} - {e.name for e in blocks.iterdir()}
         for name in missing:
             (blocks / name).mkdir()
@@ -117,24 +132,28 @@ def block_files(data_dir: Path) -> Iterator[os.DirEntry[str]]:
                 yield from entries
 
 
-def _open_database(settings: StoreSettings) -> Database:
+def _open_index(settings: StoreSettings, files: Files) -> tuple[Database, Index]:
+    """The index, rebuilt if it is lost."""
     path = settings.data_dir / journal.FILE_NAME
-    lost = not path.exists() and any(e.name.endswith(SUFFIX) for e in block_files(settings.data_dir))
     try:
-        if not lost:
-            small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
-            return Database(path, settings.durability, min(CHECKPOINT_BYTES, small))
-        log.warning("the index %s is missing, though there are block files", path)
+        return _read_index(settings, create=not holds_contexts(settings.data_dir))
     except JournalDamaged as error:
-        aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
-        log.error("the index %s is damaged (%s); it is kept as %s", path, error, aside.name)
-        path.rename(aside)
-        for extra in ("-wal", "-shm"):
-            path.with_name(path.name + extra).unlink(missing_ok=True)
-    raise OperatorError(
-        f"the index {path} is lost, and the block files alone don't say whose they are; put it back from a backup, "
-        "or move the data directory away to begin with an empty one"
-    )
+        log.error("the index %s is lost (%s); building it anew from the files", path, error)
+    rebuilt = rebuild_index(settings.data_dir, files, settings.quarantine_bytes, "damaged")
+    kept = f" (the damaged index is kept as {rebuilt.aside.name})" if rebuilt.aside is not None else ""
+    log.warning("the index %s was rebuilt%s: %s", path, kept, rebuilt.summary())
+    return _read_index(settings, create=False)
+
+
+def _read_index(settings: StoreSettings, *, create: bool) -> tuple[Database, Index]:
+    path = settings.data_dir / journal.FILE_NAME
+    small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
+    database = Database(path, settings.durability, min(CHECKPOINT_BYTES, small), create=create)
+    try:
+        return database, rows.read_index(database)
+    except BaseException:
+        database.close()
+        raise
 
 
 def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
@@ -149,7 +168,8 @@ def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
             node.window_refs += 1
 
 
-def _sweep(data_dir: Path, index: Index, database: Database, files: Files) -> _Sweep:
+def _sweep(data_dir: Path, index: Index, database: Database) -> _Sweep:
+    """Put the index right; what is to be removed is left to the caller."""
     sweep = _Sweep()
     gone = [node for node in index.nodes.values() if not node.refs]
     for node in gone:
@@ -162,12 +182,10 @@ def _sweep(data_dir: Path, index: Index, database: Database, files: Files) -> _S
         if known.pop(Path(entry.path), None) is not None:
             continue
         if entry.name.endswith(TEMP_SUFFIX):
-            files.unlink(Path(entry.path))
-            sweep.temps += 1
+            sweep.temps.append(Path(entry.path))
         elif entry.name.endswith(SUFFIX):
             # Its transaction never happened, or its removal was cut short: nobody was promised it.
-            files.unlink(Path(entry.path))
-            sweep.orphans += 1
+            sweep.orphans.append(Path(entry.path))
     for node, kind in known.values():
         del node.parts[kind]
         node.lost = Fallback.MISSING_BLOCK

@@ -23,6 +23,7 @@ from warmkv_server.kv.journal import Journal
 from warmkv_server.kv.lease import Lease
 from warmkv_server.kv.loader import Loader
 from warmkv_server.kv.lock import DirectoryLock
+from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.match import Matcher
 from warmkv_server.kv.parts import PartWriter
 from warmkv_server.kv.quota import Quota
@@ -75,11 +76,12 @@ class Store:
         self._core = core
         self._lock = lock
         self._collector = Collector(core)
-        self._loader = Loader(core)
-        writer = PartWriter(core, self._loader, Quota(core, self._collector))
-        self._committer = Committer(core, writer, self._collector)
+        self._manifests = Manifests(core, self._collector.suspect)
+        self._loader = Loader(core, self._manifests)
+        writer = PartWriter(core, self._loader, Quota(core, self._collector, self._manifests))
+        self._committer = Committer(core, writer, self._collector, self._manifests)
         self._matcher = Matcher(core.index, core.layout, core.has)
-        self._upkeep = Upkeep(core, self._committer, self.delete)
+        self._upkeep = Upkeep(core, self._committer, self._manifests, self.delete)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._hot_agents: set[Agent] = set()
 
@@ -100,13 +102,19 @@ class Store:
         core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files)
         core.outcomes = opened.outcomes
         core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
-        return cls(core, opened.lock)
+        core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
+        core.manifest_bytes = sum(core.manifest_sizes.values())
+        store = cls(core, opened.lock)
+        for agent in opened.manifests.stale:
+            store._manifests.note(agent)
+        return store
 
     async def close(self) -> None:
         """Wait for what is in flight, then let go of the directory."""
         await self._upkeep.close()
         await self.flush()
         await self.settled()
+        await self._manifests.close()
         await self._core.journal.close()
         self._core.shutdown()
         self._lock.release()
@@ -116,6 +124,7 @@ class Store:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._loader.idle()
+        await self._manifests.flush()
         await self._collector.idle()
 
     async def flush(self) -> bool:
@@ -166,7 +175,7 @@ class Store:
             shared_tokens_reused=counters.shared_tokens_reused,
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
-            metadata_bytes_written=core.journal.database.bytes_written,
+            metadata_bytes_written=core.journal.database.bytes_written + counters.manifest_bytes_written,
             evictions=counters.evictions,
             quarantined=counters.quarantined,
             commits_failed=counters.commits_failed,
@@ -308,6 +317,7 @@ class Store:
         agent.saved = True
         if core.index.agents.get(agent.key) is not agent:
             raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
+        self._manifests.note(agent)
         if outcome is not None:
             core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, now, saved=True)
         self._upkeep.wake()
@@ -359,6 +369,7 @@ class Store:
             raise StorageUnavailable(
                 "the disk doesn't take the change", retry_after=core.settings.retry_seconds
             ) from error
+        self._manifests.note(agent)
         self._upkeep.wake()
         return core.record(agent)
 
@@ -412,10 +423,12 @@ class Store:
             return ticket is not None
         agent.deleting = True
         try:
-            if agent.saved or agent.durable:
+            if agent.saved or agent.durable or ticket is not None:
+                await self._manifests.remove(agent)
                 await core.journal.remove([*rows.delete_agent(agent.incarnation)])
         except OSError as error:
             agent.deleting = False
+            self._manifests.note(agent)
             raise StorageUnavailable(
                 "the disk doesn't take the deletion; the agent is still there",
                 retry_after=core.settings.retry_seconds,

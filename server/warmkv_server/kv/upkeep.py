@@ -13,6 +13,7 @@ from warmkv_server.errors import StorageUnavailable
 from warmkv_server.kv import rows
 from warmkv_server.kv.commit import Committer
 from warmkv_server.kv.core import Core
+from warmkv_server.kv.manifests import Manifests
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,16 @@ _LONGEST_PAUSE = 60.0
 class Upkeep:
     """Sleeps until something is due; `wake` when what is due may have changed."""
 
-    def __init__(self, core: Core, committer: Committer, delete: Callable[[str, str], Awaitable[bool]]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        committer: Committer,
+        manifests: Manifests,
+        delete: Callable[[str, str], Awaitable[bool]],
+    ) -> None:
         self._core = core
         self._committer = committer
+        self._manifests = manifests
         self._delete = delete
         self._changed = asyncio.Event()
         self._retry_at: float | None = None
@@ -67,8 +75,9 @@ class Upkeep:
         now = time.time()
         if self._retry_at is not None and self._retry_at <= now:
             await self._committer.retry_all()
+            await self._manifests.flush()
             self._retry_at = None
-        if not self._committer.not_durable:
+        if not self._committer.not_durable and not self._manifests.refused:
             self._retry_at = None
         elif self._retry_at is None:
             self._retry_at = now + self._core.settings.retry_seconds

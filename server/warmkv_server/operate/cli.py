@@ -140,6 +140,23 @@ def gc(
         show.waste(waste, dry_run)
 
 
+@store.command()
+def rebuild_index(data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Build the index anew from the agents' manifests and the block files; the old one is kept beside it.
+
+    A server does so by itself when it finds its index missing or damaged. What was committed in the last moments before
+    a crash may come back as it was before. Needs the server stopped. Exit status 1 if an agent did not come back.
+    """
+    from warmkv_server.operate.rebuild import rebuild
+
+    with _refusing():
+        found = rebuild(data_dir)
+    aside = f"; the old one is {found.aside}" if found.aside is not None else ""
+    typer.echo(f"rebuilt the index of {data_dir}{aside}: {found.summary()}")
+    if found.left_out or found.unreadable:
+        raise typer.Exit(1)
+
+
 Tenant = Annotated[str, typer.Option(help="Whose agent; without it that of a server without a token file.")]
 
 

@@ -66,7 +66,7 @@ def take(data_dir: Path) -> Iterator[Taken]:
         OperatorError: there is no readable index, or another process has the directory.
     """
     path = _index_path(data_dir)
-    with _locked(data_dir), _open_index(path) as database:
+    with locked(data_dir), _open_index(path) as database:
         try:
             index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
         except JournalDamaged as error:
@@ -76,7 +76,7 @@ def take(data_dir: Path) -> Iterator[Taken]:
 
 
 @contextlib.contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
+def locked(data_dir: Path) -> Iterator[None]:
     held = DirectoryLock(data_dir)
     try:
         yield

@@ -1,0 +1,155 @@
+"""The manifest of an agent: a small file with what the index knows of it, so that a lost index can be built anew.
+
+Its tokens are not in it where a block file has them: it names the nodes, and their headers have the tokens. Node ids
+are hashes of all tokens before, so whoever puts a context together from a manifest and headers can prove it right.
+FORMAT.md describes the file for other programs.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Self
+
+import xxhash
+
+from warmkv_server.kv.index import Agent
+from warmkv_server.kv.types import BLOCK_TOKENS
+
+FORMAT = "warmkv-agent"
+VERSION = 1
+FOLDER = "agents"
+SUFFIX = ".json"
+
+_HEAD = b'{"xxh3_128":"'
+_DIGEST_HEX = 32
+_NO_DIGEST = b"0" * _DIGEST_HEX
+
+
+class BadManifest(Exception):
+    """A manifest that can't be used, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One agent as of a commit.
+
+    Attributes:
+        fingerprint: digest.
+        blocks: ids of the full blocks in order, in hex; number n begins at token 256 n.
+        segments: id and end (tokens from the context's start) of each segment behind them; each begins where the one
+            before it ends.
+        tokens: of the nodes that have no file, by id: little-endian int32, the node's own tokens only.
+        snapshots: lengths of the context at which it has recurrent state.
+        kept, previous: boundaries, as in `Agent`.
+        ttl: seconds after the last use; None for ever.
+        create_time, update_time, last_used: seconds since 1970.
+    """
+
+    tenant: str
+    agent_id: str
+    revision: int
+    fingerprint: str
+    blocks: tuple[str, ...]
+    segments: tuple[tuple[str, int], ...]
+    snapshots: tuple[int, ...]
+    kept: tuple[int, ...]
+    previous: int
+    pinned: bool
+    ttl: float | None
+    labels: Mapping[str, str]
+    create_time: float
+    update_time: float
+    last_used: float
+    parent_agent_id: str
+    ending: str
+    tokens: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, agent: Agent) -> Self:
+        return cls(
+            tenant=agent.tenant,
+            agent_id=agent.agent_id,
+            revision=agent.revision,
+            fingerprint=agent.fingerprint,
+            blocks=tuple(node.id.hex() for node in agent.nodes if node.full),
+            segments=tuple((node.id.hex(), node.end) for node in agent.nodes if not node.full),
+            snapshots=tuple(sorted(agent.snapshots)),
+            kept=tuple(agent.kept),
+            previous=agent.previous,
+            pinned=agent.pinned,
+            ttl=agent.ttl,
+            labels=dict(agent.labels),
+            create_time=agent.create_time,
+            update_time=agent.update_time,
+            last_used=agent.last_used,
+            parent_agent_id=agent.parent_agent_id,
+            ending=agent.ending,
+            tokens={node.id.hex(): node.own_tokens for node in agent.nodes if not node.parts},
+        )
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """(id, start, end) of each node, in order."""
+        found = [(node, at * BLOCK_TOKENS, (at + 1) * BLOCK_TOKENS) for at, node in enumerate(self.blocks)]
+        for node, end in self.segments:
+            found.append((node, found[-1][2] if found else 0, end))
+        return found
+
+    def says_the_same(self, other: Manifest) -> bool:
+        """Whether they differ at most in the time of the last use, which is not written down at each."""
+        return replace(self, last_used=0.0) == replace(other, last_used=0.0)
+
+
+def file_name(tenant: str, agent_id: str) -> str:
+    """Every agent has one name, and no name tells the agent's."""
+    hasher = blake2b(digest_size=16, person=b"warmkv-agent")
+    for text in (tenant.encode(), agent_id.encode()):
+        hasher.update(len(text).to_bytes(8, "little") + text)
+    return hasher.hexdigest() + SUFFIX
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's content, the checksum filled in."""
+    described: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    for name in Manifest.__dataclass_fields__:
+        described[name] = getattr(manifest, name)
+    described["tokens"] = {node: base64.b64encode(tokens).decode() for node, tokens in manifest.tokens.items()}
+    rest = b'",' + json.dumps(described, separators=(",", ":")).encode()[1:]
+    return _HEAD + _checksum(rest) + rest
+
+
+def decode(content: bytes) -> Manifest:
+    """
+    Raises:
+        BadManifest: damaged, of another version, or not a manifest.
+    """
+    at = len(_HEAD) + _DIGEST_HEX
+    if not content.startswith(_HEAD) or content[len(_HEAD) : at] != _checksum(content[at:]):
+        raise BadManifest("damaged: the checksum is another, or there is none")
+    try:
+        described = json.loads(content)
+        del described["xxh3_128"]
+        form, version = described.pop("format"), described.pop("version")
+        if (form, version) != (FORMAT, VERSION):
+            raise BadManifest(f"format {form} {version}, not {FORMAT} {VERSION}")
+        for name in ("blocks", "snapshots", "kept"):
+            described[name] = tuple(described[name])
+        described["segments"] = tuple((node, end) for node, end in described["segments"])
+        described["tokens"] = {
+            node: base64.b64decode(tokens, validate=True) for node, tokens in described["tokens"].items()
+        }
+        return Manifest(**described)
+    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
+        raise BadManifest(f"unreadable: {error!r}") from error
+
+
+def _checksum(rest: bytes) -> bytes:
+    """xxh3-128 of the whole file with zeros in the checksum's place, in hex."""
+    hasher = xxhash.xxh3_128(_HEAD + _NO_DIGEST)
+    hasher.update(rest)
+    return hasher.hexdigest().encode()

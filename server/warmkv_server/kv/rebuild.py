@@ -1,0 +1,310 @@
+"""Building a lost index anew, from the agents' manifests and the headers of the block files.
+
+A node's id is a hash of its tenant, its fingerprint and all tokens up to its end. So a context put together from what
+was found is compared with the manifest's ids from the root on: it is the agent's to the last token, or it isn't taken.
+Payloads aren't read: whoever uses a file first verifies it, as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv import blockfile, journal, rows
+from warmkv_server.kv.blockfile import BadFile, BlockInfo, Parsed
+from warmkv_server.kv.core import BLOCKS, QUARANTINE, block_info, block_path
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.ids import TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.index import Agent, Index, Node, Part
+from warmkv_server.kv.journal import Database, Statement
+from warmkv_server.kv.manifest import FOLDER, SUFFIX, BadManifest, Manifest, decode, file_name
+from warmkv_server.kv.quarantine import quarantine
+from warmkv_server.kv.types import Fallback, PartKind
+
+log = logging.getLogger(__name__)
+
+_NEW = journal.FILE_NAME + ".new"
+_SQLITE_FILES = ("", "-wal", "-shm")
+_FIRST_READ = 16 << 10
+"""Bytes; a header and more."""
+
+
+class NotRebuildable(Exception):
+    """An agent of which nobody knows all tokens any more, and why."""
+
+
+@dataclass
+class Rebuilt:
+    """What came back, and what did not.
+
+    Attributes:
+        aside: where the old index is kept, if there was one.
+        without_kv: tokens that are known, but whose block files are gone; they are computed anew when needed.
+        left_out: agents that could not be rebuilt, and why.
+        unreadable: manifests that could not be read, and why; so nobody knows whose they were.
+    """
+
+    aside: Path | None = None
+    agents: int = 0
+    tokens: int = 0
+    without_kv: int = 0
+    left_out: list[str] = field(default_factory=list)
+    unreadable: dict[Path, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """One sentence or two for people."""
+        text = f"{self.agents} agents with {self.tokens} tokens came back"
+        if self.without_kv:
+            text += f", {self.without_kv} of them without KV, which is computed anew when needed"
+        text += "; the outcomes of old request ids did not"
+        if self.left_out:
+            text += f"; {len(self.left_out)} agents did not: {', '.join(self.left_out)}"
+        if self.unreadable:
+            names = ", ".join(f"{path.name} ({why})" for path, why in self.unreadable.items())
+            text += f"; {len(self.unreadable)} manifests can't be read: {names}"
+        return text
+
+
+def holds_contexts(data_dir: Path) -> bool:
+    """Whether there is anything that an index ought to know."""
+    return any(data_dir.glob(f"{FOLDER}/*{SUFFIX}")) or any(data_dir.glob(f"{BLOCKS}/*/*{blockfile.SUFFIX}"))
+
+
+def rebuild_index(data_dir: Path, files: Files, quarantine_bytes: int, why: str) -> Rebuilt:
+    """Build an index from what the files say, and put it in place; the old one is kept beside it. Blocking.
+
+    The directory's lock is held. A crash at any moment leaves the old index, or none, or the whole new one.
+
+    Args:
+        why: a word for the old one's new name.
+
+    Raises:
+        OperatorError: there are no manifests to build it from, or the disk refuses.
+    """
+    path = data_dir / journal.FILE_NAME
+    found = Rebuilt()
+    manifests = _read_manifests(data_dir, found)
+    if not manifests and holds_contexts(data_dir):
+        raise OperatorError(
+            f"the index {path} can't be rebuilt, because {data_dir / FOLDER} has no readable manifest and the block "
+            "files alone don't say whose they are; put the index back from a backup, or move the data directory away "
+            "to begin with an empty one"
+        )
+    try:
+        builder = _Builder(data_dir)
+        for manifest in manifests:
+            try:
+                agent = builder.add(manifest)
+            except NotRebuildable as reason:
+                found.left_out.append(f"{_name(manifest)} ({reason})")
+                _put_away(data_dir, _manifest_path(data_dir, manifest), files, quarantine_bytes)
+                continue
+            found.agents += 1
+            found.tokens += len(agent.tokens)
+            found.without_kv += sum(node.count for node in agent.nodes if PartKind.APPEND not in node.parts)
+        for bad in [*builder.bad, *found.unreadable]:
+            _put_away(data_dir, bad, files, quarantine_bytes)
+        _write(data_dir / _NEW, files, builder.index)
+        found.aside = _put_aside(path, why)
+        (data_dir / _NEW).rename(path)
+        files.sync_folders([data_dir])
+    except OSError as error:
+        raise OperatorError(
+            f"the disk refuses the new index of {data_dir} ({error.strerror or error}); free space, and try again"
+        ) from error
+    return found
+
+
+def _read_manifests(data_dir: Path, found: Rebuilt) -> list[Manifest]:
+    manifests: list[Manifest] = []
+    folder = data_dir / FOLDER
+    for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
+        try:
+            manifest = decode(path.read_bytes())
+            if path.name != file_name(manifest.tenant, manifest.agent_id):
+                raise BadManifest("it is another agent's, under this name")
+            manifests.append(manifest)
+        except (BadManifest, OSError) as error:
+            found.unreadable[path] = str(error)
+    return manifests
+
+
+class _Builder:
+    """Nodes and agents, as far as the files bear them out."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self.index = Index()
+        self.bad: list[Path] = []
+        """Files that are not what their name says."""
+
+    def add(self, manifest: Manifest) -> Agent:
+        """
+        Raises:
+            NotRebuildable
+        """
+        texts = self._block_texts(manifest)
+        nodes: list[Node] = []
+        root = parent = root_id(manifest.tenant, manifest.fingerprint)
+        parents = {0: root}
+        for ident, start, end in manifest.spans:
+            begin = block_of(start)
+            tokens = texts.get(begin, b"")[: (end - begin) * TOKEN_BYTES]
+            if len(tokens) < (end - begin) * TOKEN_BYTES:
+                raise NotRebuildable(f"no file has its tokens {begin + len(tokens) // TOKEN_BYTES} to {end} any more")
+            if node_id(parent, start, tokens).hex() != ident:
+                raise NotRebuildable(f"the tokens {start} to {end} that were found are not its own")
+            node = self._node(manifest, parent, start, tokens, [PartKind.APPEND, PartKind.WINDOW])
+            nodes.append(node)
+            if node.full:
+                parents[end] = parent = node.id
+        agent = Agent(manifest.tenant, manifest.agent_id, self.index.new_incarnation(), manifest.fingerprint)
+        agent.nodes, agent.tokens = nodes, rows.join_tokens(nodes)
+        for length in manifest.snapshots:
+            begin = block_of(length)
+            text = agent.tokens[begin:length].astype("<i4").tobytes()
+            agent.snapshots[length] = self._node(manifest, parents[begin], length, text, [PartKind.STATE])
+        agent.revision, agent.kept, agent.previous = manifest.revision, manifest.kept, manifest.previous
+        agent.pinned, agent.ttl, agent.labels = manifest.pinned, manifest.ttl, dict(manifest.labels)
+        agent.create_time, agent.update_time = manifest.create_time, manifest.update_time
+        agent.last_used, agent.parent_agent_id = manifest.last_used, manifest.parent_agent_id
+        agent.ending = manifest.ending
+        self.index.add_agent(agent)
+        return agent
+
+    def _block_texts(self, manifest: Manifest) -> dict[int, bytes]:
+        """For each block, by its first token, the most of its tokens that is known: from a header or the manifest."""
+        texts: dict[int, bytes] = {}
+        for ident, start, end in manifest.spans:
+            begin = block_of(start)
+            before = texts.get(begin, b"")
+            if (own := manifest.tokens.get(ident)) is not None:
+                offset = (start - begin) * TOKEN_BYTES
+                if len(before) >= offset:
+                    texts[begin] = max(before, before[:offset] + own, key=len)
+                continue
+            for text in self._texts_of(ident, start, end):
+                texts[begin] = max(texts.get(begin, b""), text, key=len)
+        return texts
+
+    def _texts_of(self, ident: str, start: int, end: int) -> Iterable[bytes]:
+        """A node's tokens from the start of its block on, from each header of its files that can be it."""
+        for kind in (PartKind.APPEND, PartKind.WINDOW):
+            path = block_path(self._data_dir, ident, kind)
+            for place in (path, self._data_dir / QUARANTINE / path.name):
+                with contextlib.suppress(BadFile, OSError):
+                    info = _read_header(place).parsed.info
+                    size = (end - block_of(start)) * TOKEN_BYTES
+                    if info.node == ident and info.start == start and len(info.block_tokens) == size:
+                        yield info.block_tokens
+
+    def _node(
+        self, manifest: Manifest, parent: bytes, start: int, block_tokens: bytes, kinds: Iterable[PartKind]
+    ) -> Node:
+        ident = node_id(parent, start, block_tokens)
+        node = self.index.nodes.get(ident)
+        if node is not None:
+            return node
+        row = self.index.new_row()
+        node = Node(ident, row, manifest.tenant, manifest.fingerprint, parent, start, block_tokens)
+        for kind in kinds:
+            path = block_path(self._data_dir, ident.hex(), kind)
+            try:
+                node.parts[kind] = _part(path, block_info(node, kind))
+            except FileNotFoundError:
+                if kind is not PartKind.WINDOW:
+                    node.lost = node.lost or Fallback.MISSING_BLOCK
+            except BadFile as bad:
+                log.warning("block %s (%s) can't be used: %s", ident.hex(), kind, bad)
+                node.lost = Fallback.QUARANTINED
+                self.bad.append(path)
+        self.index.nodes[ident] = node
+        return node
+
+
+def _part(path: Path, expected: BlockInfo) -> Part:
+    """
+    Raises:
+        BadFile: not the file that was looked for.
+        FileNotFoundError
+    """
+    try:
+        header = _read_header(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadFile(Fallback.MISSING_BLOCK, f"it can't be read: {error}") from error
+    if header.parsed.info != expected:
+        raise BadFile(Fallback.FORMAT, "of another node")
+    if header.nbytes + header.parsed.payload != header.file_bytes:
+        raise BadFile(Fallback.FORMAT, f"{header.file_bytes} bytes, and not what the header says")
+    return Part(header.file_bytes, header.parsed.digest)
+
+
+@dataclass(frozen=True)
+class _Header:
+    parsed: Parsed
+    nbytes: int
+    file_bytes: int
+
+
+def _read_header(path: Path) -> _Header:
+    """
+    Raises:
+        BadFile, OSError
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        head = os.pread(fd, _FIRST_READ, 0)
+        start = blockfile.header_size(head, size)
+        return _Header(blockfile.parse(head[:start] if start <= len(head) else os.pread(fd, start, 0)), start, size)
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, files: Files, index: Index) -> None:
+    """A whole index as one file."""
+    for end in _SQLITE_FILES:
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    statements: list[Statement] = [rows.put_node(node) for node in index.nodes.values()]
+    for agent in index.agents.values():
+        statements += rows.insert_agent(agent)
+    database = Database(path, files.durability)
+    try:
+        database.apply(statements)
+    finally:
+        database.close()
+
+
+def _put_aside(path: Path, why: str) -> Path | None:
+    """Keep what is left of an index under another name."""
+    aside = path.with_name(f"{path.name}.{why}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    for end in _SQLITE_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    return aside if aside.exists() else None
+
+
+def aside_bytes(data_dir: Path) -> int:
+    """What indexes that were kept take."""
+    return sum(path.stat().st_size for path in data_dir.glob(f"{journal.FILE_NAME}.*-*"))
+
+
+def _put_away(data_dir: Path, path: Path, files: Files, limit: int) -> None:
+    (data_dir / QUARANTINE).mkdir(exist_ok=True)
+    quarantine(files, path, data_dir / QUARANTINE, limit)
+
+
+def _manifest_path(data_dir: Path, manifest: Manifest) -> Path:
+    return data_dir / FOLDER / file_name(manifest.tenant, manifest.agent_id)
+
+
+def _name(manifest: Manifest) -> str:
+    return f"{manifest.agent_id!r}" + (f" of tenant {manifest.tenant!r}" if manifest.tenant else "")

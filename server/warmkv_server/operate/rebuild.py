@@ -1,0 +1,27 @@
+"""`warmkv store rebuild-index`: what a server does by itself when the index is lost, at an operator's word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv import journal
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.rebuild import Rebuilt, holds_contexts, rebuild_index
+from warmkv_server.kv.records import Durability, StoreSettings
+from warmkv_server.operate.directory import locked
+
+
+def rebuild(data_dir: Path) -> Rebuilt:
+    """Build the index anew from manifests and block files, whatever state it is in; the old one is kept beside it.
+
+    Raises:
+        OperatorError: not a data directory, a server has it, or there is nothing to rebuild from.
+    """
+    if not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir):
+        raise OperatorError(
+            f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir"
+        )
+    with locked(data_dir):
+        settings = StoreSettings(data_dir)
+        return rebuild_index(data_dir, Files(Durability.FULL), settings.quarantine_bytes, "replaced")
