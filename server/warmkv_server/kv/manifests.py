@@ -190,6 +190,7 @@ class UpToDate:
 def bring_up_to_date(data_dir: Path, index: Index, files: Files) -> UpToDate:
     """Have a manifest for each agent of the index, as the index has it, and no others. Blocking."""
     folder = data_dir / FOLDER
+    folder.mkdir(exist_ok=True)
     strays = {path.name for path in folder.iterdir()}
     found = UpToDate()
     contents: dict[Path, bytes] = {}

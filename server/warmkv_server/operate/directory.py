@@ -11,16 +11,18 @@ from pathlib import Path
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv import journal, lock, rows
-from warmkv_server.kv.blockfile import SUFFIX
-from warmkv_server.kv.core import BLOCKS
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.index import Agent, Index, Node
 from warmkv_server.kv.journal import Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
+from warmkv_server.kv.manifests import bring_up_to_date
 from warmkv_server.kv.readonly import ReadOnlyDatabase
+from warmkv_server.kv.rebuild import holds_contexts
 from warmkv_server.kv.records import Durability, Fingerprint, StoreSettings
-from warmkv_server.kv.startup import block_files, make_folders
+from warmkv_server.kv.startup import make_folders
 from warmkv_server.kv.types import PartKind
+
+_REBUILD = "`warmkv store rebuild-index` builds it anew, and so does a server that starts"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,12 @@ def take(data_dir: Path) -> Iterator[Taken]:
         except JournalDamaged as error:
             raise _damaged(path, error) from error
         headroom = StoreSettings(data_dir).headroom_bytes
-        yield Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom))
+        taken = Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom))
+        try:
+            yield taken
+        finally:
+            if database.bytes_written:
+                _renew_manifests(taken)
 
 
 @contextlib.contextmanager
@@ -92,13 +99,13 @@ def make(data_dir: Path) -> None:
     """
     if is_new(data_dir):
         make_folders(data_dir, Files(Durability.FULL))
-        with _locked(data_dir), _open_index(data_dir / journal.FILE_NAME):
+        with locked(data_dir), _open_index(data_dir / journal.FILE_NAME):
             pass
 
 
 def is_new(data_dir: Path) -> bool:
     """Whether nothing of a data directory is there."""
-    return not (data_dir / journal.FILE_NAME).exists() and not _has_blocks(data_dir)
+    return not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir)
 
 
 @contextlib.contextmanager
@@ -162,14 +169,21 @@ def _index_path(data_dir: Path) -> Path:
     path = data_dir / journal.FILE_NAME
     if path.is_file():
         return path
-    if _has_blocks(data_dir):
-        raise OperatorError(f"the index {path} is missing, though there are block files; put it back from a backup")
+    if holds_contexts(data_dir):
+        raise OperatorError(f"the index {path} is missing; {_REBUILD}")
     raise OperatorError(f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir")
 
 
-def _has_blocks(data_dir: Path) -> bool:
-    return (data_dir / BLOCKS).is_dir() and any(entry.name.endswith(SUFFIX) for entry in block_files(data_dir))
+def _renew_manifests(taken: Taken) -> None:
+    """Of the agents as they are now."""
+    try:
+        bring_up_to_date(taken.data_dir, rows.read_index(taken.database), taken.files)
+    except OSError as error:
+        raise OperatorError(
+            f"the change is made, but the disk refuses the agents' manifests ({error.strerror or error}); "
+            "the next start of a server puts them right"
+        ) from error
 
 
 def _damaged(path: Path, error: JournalDamaged) -> OperatorError:
-    return OperatorError(f"the index {path} is damaged ({error}); put it back from a backup")
+    return OperatorError(f"the index {path} is damaged ({error}); {_REBUILD}")
