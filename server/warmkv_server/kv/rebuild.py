@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -173,7 +174,9 @@ class _Builder:
         agent.revision, agent.kept, agent.previous = manifest.revision, manifest.kept, manifest.previous
         agent.pinned, agent.ttl, agent.labels = manifest.pinned, manifest.ttl, dict(manifest.labels)
         agent.create_time, agent.update_time = manifest.create_time, manifest.update_time
-        agent.last_used, agent.parent_agent_id = manifest.last_used, manifest.parent_agent_id
+        # Only the index knew of the latest uses: whoever has a lifetime gets it anew, rather than expire too early.
+        agent.last_used = manifest.last_used if manifest.ttl is None else time.time()
+        agent.parent_agent_id = manifest.parent_agent_id
         agent.ending = manifest.ending
         self.index.add_agent(agent)
         return agent

@@ -139,7 +139,7 @@ def _open_index(settings: StoreSettings, files: Files) -> tuple[Database, Index]
         return _read_index(settings, create=not holds_contexts(settings.data_dir))
     except JournalDamaged as error:
         log.error("the index %s is lost (%s); building it anew from the files", path, error)
-    rebuilt = rebuild_index(settings.data_dir, files, settings.quarantine_bytes, "damaged")
+    rebuilt = rebuild_index(settings.data_dir, files, settings.quarantine_limit, "damaged")
     kept = f" (the damaged index is kept as {rebuilt.aside.name})" if rebuilt.aside is not None else ""
     log.warning("the index %s was rebuilt%s: %s", path, kept, rebuilt.summary())
     return _read_index(settings, create=False)
