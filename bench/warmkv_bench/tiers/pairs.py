@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from warmkv import v1 as pb
 from warmkv_bench.client import AGENT_PREFIX, Answer, BrokenStream, Client, RequestFailed, generation, tokens_content
 from warmkv_bench.config import ConfigError, State
@@ -96,7 +98,10 @@ class Tiers:
         tokens = prompts.tokens(0, max(sizes.values()))
         suffix = prompts.tokens(1, config.suffix_tokens)
         try:
+            kept = await self._kept_tokens()
             for end in (*range(PRIMED_AT_ONCE, len(tokens), PRIMED_AT_ONCE), len(tokens)):
+                if end < min(kept, len(tokens)):
+                    continue  # a shorter prime would cut what an earlier run has left
                 say(f"priming {end:,} of {len(tokens):,} tokens")
                 await self._prime(SOURCE, tokens[:end])
             for context, held in sizes.items():
@@ -107,6 +112,15 @@ class Tiers:
         finally:
             if not config.keep:
                 await self._client.delete(SOURCE)
+
+    async def _kept_tokens(self) -> int:
+        """Tokens of the primed agent that an earlier run has left."""
+        try:
+            return (await self._client.agent(SOURCE)).token_count
+        except RequestFailed as failed:
+            if failed.code != grpc.StatusCode.NOT_FOUND:
+                raise
+            return 0
 
     async def _measure(self, context: int, held: list[int], suffix: list[int]) -> None:
         name = f"{SOURCE}.{context}"
