@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from warmkv import v1 as pb
@@ -17,6 +18,12 @@ from warmkv_bench.prompts import Prompts
 
 SUFFIX = 32
 """New tokens of a request whose comparison names no other number."""
+
+SHORT = 1024
+"""Tokens of the contexts that stand beside others."""
+
+MOST_AGENTS = 16
+"""Contexts of one length, at most."""
 
 Measure = Callable[[], Awaitable[float]]
 
@@ -71,8 +78,6 @@ class Bench:
     problems: list[str] = field(default_factory=list)
     gaps: list[dict[str, Any]] = field(default_factory=list)
     _fresh: int = 10_000
-    _primed: set[int] = field(default_factory=set)
-    """First tokens of contexts that are kept: a cold one must begin otherwise."""
 
     async def compare(
         self,
@@ -117,7 +122,7 @@ class Bench:
         while True:
             self._fresh += 1
             found = self.prompts.tokens(self._fresh, tokens)
-            if found[0] not in self._primed:
+            if found[0] not in self._first_tokens:
                 return found
 
     def suffix(self, tokens: int = SUFFIX) -> list[int]:
@@ -126,9 +131,7 @@ class Bench:
     async def primed(self, context: int, number: int = 0) -> str:
         """An agent whose context has so many tokens, in RAM; the `number`-th of its length."""
         agent_id = f"{AGENT_PREFIX}engine.{context}.{number}"
-        tokens = self.prompts.tokens(100 * (context % 97) + number, context)
-        self._primed.add(tokens[0])
-        await self.client.prime(agent_id, tokens_content(tokens))
+        await self.client.prime(agent_id, tokens_content(self.prompts.tokens(_ordinal(context, number), context)))
         # After a restart of the server on kept data this is what brings it into RAM.
         await self.client.generate(generation(agent_id, tokens_content(self.suffix()), 1, ephemeral=True))
         return agent_id
@@ -167,9 +170,20 @@ class Bench:
         got = await self.ask("", self.fresh(tokens), 1, pb.CACHE_SOURCE_COLD)
         return first_token_ms(got)
 
+    @cached_property
+    def _first_tokens(self) -> set[int]:
+        """Of every context that may be kept, in this run or from the last: a cold one must begin otherwise."""
+        kept = ((context, number) for context in (SHORT, *self.plan.contexts) for number in range(MOST_AGENTS))
+        return {self.prompts.tokens(_ordinal(*each), 1)[0] for each in kept}
+
     def on(self, client: Client) -> Bench:
         """The same with another server."""
         return replace(self, client=client)
+
+
+def _ordinal(context: int, number: int) -> int:
+    """Which of the prompts an agent's context is."""
+    return MOST_AGENTS * (context % 97) + number
 
 
 def first_token_ms(got: Streamed) -> float:

@@ -10,10 +10,9 @@ from statistics import median
 
 from warmkv import v1 as pb
 from warmkv_bench.client import AGENT_PREFIX, Answer, generation, tokens_content
-from warmkv_bench.engine.bench import SUFFIX, Bench, Measure, first_token_ms
+from warmkv_bench.engine.bench import SHORT, SUFFIX, Bench, Measure, first_token_ms
 from warmkv_bench.engine.outcome import Target, alternating_rate, fair_share, gaps_after, p99_outcome, total_rate
 
-SHORT = 1024
 DECODERS = 4
 MIXED_SHORT = 7
 WARM_TOKENS = 4

@@ -53,7 +53,8 @@ async def run_engine(
     where: dict[str, Any] = {}
     for model in models:
         weights = model_folder(model, folder)
-        data = folder / "data" / weights.name
+        # What is kept must be of the same lengths: cold contexts are made to begin like none of them.
+        data = folder / "data" / f"{weights.name}-{seed}-{'-'.join(map(str, plan.contexts))}"
         gap_ms = str(plan.max_decode_gap_ms)
         arguments = ["--model", str(weights), "--max-decode-gap-ms", gap_ms]
         async with AsyncExitStack() as stack:
