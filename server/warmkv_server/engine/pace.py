@@ -22,9 +22,9 @@ _MARGINS = 1.0, 3.0
 class Pace:
     """A running estimate of the time of a chunk of c tokens after a prefix of p: c * (a + b * p) seconds.
 
-    The estimate is least squares over the chunks run so far, older ones counting less. Times spread around it, so chunks
-    are planned with a margin: it grows whenever a chunk took longer than estimate and margin, and shrinks otherwise, in
-    steps that balance where 1% of the chunks take longer (Robbins and Monro's estimate of a quantile).
+    The estimate is least squares over the chunks run so far, older ones counting less. Times spread around it, so
+    chunks are planned with a margin: it grows whenever a chunk took longer than estimate and margin, and shrinks
+    otherwise, in steps that balance where 1% of the chunks take longer (Robbins and Monro's estimate of a quantile).
 
     Attributes:
         chunk: tokens of a chunk when nobody decodes.
