@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.e2e.harness import Client, serving, some_tokens, text, token_ids
+from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
 from warmkv import v1
 
 
@@ -196,3 +197,30 @@ def test_the_servers_counters_add_up(tmp_path: Path) -> None:
         assert gauges.disk_bytes >= client.get("a").warm_bytes
         assert sum(gauges.agents_by_tier.values()) == 2
         assert (gauges.queue_depth, gauges.batch_size) == (0, 0)
+
+
+@pytest.mark.parametrize("loss", ["gone", "damaged"])
+def test_a_server_that_lost_its_index_answers_the_same_tokens_from_disk(tmp_path: Path, loss: str) -> None:
+    data, suffix = tmp_path / "data", text(" So the answer is")
+    with serving(data) as (server, client):
+        client.prime("a", token_ids(some_tokens(600)))
+        client.extend("a", text(" Some more of it, to have a tail."))
+        client.prime("deleted", token_ids(some_tokens(300, 1)))
+        client.delete("deleted")
+        before = client.get("a")
+        hot = client.generate("a", suffix, ephemeral=True, max_tokens=24)
+        assert server.terminate() == 0
+    index = data / "index.sqlite"
+    if loss == "gone":
+        index.unlink()
+    else:
+        index.write_bytes(bytes(4096) + index.read_bytes()[4096:])
+    with serving(data) as (server, client):
+        after = client.get("a")
+        assert (after.token_count, after.revision, after.tier) == (before.token_count, before.revision, v1.TIER_WARM)
+        with refused(grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND"):
+            client.get("deleted")
+        warm = client.generate("a", suffix, ephemeral=True, max_tokens=24)
+        assert (warm.cache.source, warm.cache.cached_tokens) == (v1.CACHE_SOURCE_WARM, before.token_count)
+        assert warm.tokens == hot.tokens
+        assert "1 agents with" in server.log_text()

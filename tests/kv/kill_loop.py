@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ import numpy as np
 
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
-from warmkv_server.errors import WarmKVError
+from warmkv_server.errors import OperatorError, WarmKVError
 from warmkv_server.kv.records import Durability, TokenIds
 from warmkv_server.kv.startup import block_files
 
@@ -48,6 +49,10 @@ class Log:
         self._next += 1
         self._write({"begin": self._next, "agent": agent, "after": after})
         return self._next
+
+    def manifests_are_right(self) -> None:
+        """Note that they say what the index says."""
+        self._write({"manifests": True})
 
     def done(self, number: int, *, happened: bool) -> None:
         self._write({"done": number, "happened": happened})
@@ -158,8 +163,50 @@ def allowed(log: Path) -> dict[str, list[Pieces | None]]:
     }
 
 
+def allowed_without_index(log: Path) -> dict[str, list[Pieces | None]]:
+    """What a manifest may say of each agent: any state since the manifests were known to be right, but nothing from
+    before a deletion."""
+    states: dict[str, list[Pieces | None]] = {agent: [None] for agent in AGENTS}
+    deletions: dict[int, str] = {}
+    for line in log.read_bytes().splitlines():
+        entry = json.loads(line)
+        if "begin" in entry:
+            states[entry["agent"]].append(entry["after"])
+            if entry["after"] is None:
+                deletions[entry["begin"]] = entry["agent"]
+        elif "manifests" in entry:
+            states = {agent: known[-1:] for agent, known in states.items()}
+        elif entry["done"] in deletions:
+            states[deletions[entry["done"]]] = [None]
+    return states
+
+
+async def judge_without_index(data: Path, layout: str, log: Path) -> None:
+    """Lose the index of a copy: no agent may be gone for good, be what it never was, or come back from the dead."""
+    copy = data.with_name("without_index")
+    shutil.copytree(data, copy, copy_function=os.link, ignore=shutil.ignore_patterns("index.sqlite*", "lock"))
+    states = allowed_without_index(log)
+    try:
+        driver = await Driver.open(copy, LAYOUTS[layout])
+    except OperatorError:
+        assert all(None in candidates for candidates in states.values()), "there are no manifests"
+    else:
+        for agent, candidates in states.items():
+            if driver.store.agent(TENANT, agent) is None:
+                assert None in candidates, f"{agent} is gone without an index; it may be {candidates}"
+                continue
+            tokens = driver.store.tokens(TENANT, agent)
+            fits = any(c is not None and np.array_equal(tokens_of(c), tokens) for c in candidates)
+            assert fits, f"{agent} has {len(tokens)} tokens without an index; it may be {candidates}"
+            reuse = await driver.reuse(agent, tokens)
+            assert reuse.length == len(tokens), f"{agent}: {reuse.length} of {len(tokens)} tokens without an index"
+        await driver.close()
+    shutil.rmtree(copy)
+
+
 async def judge(data: Path, layout: str, log: Path, verdict: Path) -> None:
     """Compare, and write down what every agent is now."""
+    await judge_without_index(data, layout, log)
     driver = await Driver.open(data, LAYOUTS[layout])
     states: dict[str, Pieces] = {}
     for agent, candidates in allowed(log).items():
@@ -181,10 +228,11 @@ async def judge(data: Path, layout: str, log: Path, verdict: Path) -> None:
 
 
 async def be_killed(data: Path, layout: str, log: Path, seed: int, known: dict[str, Pieces], ready: int) -> None:
-    driver = await Driver.open(data, LAYOUTS[layout], durability=Durability.FSYNC)
+    driver = await Driver.open(data, LAYOUTS[layout], durability=Durability.FSYNC, manifest_seconds=0.02)
     writer = Log(log)
     for agent, pieces in known.items():
         writer.done(writer.begin(agent, pieces), happened=True)
+    writer.manifests_are_right()
     os.write(ready, b"x")
     await Victim(driver, writer, seed, known).work()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,6 +297,35 @@ async def test_a_manifest_that_waits_keeps_what_the_one_on_disk_refers_to(tmp_pa
     lose_index(tmp_path / "data")
     driver = await Driver.open(tmp_path / "data", layout)
     assert (await driver.reuse("a", context(700))).length == 700
+    await driver.close()
+
+
+class SlowFiles(Files):
+    """Doesn't finish a manifest before it may."""
+
+    def __init__(self) -> None:
+        super().__init__(Durability.NONE)
+        self.may_rename, self.unlinked = threading.Event(), threading.Event()
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.parent.name == "agents":
+            self.may_rename.wait(10)
+        super().rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        super().unlink(path)
+        self.unlinked.set()
+
+
+async def test_a_deletion_waits_for_the_manifest_that_is_being_written(tmp_path: Path) -> None:
+    files = SlowFiles()
+    driver = await Driver.open(tmp_path, files=files)
+    await driver.put("a", context(300))
+    deletion = asyncio.create_task(driver.store.delete(TENANT, "a"))
+    assert not await asyncio.to_thread(files.unlinked.wait, 0.1)
+    files.may_rename.set()
+    assert await deletion
+    assert not manifest_of(tmp_path, "a").exists()
     await driver.close()
 
 
