@@ -71,13 +71,16 @@ class Manifest:
 
     @classmethod
     def of(cls, agent: Agent) -> Self:
+        full = len(agent.nodes)
+        while full and not agent.nodes[full - 1].full:
+            full -= 1
         return cls(
             tenant=agent.tenant,
             agent_id=agent.agent_id,
             revision=agent.revision,
             fingerprint=agent.fingerprint,
-            blocks=tuple(node.id.hex() for node in agent.nodes if node.full),
-            segments=tuple((node.id.hex(), node.end) for node in agent.nodes if not node.full),
+            blocks=tuple([node.id.hex() for node in agent.nodes[:full]]),
+            segments=tuple((node.id.hex(), node.end) for node in agent.nodes[full:]),
             snapshots=tuple(sorted(agent.snapshots)),
             kept=tuple(agent.kept),
             previous=agent.previous,

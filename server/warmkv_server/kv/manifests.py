@@ -2,7 +2,7 @@
 
 The index is the commit point, so nobody waits for a manifest: it is written after the commit, at most once in a while
 for each agent, many of them with one sync of their folder. What a manifest on disk refers to stays there until a newer
-one is: nodes that a commit has replaced are pinned for as long.
+one is: nodes that a commit has replaced, and those whose window it doesn't need any more, are pinned for as long.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from warmkv_server.kv.core import Core
 from warmkv_server.kv.files import TEMP_SUFFIX, Files
 from warmkv_server.kv.index import Agent, AgentKey, Index, Node
 from warmkv_server.kv.manifest import FOLDER, BadManifest, Manifest, decode, encode, file_name
+from warmkv_server.kv.types import PartKind
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class Manifests:
         core = self._core
         if agent.deleting or not agent.durable or core.index.agents.get(agent.key) is not agent:
             return
-        held = list(set(replaced).difference(agent.all_nodes()))
+        now = set(agent.all_nodes())
+        held = [n for n in set(replaced) if n not in now or (PartKind.WINDOW in n.parts and n not in agent.windowed)]
         for node in held:
             node.pins += 1
         content = encode(Manifest.of(agent))

@@ -102,7 +102,7 @@ def _families(agents: Agents) -> Iterator[Metric]:
         "accepted_tokens": ("Tokens guessed right", engine.accepted_tokens),
         "loaded_bytes": ("Bytes read from block files", store.bytes_loaded),
         "kv_written_bytes": ("Bytes of block files written", store.kv_bytes_written),
-        "metadata_written_bytes": ("Bytes of the index written", store.metadata_bytes_written),
+        "metadata_written_bytes": ("Bytes of the index and the manifests written", store.metadata_bytes_written),
         "evictions": ("Agents that left RAM", store.evictions),
         "quarantined_files": ("Files put into quarantine", store.quarantined),
         "failed_commits": ("Commits that the disk refused", store.commits_failed),

@@ -422,7 +422,7 @@ class ServerCounters(_message.Message):
     kv_bytes_written: _builtins.int
     """Bytes of block files written."""
     metadata_bytes_written: _builtins.int
-    """Bytes of the index written: agents, token logs, request ids."""
+    """Bytes of the index written: agents, token logs, request ids; and of the agents' manifests."""
     evictions: _builtins.int
     """Agents that left RAM, by the memory budget or by EvictAgent."""
     quarantined: _builtins.int
