@@ -11,7 +11,7 @@ import typer
 from warmkv_bench.config import ConfigError
 from warmkv_bench.options import DEFAULT_MODEL, ModelOption, ServerArgsOption, ServerChoice, TargetOption, usage_error
 from warmkv_bench.soak import report
-from warmkv_bench.soak.run import Soak, run_soak
+from warmkv_bench.soak.run import QUANTISED_TOLERANCE, UNQUANTISED_TOLERANCE, Soak, run_soak
 from warmkv_bench.spawn import ServerFailed
 from warmkv_bench.terminal import Terminal
 
@@ -28,8 +28,12 @@ def soak(
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
     replays: Annotated[int, typer.Option(help="Answers that are computed again at the end, alone.")] = 150,
     tolerance: Annotated[
-        float, typer.Option(help="Margin, in log-probability, below which an answer may part from its replay.")
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            help="Margin, in log-probability, below which an answer may part from its replay. "
+            f"Default: {UNQUANTISED_TOLERANCE:g} with unquantised KV, {QUANTISED_TOLERANCE:g} with quantised."
+        ),
+    ] = None,
     memory: Annotated[float, typer.Option(help="Growth of the resident set that is allowed, as a part of it.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of what is asked.")] = 0,
     target: TargetOption = None,

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from warmkv_bench.environment import environment
@@ -18,6 +18,12 @@ from warmkv_bench.target import Target
 
 STUCK_S = 120.0
 """A request that takes longer is stuck."""
+
+UNQUANTISED_TOLERANCE = 0.001
+"""Natural logarithms. Another order of the same 32-bit sums changes no more."""
+QUANTISED_TOLERANCE = 0.3
+"""Natural logarithms. What another order of sums changes in the last bit can put a value on the other side of a
+quantisation step, and what reads that value differs by a step, layer after layer."""
 
 READINGS = 400
 """Of memory, over a run."""
@@ -31,7 +37,8 @@ class Soak:
         requests, seconds: the traffic ends with whichever comes first.
         concurrency: requests at once.
         replays: answers that are computed again at the end.
-        tolerance: how far the runner-up may be behind, in natural logarithms, where an answer parts from its replay.
+        tolerance: how far the runner-up may be behind, in natural logarithms, where an answer parts from its replay;
+            None for what suits the server's KV.
         memory: how much the resident set may grow after the warm-up, as a part of it.
     """
 
@@ -40,7 +47,7 @@ class Soak:
     seconds: float = 240.0
     concurrency: int = 16
     replays: int = 150
-    tolerance: float = 0.02
+    tolerance: float | None = None
     memory: float = 0.05
     seed: int = 0
 
@@ -77,7 +84,12 @@ async def run_soak(soak: Soak, server: ServerChoice) -> Findings:
 
 async def _run(soak: Soak, server: ServerChoice, target: Target) -> Findings:
     client = target.client
-    where = environment(await client.info(), target.data_dir, server.arguments)
+    info = await client.info()
+    where = environment(info, target.data_dir, server.arguments)
+    tolerance = soak.tolerance
+    if tolerance is None:
+        tolerance = QUANTISED_TOLERANCE if info.kv_bits else UNQUANTISED_TOLERANCE
+        soak = replace(soak, tolerance=tolerance)
     await client.delete_leftovers()
     traffic = Traffic(client, await Prompts.of_server(client, soak.seed), soak.agents, soak.seed, soak.replays)
     memory = Memory(target.pid)
@@ -95,7 +107,7 @@ async def _run(soak: Soak, server: ServerChoice, target: Target) -> Findings:
     gauges = await at_rest(client, empty)
     if not empty(gauges):
         breaches.append(f"every agent is deleted, and something is left: {gauges}")
-    replays = await replay(client, traffic.samples, soak.tolerance)
+    replays = await replay(client, traffic.samples, tolerance)
     breaches += replays.wrong
     growth = memory.growth()
     if growth is not None and growth > soak.memory:
