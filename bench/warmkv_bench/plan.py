@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from warmkv_bench.config import Isolation, MatrixConfig, Mode, State
 
-CROSS_CHECK_RUNS = 5
+CROSS_CHECK_RUNS = 15
 CROSS_CHECK_STATES = (State.WARM, State.HOT)
 PAIR = 2
 
