@@ -76,7 +76,7 @@ def test_a_concurrent_pair_is_measured_once() -> None:
 def test_the_cross_check_is_at_the_smallest_context_and_has_both_isolations() -> None:
     rounds = [round_ for round_ in plan(replace(SMALL, cross_check=True)) if round_.purpose == Purpose.CROSS_CHECK]
     assert {round_.context_tokens for round_ in rounds} == {1024}
-    assert Counter(round_.isolation for round_ in rounds) == {Isolation.FORK: 5, Isolation.STRICT: 5}
+    assert Counter(round_.isolation for round_ in rounds) == {Isolation.FORK: 15, Isolation.STRICT: 15}
 
 
 def test_calibration_extrapolates_over_no_more_than_a_factor_of_four() -> None:
