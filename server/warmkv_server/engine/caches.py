@@ -40,7 +40,8 @@ class QuantiseFirst:
     kind: PartKind
     codec: Codec
     log: list[Words]
-    """Of each update: components of keys and values stacked, or of keys and then of values where shapes differ."""
+    """Of each update: components of keys and values, one after the other along the axis of heads, or of keys and then
+    of values where their shapes differ."""
 
     def record_with(self, codec: Codec) -> None:
         self.codec = codec
@@ -57,10 +58,11 @@ class QuantiseFirst:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.codec.bits and keys.shape == values.shape:
             # Both at once: half the operations, which is what a step of one token costs.
-            both = self.codec.encode(mx.stack([keys, values]))
+            heads = keys.shape[1]
+            both = self.codec.encode(mx.concatenate([keys, values], axis=1))
             self.log.append(both)
             decoded = self.codec.decode(both, keys.dtype)
-            keys, values = decoded[0], decoded[1]
+            keys, values = decoded[:, :heads], decoded[:, heads:]
         else:
             key_words, value_words = self.codec.encode(keys), self.codec.encode(values)
             self.log.append(key_words + value_words)
@@ -81,7 +83,8 @@ class QuantiseFirst:
         self.log = []
         count = len(self.codec.components)
         if len(pieces) == count:
-            return tuple(piece[0] for piece in pieces), tuple(piece[1] for piece in pieces)
+            heads = pieces[0].shape[1] // 2
+            return tuple(piece[:, :heads] for piece in pieces), tuple(piece[:, heads:] for piece in pieces)
         return tuple(pieces[:count]), tuple(pieces[count:])
 
 

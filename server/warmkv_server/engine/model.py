@@ -22,6 +22,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters, load_model, load
 from warmkv_server import blas
 from warmkv_server.engine import random_model
 from warmkv_server.engine.codec import Codec, storable
+from warmkv_server.engine.cpu_modules import exchange_modules
 from warmkv_server.engine.layout import CacheMap, discover, empty_caches
 from warmkv_server.engine.types import Sampling
 from warmkv_server.errors import OperatorError
@@ -136,10 +137,12 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
         tokenizer = load_tokenizer(tokenizer_folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise OperatorError(f"no tokenizer could be loaded from {tokenizer_folder}: {error}") from error
-    cache_map = discover(model, codec)
     text_config = config.get("text_config") or config
     vocab_size = int(text_config.get("vocab_size") or len(tokenizer))
     limit = _context_limit(text_config, context_limit)
+    if on_cpu:
+        exchange_modules(model, limit)
+    cache_map = discover(model, codec)
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,

@@ -1,0 +1,95 @@
+"""A model with exchanged modules is the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.normalization import LayerNorm, RMSNorm
+from mlx.nn.layers.positional_encoding import RoPE
+from mlx_lm.models.cache import make_prompt_cache
+
+from warmkv_server.engine import random_model
+from warmkv_server.engine.cpu_modules import RowRMSNorm, TableRoPE, exchange_modules
+
+POSITIONS = 4096
+
+
+class Wrapped(Module):
+    def __init__(self, *modules: Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.modules_ = list(modules)
+
+
+def exchanged(module: Module, positions: int = POSITIONS) -> Any:
+    holder = Wrapped(module)
+    exchange_modules(holder, positions)
+    return holder.modules_[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dims=st.sampled_from([32, 64, 96]),
+    head_dim=st.sampled_from([96, 128]),
+    base=st.sampled_from([10000.0, 500000.0]),
+    scale=st.sampled_from([1.0, 0.125, 0.3]),
+    offsets=st.lists(st.integers(0, POSITIONS - 1), min_size=1, max_size=3),
+    tokens=st.integers(1, 300),
+)
+def test_a_looked_up_rotation_has_the_bits_of_the_computed_one(
+    dims: int, head_dim: int, base: float, scale: float, offsets: list[int], tokens: int
+) -> None:
+    stock: Any = RoPE(dims, base=base, scale=scale)
+    ours = exchanged(stock)
+    assert isinstance(ours, TableRoPE)
+    offsets = [min(offset, POSITIONS - tokens) for offset in offsets]
+    x = mx.random.normal((len(offsets), 2, tokens, head_dim), key=mx.random.key(tokens))
+    assert mx.array_equal(ours(x, offset=offsets[0]), stock(x, offset=offsets[0]))
+    each = mx.array(offsets)
+    assert mx.array_equal(ours(x, offset=each), stock(x, offset=each))
+
+
+@pytest.mark.parametrize("stock", [RoPE(64, traditional=True), LayerNorm(64)], ids=["traditional", "layer norm"])
+def test_what_has_no_counterpart_stays(stock: Module) -> None:
+    assert exchanged(stock) is stock
+
+
+def test_a_table_of_too_many_positions_is_not_made() -> None:
+    stock = RoPE(128)
+    assert exchanged(stock, 1 << 20) is stock
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_row_is_normalised_as_by_the_stock_way(size: float) -> None:
+    stock = RMSNorm(256, eps=1e-5)
+    stock.weight = mx.random.normal((256,))
+    ours = exchanged(stock)
+    assert isinstance(ours, RowRMSNorm)
+    rows = size * mx.random.normal((8, 1, 256))
+    assert mx.allclose(ours(rows), stock(rows), rtol=1e-5, atol=1e-6)
+    chunk = size * mx.random.normal((1, 8, 256))
+    assert mx.array_equal(ours(chunk), stock(chunk))
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_the_models_logits_stay_what_they_are(shape: str) -> None:
+    model, _ = random_model.build(shape)
+    model.set_dtype(mx.float32)
+    tokens = mx.random.randint(0, 4096, (1, 40), key=mx.random.key(1))
+    before = logits(model, tokens)
+    parameters = dict(model.parameters())
+    exchange_modules(model, POSITIONS)
+    assert set(dict(model.parameters())) == set(parameters)
+    assert mx.allclose(logits(model, tokens), before, rtol=0, atol=1e-4)
+
+
+def logits(model: Module, tokens: mx.array) -> mx.array:
+    """Of a chunk, then of single steps."""
+    cache = make_prompt_cache(model)
+    first = model(tokens[:, :32], cache=cache)
+    rest = [model(tokens[:, at : at + 1], cache=cache) for at in range(32, 40)]
+    return mx.concatenate([first, *rest], axis=1)
