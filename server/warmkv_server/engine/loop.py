@@ -27,11 +27,15 @@ from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.speculate import Speculator
 from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Logprobs, Progress, Started
 from warmkv_server.errors import Draining, EngineError, MemoryBudget, WarmKVError
+from warmkv_server.malloc import give_back
 
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER = 5.0
 """Seconds after which a request that memory ran out for may be sent again."""
+
+REST_SECONDS = 30.0
+"""Without work, after which memory that is kept for the next request goes back to the system."""
 
 Message = tuple[int, Event | WarmKVError]
 Deliver = Callable[[list[Message]], None]
@@ -156,9 +160,12 @@ class StepLoop:
             mx.clear_cache()  # give the memory of what has just ended back to the system
         while True:
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=idle, timeout=REST_SECONDS)
             except queue.Empty:
-                return True
+                if not idle:
+                    return True
+                give_back()
+                continue
             idle = False
             match command:
                 case Submit(ident, job, submitted):
