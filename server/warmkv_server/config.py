@@ -44,7 +44,8 @@ class Settings(BaseSettings):
     disk_bytes: Bytes = Field(ByteSize(0), description="Limit of the data folder, such as 100GiB; 0 for none.")
     inflight_bytes: Bytes = Field(
         default_factory=_quarter_of_memory,
-        description="RAM for contexts at work, and as much for those loaded next. Default: a quarter of the machine's.",
+        description="RAM for requests at work, what computing them takes included, and as much for contexts that are "
+        "loaded next. Default: a quarter of the machine's.",
     )
     kv_bits: Annotated[Literal[0, 4, 8], BeforeValidator(int)] = Field(
         4, description="Bits of a K or V value: 4, 8, or 0 to keep them as computed."

@@ -11,7 +11,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import job_of, outcome, outcomes, prompt_of, running
 from warmkv_server.engine.engine import Engine, EngineSettings
-from warmkv_server.engine.schedule import cost
+from warmkv_server.engine.schedule import together
 from warmkv_server.engine.types import EngineStats, Finish, Job
 from warmkv_server.errors import Draining, MemoryBudget, OperatorError, QueueFull
 
@@ -34,28 +34,22 @@ def task(engine: Engine, jobs: list[Job]) -> asyncio.Task[None]:
     return asyncio.create_task(run())
 
 
-def test_the_need_of_a_job_counts_attention_and_the_words_of_new_tokens(folder_of: FolderOf) -> None:
-    """For a model of two layers with one head of 64: 32-bit keys and values, and 4.5 bits for each new value."""
-    from tests.engine.runs import Solo
-
-    cache_map = Solo(folder_of("llama")).loaded.cache_map
-    values = 2 * 2 * 64
-    assert cost(job_of(prompt_of(30), 10), cache_map) == 40 * values * 4 + 40 * values * 36 // 64
-
-
 async def test_a_job_that_never_fits_is_refused_at_once(folder_of: FolderOf) -> None:
-    async with running(folder_of("llama"), inflight_bytes=60_000) as engine:
-        with pytest.raises(MemoryBudget, match=r"\d+ bytes .* 60000.*--inflight-bytes"):
+    async with running(folder_of("llama"), inflight_bytes=2_000_000) as engine:
+        with pytest.raises(MemoryBudget, match=r"40 tokens .* up to 2000 need \d+ bytes .* 2000000.*--inflight-bytes"):
             engine.submit(job_of(prompt_of(40), 2000))
         assert (await outcome(engine.submit(job_of(prompt_of(30), 5)))).finished.finish is Finish.LENGTH
 
 
 async def test_running_jobs_stay_within_the_bytes(folder_of: FolderOf) -> None:
     """Two fit, so six jobs run two at a time."""
-    async with running(folder_of("llama"), inflight_bytes=2 * 50_000) as engine:
-        jobs = [job_of(prompt_of(30), 10) for _ in range(6)]
+    jobs = [job_of(prompt_of(30), 10) for _ in range(6)]
+    async with running(folder_of("llama")) as engine:
+        two, three = (together([engine.needs.of_job(job) for job in jobs[:count]]) for count in (2, 3))
+    budget = (two + three) // 2
+    async with running(folder_of("llama"), inflight_bytes=budget) as engine:
         seen = await watched(engine, task(engine, jobs))
-    assert max(stats.in_flight_bytes for stats in seen) <= 100_000
+    assert max(stats.in_flight_bytes for stats in seen) <= budget
     assert max(stats.prefilling + stats.decoding for stats in seen) == 2
 
 

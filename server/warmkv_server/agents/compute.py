@@ -77,8 +77,16 @@ class Computation:
         return CacheReport.of(self.reuse, len(self.context.tokens))
 
     @asynccontextmanager
-    async def loaded(self) -> AsyncIterator[None]:
-        """Have the reusable prefix in RAM for the block; less of it if a file is bad or slow."""
+    async def loaded(self, answer: Answer | None) -> AsyncIterator[None]:
+        """Have the reusable prefix in RAM for the block; less of it if a file is bad or slow.
+
+        Raises:
+            MemoryBudget: at once, if what is to be computed could never run.
+            QueueFull: if too many wait to load.
+        """
+        tokens, reused = len(self.context.tokens), self.lease.length
+        if answer is not None or reused < tokens:
+            self.tools.engine.check_fits(tokens, reused, answer.max_tokens if answer is not None else 0)
         began = time.perf_counter()
         async with self.tools.admission.hold(self.lease.length * self.tools.engine.info.kv_bytes_per_token):
             self.timings.queue += time.perf_counter() - began

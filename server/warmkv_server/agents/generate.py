@@ -65,7 +65,7 @@ async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEven
         limit = len(context.tokens) - (answer is not None)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
             work = Computation(tools, key, run, context, timings, lease)
-            async with work.loaded():
+            async with work.loaded(answer):
                 stream = AnswerStream(request, run, work)
                 finished = await _answer(work, answer, stream)
                 cut_short = finished is not None and finished.finish is Finish.CANCELLED

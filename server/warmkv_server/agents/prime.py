@@ -36,7 +36,7 @@ async def prime(tools: Tools, request: PrimeRequest, run: Run[PrimeResult]) -> N
         context = await assemble(tools.engine, tools.store, key, request.content, append=request.append, answer=False)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
             work = Computation(tools, key, run, context, timings, lease)
-            async with work.loaded():
+            async with work.loaded(None):
                 finished = None
                 if work.reuse.length < len(context.tokens):
                     finished = await work.compute(None, _ignore)

@@ -14,7 +14,8 @@ from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.loop import Cancel, Message, StepLoop, Stop, Submit
 from warmkv_server.engine.model import ModelInfo
-from warmkv_server.engine.schedule import cost
+from warmkv_server.engine.need import Needs
+from warmkv_server.engine.schedule import together
 from warmkv_server.engine.text import Text
 from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started
 from warmkv_server.errors import Draining, MemoryBudget, QueueFull, WarmKVError
@@ -38,7 +39,7 @@ class EngineSettings:
         context_limit: positions to serve; None for all that the model has.
         max_batch: sequences running at once.
         max_queue: sequences waiting for their turn beyond those.
-        inflight_bytes: bytes of caches of running sequences.
+        inflight_bytes: bytes that running sequences take, with all that is computed for them.
         prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
         max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
         speculate_tokens: most tokens guessed and checked in one step of a sequence that decodes alone; 0 for none.
@@ -156,6 +157,7 @@ class Engine:
         self.relieve: Callable[[], object] = _nothing
         """Called on the event loop when memory has run out: to let go of what can be spared."""
         self.info: ModelInfo
+        self.needs: Needs
         self.text: Text
 
     @classmethod
@@ -171,7 +173,8 @@ class Engine:
         if engine._loop.failure is not None:
             raise engine._loop.failure
         assert engine._loop.loaded is not None
-        engine.info = engine._loop.loaded.info
+        assert engine._loop.needs is not None
+        engine.info, engine.needs = engine._loop.loaded.info, engine._loop.needs
         engine.text = Text(engine._loop.loaded.tokenizer, engine.info.vocab_size)
         return engine
 
@@ -185,19 +188,31 @@ class Engine:
         """
         if self._stopping:
             raise Draining("the server is shutting down")
-        assert self._loop.loaded is not None
-        needed = cost(job, self._loop.loaded.cache_map)
-        if needed > self._settings.inflight_bytes:
-            raise MemoryBudget(
-                f"the request needs {needed} bytes of cache while it runs, more than the server's "
-                f"{self._settings.inflight_bytes}; ask for fewer tokens, or raise --inflight-bytes"
-            )
+        self.check_fits(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
         if len(self._handles) >= self._settings.max_batch + self._settings.max_queue:
             raise QueueFull(f"{len(self._handles)} requests are running or waiting; try again", retry_after=1.0)
         ident = next(self._idents)
         handle = self._handles[ident] = Handle(self, ident, job)
         self._loop.send(Submit(ident, job, time.perf_counter()))
         return handle
+
+    def check_fits(self, tokens: int, reused: int, answer: int) -> None:
+        """Refuse a request that could never run; `submit` does, with what was really reused.
+
+        Args:
+            tokens: of the prompt.
+            reused: of these, whose KV is there.
+            answer: most tokens of the answer.
+
+        Raises:
+            MemoryBudget: if it needs more than `inflight_bytes` alone.
+        """
+        needed = together([self.needs.of(tokens, reused, answer)])
+        if needed > self._settings.inflight_bytes:
+            raise MemoryBudget(
+                f"{tokens} tokens and an answer of up to {answer} need {needed} bytes while they are computed, more "
+                f"than the server's {self._settings.inflight_bytes}; send or ask for less, or raise --inflight-bytes"
+            )
 
     def cancel(self, ident: int) -> None:
         self._loop.send(Cancel(ident))

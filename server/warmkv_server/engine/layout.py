@@ -63,13 +63,20 @@ class CacheMap:
         """Whether every cache can forget its last tokens."""
         return not self.states and all(stack.kind is PartKind.APPEND for stack in self.stacks)
 
-    def live_bytes(self, tokens: int) -> int:
-        """Bytes of the caches in flight of one sequence of that many tokens, words of new tokens aside."""
+    def live_bytes(self, tokens: int, chunk: int = 0) -> int:
+        """Bytes of the caches in flight of one sequence of that many tokens, words of new tokens aside.
+
+        Args:
+            chunk: tokens computed at once: until the next step, a windowed layer holds them besides its window.
+        """
         total = self.layout.nbytes(PartKind.STATE)
         for stack in self.stacks:
-            held = min(tokens, self.layout.window) if stack.kind is PartKind.WINDOW else tokens
-            total += held * stack.live_bytes
+            total += self.kept(stack.kind, tokens, chunk) * stack.live_bytes
         return total
+
+    def kept(self, kind: PartKind, tokens: int, chunk: int = 0) -> int:
+        """Of that many tokens, those that a layer of this kind holds."""
+        return min(tokens, self.layout.window + chunk) if kind is PartKind.WINDOW else tokens
 
     def streams_of(self, leaf: int) -> tuple[Stack, Stack]:
         """The stacks that hold a leaf's keys and its values."""

@@ -20,9 +20,10 @@ from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
 from warmkv_server.engine.memory import ran_out
 from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, prepare_device
+from warmkv_server.engine.need import Needs
 from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.sampling import Choice
-from warmkv_server.engine.schedule import Schedule, cost
+from warmkv_server.engine.schedule import Schedule, together
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.speculate import Speculator
 from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Logprobs, Progress, Started
@@ -97,6 +98,7 @@ class StepLoop:
         self._prefilled = self._decoded = self._batch_size = 0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self.loaded: LoadedModel | None = None
+        self.needs: Needs | None = None
         self.failure: BaseException | None = None
         self.ready = threading.Event()
 
@@ -123,13 +125,14 @@ class StepLoop:
             decoded_tokens=self._decoded,
             proposed_tokens=self._speculator.proposed if self._speculator else 0,
             accepted_tokens=self._speculator.accepted if self._speculator else 0,
-            in_flight_bytes=self._bytes_in_flight(),
+            in_flight_bytes=together([sequence.need for sequence in self._running()]),
         )
 
     def _main(self) -> None:
         try:
             prepare_device()
             self.loaded = self._load()
+            self.needs = Needs.on(self.loaded, self._pace.chunk)
             if self._speculate_tokens:
                 self._speculator = Speculator(self._speculate_tokens, self.loaded)
         except BaseException as error:
@@ -170,7 +173,8 @@ class StepLoop:
             match command:
                 case Submit(ident, job, submitted):
                     assert self.loaded is not None
-                    sequence = Sequence(ident, job, self.loaded, cost(job, self.loaded.cache_map))
+                    assert self.needs is not None
+                    sequence = Sequence(ident, job, self.loaded, self.needs.of_job(job))
                     self._sequences[ident] = sequence
                     self._submitted[ident] = submitted
                     self._schedule.waiting.append(sequence)
@@ -181,8 +185,7 @@ class StepLoop:
 
     def _admit(self) -> None:
         while True:
-            running = len(self._sequences) - len(self._schedule.waiting)
-            sequence = self._schedule.admit(running, self._bytes_in_flight())
+            sequence = self._schedule.admit(self._running())
             if sequence is None:
                 return
             if not sequence.rewound:
@@ -409,9 +412,9 @@ class StepLoop:
     def _group_of(self, sequence: Sequence) -> Group | None:
         return next((group for group in self._groups if sequence in group.sequences), None)
 
-    def _bytes_in_flight(self) -> int:
-        waiting = list(self._schedule.waiting)
-        return sum(sequence.cost for sequence in list(self._sequences.values()) if sequence not in waiting)
+    def _running(self) -> list[Sequence]:
+        waiting = set(self._schedule.waiting)
+        return [sequence for sequence in list(self._sequences.values()) if sequence not in waiting]
 
     def _send(self, ident: int, event: Event | WarmKVError) -> None:
         self._outbox.append((ident, event))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 
-from warmkv_server.engine.layout import CacheMap
+from warmkv_server.engine.group import PADDING
+from warmkv_server.engine.need import Need
 from warmkv_server.engine.sequence import Sequence
-from warmkv_server.engine.types import Job
-from warmkv_server.kv.types import PartKind
 
 
-def cost(job: Job, cache_map: CacheMap) -> int:
-    """Bytes that a job takes in flight at most: the caches attention reads, and the words of its new tokens beside."""
-    length = len(job.tokens) + (job.answer.max_tokens if job.answer is not None else 0)
-    layout = cache_map.layout
-    words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
-    return cache_map.live_bytes(length) + words * (length - job.reuse.length)
+def together(needs: Sequences[Need]) -> int:
+    """Bytes that requests take at most while they run beside each other. Rows of a batch are padded to one length."""
+    if not needs:
+        return 0
+    alone = len(needs) == 1
+    share = 1.0 if alone else 1 - PADDING
+    copied = 0 if alone else sum(need.copied for need in needs)
+    steps = max(need.step for need in needs)
+    return int(sum(need.held for need in needs) / share + max(copied / share, steps))
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Schedule:
 
     Attributes:
         max_running: sequences prefilling or decoding at once.
-        budget: bytes in flight of all of them.
+        budget: bytes that all of them may take together.
     """
 
     max_running: int
@@ -34,15 +37,15 @@ class Schedule:
     prefilling: list[Sequence] = field(default_factory=list)
     _turn: int = 0
 
-    def admit(self, running: int, bytes_in_flight: int) -> Sequence | None:
+    def admit(self, running: Sequences[Sequence]) -> Sequence | None:
         """The next waiting sequence, in order of arrival, if there is room for it now.
 
         One for which memory ran out has its second try alone.
         """
-        if not self.waiting or running >= self.max_running:
+        if not self.waiting or len(running) >= self.max_running:
             return None
         first = self.waiting[0]
-        if running and (first.rewound or bytes_in_flight + first.cost > self.budget):
+        if running and (first.rewound or together([first.need, *(each.need for each in running)]) > self.budget):
             return None
         self.prefilling.append(self.waiting.popleft())
         return first

@@ -14,6 +14,7 @@ from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.answer_text import AnswerText
 from warmkv_server.engine.codec import join
 from warmkv_server.engine.model import LoadedModel
+from warmkv_server.engine.need import Need
 from warmkv_server.engine.sampling import Choice, Chooser
 from warmkv_server.engine.types import Delta, Finish, Finished, Job, Logprobs
 from warmkv_server.kv.types import TOKEN_AXIS, Growth, PartKind, Reuse, Span, Tensors
@@ -25,7 +26,7 @@ class Sequence:
 
     Attributes:
         ident: the engine's number for it; the key of everything that is sent back.
-        cost: bytes it takes in flight at most.
+        need: bytes it takes at most.
         caches: its own caches while it runs alone; empty once it shares a group's.
         done: tokens of prompt and answer whose KV is computed.
         to_prefill: tokens to compute in chunks: the prompt, or after `rewind` also what was sent of the answer.
@@ -41,7 +42,7 @@ class Sequence:
     ident: int
     job: Job
     loaded: LoadedModel
-    cost: int
+    need: Need
     caches: list[Any] = field(default_factory=list)
     done: int = 0
     completion: list[int] = field(default_factory=list)

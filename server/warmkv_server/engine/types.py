@@ -146,3 +146,4 @@ class EngineStats:
     accepted_tokens: int
     """Guessed right."""
     in_flight_bytes: int
+    """That running sequences may take, with all that is computed for them."""

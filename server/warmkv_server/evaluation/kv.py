@@ -18,6 +18,7 @@ import numpy as np
 from warmkv_server.engine import model as models
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.layout import discover
+from warmkv_server.engine.need import Need
 from warmkv_server.engine.prefill import run_chunk
 from warmkv_server.engine.sequence import Sequence as Running
 from warmkv_server.engine.text import Text
@@ -116,7 +117,7 @@ async def _score(loaded: models.LoadedModel, texts: list[list[int]], context: in
 
 async def _round_trip(store: Store, loaded: models.LoadedModel, tokens: list[int]) -> Reuse:
     """Prefill a context, commit it, drop it from RAM, and read it back."""
-    running = Running(0, Job(tokens), loaded, cost=0)
+    running = Running(0, Job(tokens), loaded, Need(0, 0, 0))
     for _ in running.open():
         pass
     while running.done < len(tokens):
