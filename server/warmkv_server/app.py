@@ -56,6 +56,7 @@ async def serve(settings: Settings) -> None:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
             engine.relieve = store.relieve
+            store.give_way(lambda: engine.stats().decoding > 0)
             agent_settings = AgentSettings(
                 max_waiting=settings.max_queue,
                 loaded_bytes=settings.inflight_bytes,

@@ -18,7 +18,7 @@ from warmkv_server.kv.store import Commit, Store
 from warmkv_server.kv.types import Growth, Reuse
 
 PROMPT_TOKENS = 256
-ALONE_TOKENS = 64
+ALONE_TOKENS = 256
 ANSWER_TOKENS = 4096
 
 
@@ -55,6 +55,7 @@ async def measure(model: str, shape: Shape, data_dir: Path, *, tokens: int, roun
     engine = await Engine.start(EngineSettings(model=model))
     try:
         async with opened(data_dir, layout) as store:
+            store.give_way(lambda: engine.stats().decoding > 0)
             for number in range(-1, rounds):
                 before, during, taken = await _round(engine, store, growth, number)
                 if number >= 0:  # the first round warms up

@@ -5,6 +5,7 @@ An evaluated array's memory can be seen and filled from any thread; nothing lazy
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -25,11 +26,11 @@ def stored_shape(spec: TensorSpec, count: int) -> tuple[int, ...]:
     return streams, heads, count, width
 
 
-def allocate(spec: TensorSpec, count: int) -> tuple[mx.array, Words]:
-    """An evaluated array for `count` tokens (or a snapshot) and a writable view of its memory."""
-    array = mx.zeros(stored_shape(spec, count), getattr(mx, spec.dtype))
-    mx.eval(array)
-    return array, view(array)
+def allocate(specs: Iterable[TensorSpec], count: int) -> dict[str, mx.array]:
+    """Evaluated arrays for `count` tokens (or a snapshot), by name; `view` gives their memory, to be filled."""
+    arrays = {spec.name: mx.zeros(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}
+    mx.eval(arrays)
+    return arrays
 
 
 def copied(spec: TensorSpec, count: int, memory: memoryview) -> mx.array:

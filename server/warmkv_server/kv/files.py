@@ -13,7 +13,8 @@ import fcntl
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from warmkv_server.kv.records import Durability
@@ -21,14 +22,23 @@ from warmkv_server.kv.records import Durability
 TEMP_SUFFIX = ".tmp"
 _IOV = 512
 """Buffers handed to one system call; below every system's limit."""
+_PIECE_BYTES = 1 << 20
+_PAUSE_SECONDS = 1e-4
+"""Copying megabytes into the page cache is work inside the system, which gives a processor to another thread only after
+some milliseconds, unless it is left free now and then: the event loop, which sends the tokens, would wait as long."""
 
 
 class Files:
-    """Thread-safe: it has no state but a counter."""
+    """Thread-safe: it has no state but a counter.
+
+    Attributes:
+        busy: whether somebody decodes: then content is written in pieces, with pauses. Called from any thread.
+    """
 
     def __init__(self, durability: Durability, headroom_bytes: int = 0) -> None:
         self.durability = durability
         self.headroom_bytes = headroom_bytes
+        self.busy: Callable[[], bool] = lambda: False
         self._numbers = itertools.count()
 
     def write(self, path: Path, buffers: Sequence[memoryview]) -> int:
@@ -68,11 +78,14 @@ class Files:
     def fill(self, fd: int, buffers: Sequence[memoryview]) -> None:
         rest = [b for b in buffers if len(b)]
         while rest:
-            written = os.writev(fd, rest[:_IOV])
+            busy = self.busy()
+            written = os.writev(fd, _first(rest, _PIECE_BYTES) if busy else rest[:_IOV])
             while rest and written >= len(rest[0]):
                 written -= len(rest.pop(0))
             if written:
                 rest[0] = rest[0][written:]
+            if busy and rest:
+                time.sleep(_PAUSE_SECONDS)
 
     def sync(self, fd: int) -> None:
         if self.durability is Durability.NONE:
@@ -105,3 +118,14 @@ class Files:
         volume = os.statvfs(folder)
         if volume.f_bavail * volume.f_frsize < size + self.headroom_bytes:
             raise OSError(errno.ENOSPC, "the filesystem's free space is down to the headroom", str(folder))
+
+
+def _first(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """The first so many bytes of them, in as many buffers as one system call takes."""
+    taken: list[memoryview] = []
+    for buffer in buffers[:_IOV]:
+        taken.append(buffer[:nbytes])
+        nbytes -= len(taken[-1])
+        if not nbytes:
+            break
+    return taken

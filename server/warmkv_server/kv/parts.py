@@ -37,15 +37,32 @@ class PartWriter:
         self._loader = loader
         self._quota = quota
         self._making: dict[PartKey, asyncio.Future[None]] = {}
+        self._writing: set[asyncio.Task[None]] = set()
 
     async def write(self, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
         """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
         effort = Effort()
         wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, words.reuse.length)]
         async with self._room(wanted, effort):
-            await asyncio.gather(*(self._write(node, kind, words, effort) for node, kind in wanted))
+            await self._write_all(wanted, words, effort)
             await self._sync(effort)
         return effort
+
+    async def _write_all(self, wanted: list[tuple[Node, PartKind]], words: Words, effort: Effort) -> None:
+        """Several at once. Where somebody decodes, a commit of more than a few goes one by one: what writes competes
+        for the interpreter's lock and for processors with whoever computes tokens and sends them."""
+        threads = self._core.settings.io_threads
+        tasks: list[asyncio.Task[None]] = []
+        for node, kind in wanted:
+            while len(wanted) > threads and len(self._writing) >= (1 if self._core.files.busy() else threads):
+                await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
+            task = asyncio.create_task(self._write(node, kind, words, effort))
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
+            tasks.append(task)
+        if tasks:
+            await asyncio.wait(tasks)  # All of them, also when one fails: the nodes are theirs until then.
+            await asyncio.gather(*tasks)
 
     async def write_unsaved(self, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
         """Try once more what the disk has refused."""

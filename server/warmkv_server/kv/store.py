@@ -135,6 +135,14 @@ class Store:
         """Have it told now, and at every change, whether the disk has every agent's last commit."""
         self._core.disk.watch(tell)
 
+    def give_way(self, busy: Callable[[], bool]) -> None:
+        """Have large commits written one file at a time, with pauses, while `busy` says that somebody decodes.
+
+        Args:
+            busy: is called from several threads.
+        """
+        self._core.files.busy = busy
+
     # Looking
 
     def agent(self, tenant: str, agent_id: str) -> AgentRecord | None:

@@ -25,9 +25,9 @@ class Words:
 
     def copy(self, kind: PartKind, start: int, end: int, specs: Sequence[TensorSpec]) -> dict[str, mx.array]:
         """New arrays of the tokens [start, end), or of the snapshot taken after `end` tokens."""
-        made: dict[str, mx.array] = {}
+        made = allocate(specs, end - start)
         for spec in specs:
-            made[spec.name], target = allocate(spec, end - start)
+            target = view(made[spec.name])
             if kind is PartKind.STATE:
                 target[...] = view(self._snapshot(end)[spec.name])
                 continue

@@ -1,0 +1,122 @@
+"""How many files are written at once, and in which pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.kv.driver import Driver
+from tests.kv.words import context
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.records import Durability
+
+WAIT_SECONDS = 10.0
+SUFFIX = ".safetensors"
+
+
+class CountingFiles(Files):
+    """Real files; knows how many block files were being written at once.
+
+    Attributes:
+        meet: how many writers wait for each other, once, before they write.
+    """
+
+    def __init__(self, meet: int = 1) -> None:
+        super().__init__(Durability.NONE)
+        self.most = 0
+        self._now = 0
+        self.meet = meet
+        self._lock = threading.Condition()
+
+    def write(self, path: Path, buffers: Sequence[memoryview]) -> int:
+        if path.suffix != SUFFIX:
+            return super().write(path, buffers)
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: self.most >= self.meet, WAIT_SECONDS)
+        try:
+            return super().write(path, buffers)
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
+async def test_files_of_a_commit_are_written_several_at_once(tmp_path: Path) -> None:
+    files = CountingFiles(meet=4)
+    driver = await Driver.open(tmp_path, files=files, io_threads=4)
+    await driver.put("a", context(256 * 8))
+    assert files.most == 4
+    await driver.close()
+
+
+async def test_while_somebody_decodes_large_commits_go_one_by_one_and_a_turn_goes_at_once(tmp_path: Path) -> None:
+    files = CountingFiles()
+    driver = await Driver.open(tmp_path, files=files, io_threads=4)
+    driver.store.give_way(lambda: True)
+    await driver.put("a", context(256 * 8))
+    assert files.most == 1
+    files.meet = 3
+    await driver.put("b", context([1] * 600))
+    assert files.most == 3
+    await driver.close()
+
+
+def test_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [3 << 20, 0, 7, (1 << 20) - 7, 12, 1]
+    content = np.random.default_rng(0).bytes(sum(sizes))
+    ends = list(itertools.accumulate(sizes))
+    buffers = [memoryview(content)[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    pieces: list[int] = []
+    writev = os.writev
+
+    def counted(fd: int, given: Sequence[memoryview]) -> int:
+        # As if the disk took less than it was given, now and then.
+        pieces.append(sum(len(buffer) for buffer in given))
+        return writev(fd, given if len(pieces) % 2 else [given[0][: len(given[0]) // 2 + 1]])
+
+    monkeypatch.setattr(os, "writev", counted)
+    files = Files(Durability.NONE)
+    for busy in (False, True):
+        pieces.clear()
+        files.busy = lambda busy=busy: busy  # type: ignore[misc]
+        assert files.write(tmp_path / str(busy), buffers) == len(content)
+        assert (tmp_path / str(busy)).read_bytes() == content
+        assert (max(pieces) > 1 << 20) != busy
+
+
+async def test_two_large_commits_share_the_one_writer(tmp_path: Path) -> None:
+    files = CountingFiles()
+    driver = await Driver.open(tmp_path, files=files, io_threads=4)
+    driver.store.give_way(lambda: True)
+    async with asyncio.TaskGroup() as commits:
+        for number in range(3):
+            commits.create_task(driver.put(str(number), context([number] * 256 * 6)))
+    assert files.most == 1
+    await driver.close()
+
+
+async def test_a_commit_hurries_when_nobody_decodes_any_more(tmp_path: Path) -> None:
+    files = CountingFiles()
+    driver = await Driver.open(tmp_path, files=files, io_threads=4)
+    asked = 0
+
+    def busy() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked > 4:
+            files.meet = 4
+        return asked <= 4
+
+    driver.store.give_way(busy)
+    await driver.put("a", context(256 * 12))
+    assert files.most == 4
+    await driver.close()
