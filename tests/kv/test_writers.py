@@ -71,7 +71,7 @@ async def test_while_somebody_decodes_large_commits_go_one_by_one_and_a_turn_goe
 
 
 def test_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [3 << 20, 0, 7, (1 << 20) - 7, 12, 1]
+    sizes = [3 << 20, 0, 7, (256 << 10) - 7, 12, 1]
     content = np.random.default_rng(0).bytes(sum(sizes))
     ends = list(itertools.accumulate(sizes))
     buffers = [memoryview(content)[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -90,7 +90,7 @@ def test_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         files.busy = lambda busy=busy: busy  # type: ignore[misc]
         assert files.write(tmp_path / str(busy), buffers) == len(content)
         assert (tmp_path / str(busy)).read_bytes() == content
-        assert (max(pieces) > 1 << 20) != busy
+        assert (max(pieces) > 256 << 10) != busy
 
 
 async def test_two_large_commits_share_the_one_writer(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from warmkv_server.kv.records import Durability
 TEMP_SUFFIX = ".tmp"
 _IOV = 512
 """Buffers handed to one system call; below every system's limit."""
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10
 _PAUSE_SECONDS = 1e-4
 """Copying megabytes into the page cache is work inside the system, which gives a processor to another thread only after
 some milliseconds, unless it is left free now and then: the event loop, which sends the tokens, would wait as long."""

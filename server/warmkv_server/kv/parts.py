@@ -51,10 +51,10 @@ class PartWriter:
     async def _write_all(self, wanted: list[tuple[Node, PartKind]], words: Words, effort: Effort) -> None:
         """Several at once. Where somebody decodes, a commit of more than a few goes one by one: what writes competes
         for the interpreter's lock and for processors with whoever computes tokens and sends them."""
-        threads = self._core.settings.io_threads
+        large = len(wanted) > self._core.settings.io_threads
         tasks: list[asyncio.Task[None]] = []
         for node, kind in wanted:
-            while len(wanted) > threads and len(self._writing) >= (1 if self._core.files.busy() else threads):
+            while large and len(self._writing) >= self._at_once():
                 await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
             task = asyncio.create_task(self._write(node, kind, words, effort))
             self._writing.add(task)
@@ -63,6 +63,10 @@ class PartWriter:
         if tasks:
             await asyncio.wait(tasks)  # All of them, also when one fails: the nodes are theirs until then.
             await asyncio.gather(*tasks)
+
+    def _at_once(self) -> int:
+        """Files in work before a large commit begins with another; enough for every thread where nobody decodes."""
+        return 1 if self._core.files.busy() else 2 * self._core.settings.io_threads
 
     async def write_unsaved(self, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
         """Try once more what the disk has refused."""
