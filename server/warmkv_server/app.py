@@ -13,6 +13,7 @@ from warmkv_server import blas
 from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
+from warmkv_server.engine.fairness import Bound
 from warmkv_server.errors import Draining
 from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
@@ -51,14 +52,14 @@ async def serve(settings: Settings) -> None:
         metrics.expose(settings.host, settings.metrics_port)
     await server.start()  # already now, so that health can say that the model is loading
     try:
-        engine = await _unless_stopped(_load_engine(settings), signals.first)
+        engine = await _unless_stopped(_load_engine(settings, auth.tenants), signals.first)
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
             engine.relieve = store.relieve
             store.give_way(lambda: engine.stats().decoding > 0)
             agent_settings = AgentSettings(
-                max_waiting=settings.max_queue,
+                waiting=Bound(settings.max_queue, auth.tenants),
                 loaded_bytes=settings.inflight_bytes,
                 synced=settings.durability != "none",
             )
@@ -86,7 +87,7 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
-async def _load_engine(settings: Settings) -> Engine:
+async def _load_engine(settings: Settings, tenants: int) -> Engine:
     if blas.is_reference():
         log.warning(
             "no fast BLAS was found: this CPU computes tens of times slower than it could; "
@@ -103,6 +104,7 @@ async def _load_engine(settings: Settings) -> Engine:
             context_limit=settings.context_limit,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
+            tenants=tenants,
             inflight_bytes=settings.inflight_bytes,
             prefill_chunk=settings.prefill_chunk,
             max_decode_gap_ms=settings.max_decode_gap_ms,

@@ -58,7 +58,12 @@ class Settings(BaseSettings):
         description="What a commit waits for: full survives power loss, fsync a crash of the system.",
     )
     max_batch: int = Field(32, ge=1, description="Requests computed at once.")
-    max_queue: int = Field(256, ge=1, description="Requests that wait for the engine, and as many for their turn.")
+    max_queue: int = Field(
+        256,
+        ge=1,
+        description="Requests that wait for the engine, and as many for their turn. When it is full, a tenant that has "
+        "less than its equal share of it there is still let in.",
+    )
     prefill_chunk: int = Field(
         0, ge=0, multiple_of=256, description="Tokens of one prefill step; 0 takes what suits the device."
     )

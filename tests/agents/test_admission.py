@@ -10,23 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmkv_server.agents.admission import Admission
+from warmkv_server.engine.fairness import Bound
 from warmkv_server.errors import QueueFull
 
 
 class Scene:
-    def __init__(self, budget: int, max_waiting: int = 100) -> None:
-        self.admission = Admission(budget, max_waiting)
+    def __init__(self, budget: int, max_waiting: int = 100, tenants: int = 1) -> None:
+        self.admission = Admission(budget, Bound(max_waiting, tenants))
         self.inside: list[int] = []
         self._leave: dict[int, asyncio.Event] = {}
         self._next = 0
 
-    def arrive(self, nbytes: int) -> tuple[int, asyncio.Task[None]]:
+    def arrive(self, nbytes: int, tenant: str = "") -> tuple[int, asyncio.Task[None]]:
         self._next += 1
         number, leave = self._next, asyncio.Event()
         self._leave[number] = leave
 
         async def work() -> None:
-            async with self.admission.hold(nbytes):
+            async with self.admission.hold(nbytes, tenant):
                 self.inside.append(number)
                 try:
                     await leave.wait()
@@ -69,6 +70,31 @@ async def test_one_alone_is_let_in_whatever_its_size() -> None:
     assert scene.inside == [after]
 
 
+async def test_tenants_take_turns_and_each_keeps_its_order() -> None:
+    scene = Scene(budget=1)
+    order = [scene.arrive(1, tenant)[0] for tenant in ("red", "red", "red", "red", "blue", "blue", "green")]
+    await settle()
+    seen = []
+    while scene.inside:
+        seen += scene.inside
+        scene.leave(seen[-1])
+        await settle()
+    red, blue, green = order[:4], order[4:6], order[6]
+    assert seen == [red[0], red[1], blue[0], green, red[2], blue[1], red[3]]
+
+
+async def test_a_tenant_below_its_share_of_a_full_line_is_let_in() -> None:
+    scene = Scene(budget=1, max_waiting=4, tenants=2)
+    scene.arrive(1, "red")
+    waiting = [scene.arrive(1, "red") for _ in range(4)]
+    waiting += [scene.arrive(1, "blue") for _ in range(2)]
+    refused = [scene.arrive(1, tenant)[1] for tenant in ("red", "blue")]
+    for task in refused:
+        with pytest.raises(QueueFull):
+            await task
+    assert scene.admission.waiting == len(waiting)
+
+
 async def test_too_many_waiting_are_refused() -> None:
     scene = Scene(budget=1, max_waiting=1)
     scene.arrive(1)
@@ -107,7 +133,7 @@ def test_the_budget_holds_and_nobody_is_forgotten(steps: list[tuple[str, int]]) 
         await settle()
         assert scene.inside == []
         assert scene.admission.waiting == 0
-        async with asyncio.timeout(10), scene.admission.hold(10):
+        async with asyncio.timeout(10), scene.admission.hold(10, ""):
             pass
 
     asyncio.run(play())

@@ -9,6 +9,7 @@ import pytest
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, AgentKey, Doing
+from warmkv_server.engine.fairness import Bound
 from warmkv_server.errors import AgentDeleted, QueueFull, RequestCancelled
 
 KEY = AgentKey("", "a")
@@ -18,7 +19,7 @@ class Scene:
     """Runs that take turns, hold them until they are let go, and write down who had the turn."""
 
     def __init__(self, max_waiting: int = 100) -> None:
-        self.turns = Turns(max_waiting)
+        self.turns = Turns(Bound(max_waiting))
         self.order: list[str] = []
         self._let_go: dict[str, asyncio.Event] = {}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
 from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import job_of, outcome, outcomes, prompt_of, running
-from warmkv_server.engine.engine import Engine, EngineSettings
+from warmkv_server.engine.engine import Engine, EngineSettings, Handle
 from warmkv_server.engine.schedule import together
 from warmkv_server.engine.types import EngineStats, Finish, Job
 from warmkv_server.errors import Draining, MemoryBudget, OperatorError, QueueFull
@@ -74,6 +75,39 @@ async def test_a_full_queue_refuses_and_then_takes_again(folder_of: FolderOf) ->
         for handle in handles:
             if handle.phase != "done":
                 assert (await outcome(handle)).finished.finish is Finish.LENGTH
+
+
+async def test_tenants_take_turns(folder_of: FolderOf) -> None:
+    """One that has sent many jobs doesn't hold up one that comes later with few."""
+    order: list[str] = []
+
+    async def read(name: str, handle: Handle) -> None:
+        await outcome(handle)
+        order.append(name)
+
+    async with running(folder_of("llama"), max_batch=1) as engine:
+        arrivals = ["red"] * 5 + ["blue"] * 2 + ["green"]
+        jobs = [replace(job_of(prompt_of(40 + n), 3), tenant=tenant) for n, tenant in enumerate(arrivals)]
+        handles = [engine.submit(job) for job in jobs]
+        await asyncio.gather(*(read(f"{handle.tenant}{n}", handle) for n, handle in enumerate(handles)))
+    assert order == ["red0", "blue5", "green7", "red1", "blue6", "red2", "red3", "red4"]
+
+
+async def test_a_full_engine_takes_jobs_of_a_tenant_that_has_less_than_its_share(folder_of: FolderOf) -> None:
+    async with running(folder_of("llama"), max_batch=1, max_queue=3, tenants=2) as engine:
+
+        def submit(tenant: str) -> Handle:
+            return engine.submit(replace(job_of(prompt_of(200), 2), tenant=tenant))
+
+        handles = [submit("red") for _ in range(4)]
+        with pytest.raises(QueueFull):
+            submit("red")
+        handles += [submit("blue") for _ in range(2)]
+        for tenant in ("red", "blue"):
+            with pytest.raises(QueueFull):
+                submit(tenant)
+        for handle in handles:
+            assert (await outcome(handle)).finished.finish is Finish.LENGTH
 
 
 def mlx_threads() -> int:

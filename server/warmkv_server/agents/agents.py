@@ -27,6 +27,7 @@ from warmkv_server.agents.types import (
     PrimeResult,
 )
 from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.fairness import Bound
 from warmkv_server.engine.text import Content
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store
@@ -42,12 +43,12 @@ class AgentSettings:
     """What the operator sets.
 
     Attributes:
-        max_waiting: requests that wait for their agent's turn, and as many that wait for memory.
+        waiting: bound on the requests that wait for their agent's turn, and on those that wait for memory.
         loaded_bytes: KV of held contexts in RAM for requests that are loading, waiting for the engine, or running.
         synced: whether commits wait for the disk; if not, none is called persisted.
     """
 
-    max_waiting: int
+    waiting: Bound
     loaded_bytes: int
     synced: bool
 
@@ -64,8 +65,8 @@ class Agents:
         self.store = store
         self.fingerprint = fingerprint
         self.tally = Tally()
-        self._turns = Turns(settings.max_waiting)
-        self._admission = Admission(settings.loaded_bytes, settings.max_waiting)
+        self._turns = Turns(settings.waiting)
+        self._admission = Admission(settings.loaded_bytes, settings.waiting)
         self._tools = Tools(engine, store, self._turns, self._admission, self.tally, settings.synced)
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()

@@ -88,7 +88,8 @@ class Computation:
         if answer is not None or reused < tokens:
             self.tools.engine.check_fits(tokens, reused, answer.max_tokens if answer is not None else 0)
         began = time.perf_counter()
-        async with self.tools.admission.hold(self.lease.length * self.tools.engine.info.kv_bytes_per_token):
+        held_bytes = self.lease.length * self.tools.engine.info.kv_bytes_per_token
+        async with self.tools.admission.hold(held_bytes, self.key.tenant):
             self.timings.queue += time.perf_counter() - began
             self.run.doing = Doing(Activity.LOADING, 0, self.lease.length)
             self.reuse = await self.tools.store.load(self.lease)
@@ -104,7 +105,7 @@ class Computation:
         # So that the same content again replays one token, also where state can't be cut. An answer stops there anyway.
         before_last = answer is None and self.tools.engine.info.layout.has_state
         snapshot_at = frozenset({len(tokens) - 1} if before_last else ())
-        handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at))
+        handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant))
         self.run.doing = Doing(Activity.QUEUED)
         try:
             with self.run.interrupted_by(handle.cancel):

@@ -13,6 +13,7 @@ from typing import Any
 
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import IDLE, AgentKey, Doing
+from warmkv_server.engine.fairness import Bound
 from warmkv_server.errors import QueueFull, WarmKVError
 
 
@@ -29,11 +30,11 @@ class Turns:
     """A line of runs for each agent that has any; the first in the line has the turn.
 
     Args:
-        max_waiting: runs that may wait, over all agents.
+        bound: on the runs that wait, over all agents.
     """
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
+    def __init__(self, bound: Bound) -> None:
+        self._bound = bound
         self._lines: dict[AgentKey, list[Place]] = {}
 
     @asynccontextmanager
@@ -47,7 +48,7 @@ class Turns:
             yield
             return
         line = self._lines.get(key, [])
-        if line and self.waiting >= self._max_waiting:
+        if line and self._bound.refuses(self.waiting, self._waiting_of(key.tenant)):
             raise QueueFull(
                 f"{self.waiting} requests wait for the turn of their agent, the most this server allows; try again",
                 retry_after=1.0,
@@ -81,6 +82,9 @@ class Turns:
     def waiting(self) -> int:
         """Runs that wait for their turn, over all agents."""
         return sum(len(line) - 1 for line in self._lines.values())
+
+    def _waiting_of(self, tenant: str) -> int:
+        return sum(len(line) - 1 for key, line in self._lines.items() if key.tenant == tenant)
 
     @asynccontextmanager
     async def _stand(self, key: AgentKey, place: Place, position: int) -> AsyncIterator[None]:

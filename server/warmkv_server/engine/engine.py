@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.fairness import Bound
 from warmkv_server.engine.loop import Cancel, Message, StepLoop, Stop, Submit
 from warmkv_server.engine.model import ModelInfo
 from warmkv_server.engine.need import Needs
@@ -39,6 +40,7 @@ class EngineSettings:
         context_limit: positions to serve; None for all that the model has.
         max_batch: sequences running at once.
         max_queue: sequences waiting for their turn beyond those.
+        tenants: that share the engine. Where it is full, one that holds less than its equal share isn't refused.
         inflight_bytes: bytes that running sequences take, with all that is computed for them.
         prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
         max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
@@ -52,6 +54,7 @@ class EngineSettings:
     context_limit: int | None = None
     max_batch: int = 32
     max_queue: int = 256
+    tenants: int = 1
     inflight_bytes: int = 8 << 30
     prefill_chunk: int = 0
     max_decode_gap_ms: int = 200
@@ -77,6 +80,10 @@ class Handle:
         self.phase = "queued"
         self.tokens_done = job.reuse.length
         self.tokens_total = len(job.tokens)
+
+    @property
+    def tenant(self) -> str:
+        return self._job.tenant
 
     def cancel(self) -> None:
         """End it within a step. The iterator goes on to `Finished`, unless the job fails or has ended."""
@@ -140,6 +147,7 @@ class Engine:
         self._asyncio = asyncio.get_running_loop()
         self._handles: dict[int, Handle] = {}
         self._idents = itertools.count()
+        self._bound = Bound(settings.max_batch + settings.max_queue, settings.tenants)
         self._stopping = False
         codec = Codec(settings.kv_bits, settings.kv_group_size)
         self._loop = StepLoop(
@@ -189,7 +197,8 @@ class Engine:
         if self._stopping:
             raise Draining("the server is shutting down")
         self.check_fits(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
-        if len(self._handles) >= self._settings.max_batch + self._settings.max_queue:
+        own = sum(handle.tenant == job.tenant for handle in self._handles.values())
+        if self._bound.refuses(len(self._handles), own):
             raise QueueFull(f"{len(self._handles)} requests are running or waiting; try again", retry_after=1.0)
         ident = next(self._idents)
         handle = self._handles[ident] = Handle(self, ident, job)

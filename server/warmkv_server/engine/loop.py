@@ -177,7 +177,7 @@ class StepLoop:
                     sequence = Sequence(ident, job, self.loaded, self.needs.of_job(job))
                     self._sequences[ident] = sequence
                     self._submitted[ident] = submitted
-                    self._schedule.waiting.append(sequence)
+                    self._schedule.waiting.join(job.tenant, sequence)
                 case Cancel(ident):
                     self._cancel(ident)
                 case Stop():
@@ -390,7 +390,7 @@ class StepLoop:
         else:
             if sequence in self._schedule.prefilling:
                 self._schedule.prefilling.remove(sequence)
-            self._schedule.waiting.appendleft(sequence)
+            self._schedule.waiting.go_ahead(sequence.job.tenant, sequence)
 
     def _fail(self, sequences: Iterable[Sequence]) -> None:
         error_id = secrets.token_hex(6)
@@ -403,8 +403,7 @@ class StepLoop:
     def _forget(self, sequence: Sequence) -> None:
         self._sequences.pop(sequence.ident, None)
         self._submitted.pop(sequence.ident, None)
-        if sequence in self._schedule.waiting:
-            self._schedule.waiting.remove(sequence)
+        self._schedule.waiting.remove(sequence)
         if sequence in self._schedule.prefilling:
             self._schedule.prefilling.remove(sequence)
         sequence.caches = []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 
+from warmkv_server.engine.fairness import FairLine
 from warmkv_server.engine.group import PADDING
 from warmkv_server.engine.need import Need
 from warmkv_server.engine.sequence import Sequence
@@ -33,21 +33,21 @@ class Schedule:
 
     max_running: int
     budget: int
-    waiting: deque[Sequence] = field(default_factory=deque)
+    waiting: FairLine[Sequence] = field(default_factory=FairLine)
     prefilling: list[Sequence] = field(default_factory=list)
     _turn: int = 0
 
     def admit(self, running: Sequences[Sequence]) -> Sequence | None:
-        """The next waiting sequence, in order of arrival, if there is room for it now.
+        """The next waiting sequence, if there is room for it now: tenants take turns, each in order of arrival.
 
         One for which memory ran out has its second try alone.
         """
         if not self.waiting or len(running) >= self.max_running:
             return None
-        first = self.waiting[0]
+        first = self.waiting.first
         if running and (first.rewound or together([first.need, *(each.need for each in running)]) > self.budget):
             return None
-        self.prefilling.append(self.waiting.popleft())
+        self.prefilling.append(self.waiting.take())
         return first
 
     def pick(self) -> Sequence | None:

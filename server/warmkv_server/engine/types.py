@@ -51,12 +51,14 @@ class Job:
         reuse: the loaded prefix; at most len(tokens) tokens, at most len(tokens) - 1 when there is an answer.
         answer: None prefills only.
         snapshot_at: context lengths after which state that can't be cut is captured, besides the end.
+        tenant: takes turns with others where jobs wait.
     """
 
     tokens: Sequence[int]
     reuse: Reuse = field(default_factory=Reuse)
     answer: Answer | None = None
     snapshot_at: frozenset[int] = frozenset()
+    tenant: str = ""
 
 
 class Finish(StrEnum):

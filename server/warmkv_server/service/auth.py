@@ -34,6 +34,8 @@ class Principal:
 class Open:
     """Lets everybody in, as one tenant."""
 
+    tenants = 1
+
     def identify(self, metadata: Metadata) -> Principal:  # noqa: ARG002
         return Principal()
 
@@ -46,6 +48,11 @@ class BearerTokens:
 
     def __init__(self, principals: dict[bytes, Principal]) -> None:
         self._principals = principals
+
+    @property
+    def tenants(self) -> int:
+        """How many there are."""
+        return len({principal.tenant for principal in self._principals.values()})
 
     @classmethod
     def load(cls, path: Path) -> BearerTokens:
