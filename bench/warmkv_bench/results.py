@@ -138,7 +138,7 @@ class Results:
     def write(self, folder: Path) -> None:
         """Writes results.json and samples.csv; a reader sees the old or the new file, never half of one."""
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / FILE_NAME, _text(self.to_json()))
+        replace_file(folder / FILE_NAME, _text(self.to_json()))
         temporary = folder / "samples.csv.tmp"
         with temporary.open("w", newline="") as file:
             skipped = ("output_ids", "token_times_ms", "server")
@@ -190,7 +190,7 @@ def _text(data: dict[str, Any]) -> str:
     return head.replace('"samples": null', f'"samples": [\n  {samples}\n ]') + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

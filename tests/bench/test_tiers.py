@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +32,29 @@ def test_pairs_are_proven(tmp_path: Path) -> None:
         if sample["page_cache"] == "dropped":
             assert sample["cold_read_ms"] > 0
     assert [one["context_tokens"] for one in results["figures"]] == [300, 600]
+    assert results["status"] == "complete"
     assert "limit: 1.15 hot + 5" in (tmp_path / "tiers.md").read_text()
+
+
+def test_a_run_that_is_cut_off_leaves_the_sizes_that_it_has(tmp_path: Path) -> None:
+    sizes = [str(size) for size in range(300, 350)]
+    command = [sys.executable, "-m", "warmkv_bench", "tiers", "--contexts", ",".join(sizes), "--pairs", "1"]
+    command += ["--dropped", "0", "--output", str(tmp_path)]
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=unbuffered, text=True) as bench:
+        assert bench.stdout is not None
+        said = next(line for line in bench.stdout if line.startswith("301 tokens"))  # 300 is written by now
+        bench.send_signal(signal.SIGINT)
+        said += bench.stdout.read()
+    assert bench.returncode == 130, said
+    assert "what was measured is in" in said
+    results = json.loads((tmp_path / "tiers.json").read_text())
+    measured = [one["context_tokens"] for one in results["figures"]]
+    assert 1 <= len(measured) < len(sizes)
+    assert measured == [int(size) for size in sizes[: len(measured)]]
+    assert [sample["context_tokens"] for sample in results["samples"]] == sorted(2 * measured)
+    assert results["status"] == "interrupted"
+    assert f"interrupted: {len(measured)} of 50 sizes" in (tmp_path / "tiers.md").read_text()
 
 
 def sample(state: State, ttft_ms: float, cold_read_ms: float | None = None, invalid: str | None = None) -> TierSample:

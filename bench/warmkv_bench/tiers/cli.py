@@ -24,12 +24,14 @@ from warmkv_bench.options import (
 )
 from warmkv_bench.prompts import Prompts
 from warmkv_bench.report import markdown_table
+from warmkv_bench.results import replace_file
 from warmkv_bench.spawn import ServerFailed
 from warmkv_bench.terminal import Terminal
 from warmkv_bench.tiers.figures import TierFigures, figures, tiers_table
-from warmkv_bench.tiers.pairs import Tiers, TiersConfig
+from warmkv_bench.tiers.pairs import COMPLETE, Tiers, TiersConfig
 
 REQUEST_TIMEOUT_S = 3600.0
+INTERRUPTED = 130
 
 
 def tiers(
@@ -56,13 +58,17 @@ def tiers(
 ) -> None:
     """The same request on a context in RAM and on disk, in turns; then with the page cache dropped.
 
-    Exits with 1 if any sample is invalid.
+    Results are written after each size, so that a run that is cut off leaves what it has. Exits with 1 if any sample is
+    invalid.
     """
     terminal = Terminal()
     try:
         config = TiersConfig(listed("--contexts", contexts, int), pairs, dropped, seed=seed, keep=keep)
         server = ServerChoice.of(target, spawn, model, server_args)
         good = asyncio.run(_measure(config, server, data_dir, output, terminal, check=check))
+    except KeyboardInterrupt:
+        terminal.say(f"interrupted; what was measured is in {output}")
+        raise typer.Exit(INTERRUPTED) from None
     except (ConfigError, ServerFailed) as error:
         raise usage_error(str(error)) from None
     if not good:
@@ -82,26 +88,27 @@ async def _measure(
         info = await target.client.info()
         where = environment(info, target.data_dir or data_dir, server.arguments)
         run = Tiers(target.client, info, config, target.data_dir or data_dir)
-        await run.run(await Prompts.of_server(target.client, config.seed), terminal.say)
+        prompts = await Prompts.of_server(target.client, config.seed)
+        await run.run(prompts, terminal.say, lambda: write(run, config, where, output))
     found = figures(run.samples)
-    misses = [miss for one in found for miss in one.misses]
+    misses = _misses(found)
     invalid = [sample for sample in run.samples if sample.invalid_reason is not None]
-    write(run, config, where, found, misses, output)
-    table = tiers_table(found)
-    terminal.table(table)
+    write(run, config, where, output)
+    terminal.table(tiers_table(found))
     for note in _notes(run, misses):
         terminal.say(f"! {note}")
     terminal.say(f"results and report: {output}")
     return not (invalid or run.problems or (check and misses))
 
 
-def write(
-    run: Tiers, config: TiersConfig, where: dict[str, Any], found: list[TierFigures], misses: list[str], folder: Path
-) -> None:
-    """Writes tiers.json, with every sample, and tiers.md."""
+def write(run: Tiers, config: TiersConfig, where: dict[str, Any], folder: Path) -> None:
+    """Writes tiers.json, with every sample so far, and tiers.md; a reader sees old or new files, never half of one."""
     folder.mkdir(parents=True, exist_ok=True)
+    found = figures(run.samples)
+    misses = _misses(found)
     results = {
         "schema_version": 1,
+        "status": run.status,
         "environment": where,
         "config": asdict(config),
         "figures": [asdict(one) for one in found],
@@ -109,10 +116,16 @@ def write(
         "problems": run.problems,
         "samples": [asdict(sample) for sample in run.samples],
     }
-    (folder / "tiers.json").write_text(json.dumps(results) + "\n")
+    replace_file(folder / "tiers.json", json.dumps(results) + "\n")
     title = f"# Tiers, {where['server']['model_id']}, {where['time']}"
     notes = [f"- {note}" for note in _notes(run, misses)]
-    (folder / "tiers.md").write_text("\n\n".join([title, markdown_table(tiers_table(found)), *notes]) + "\n")
+    if run.status != COMPLETE:
+        notes.append(f"- {run.status}: {len(found)} of {len(config.contexts)} sizes")
+    replace_file(folder / "tiers.md", "\n\n".join([title, markdown_table(tiers_table(found)), *notes]) + "\n")
+
+
+def _misses(found: list[TierFigures]) -> list[str]:
+    return [miss for one in found for miss in one.misses]
 
 
 def _notes(run: Tiers, misses: list[str]) -> list[str]:

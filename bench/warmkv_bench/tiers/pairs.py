@@ -20,6 +20,7 @@ from warmkv_bench.tiers.cold_read import files_of, read_ms, total_bytes
 
 SOURCE = f"{AGENT_PREFIX}tiers"
 PRIMED_AT_ONCE = 4096
+COMPLETE, CUT_OFF = "complete", "interrupted"
 
 
 @dataclass(slots=True)
@@ -78,6 +79,9 @@ class Tiers:
 
     Args:
         data_dir: the server's, if it is on this machine: its files are read plainly for comparison.
+
+    Attributes:
+        status: "complete", "interrupted" until then, or "failed: why".
     """
 
     def __init__(self, client: Client, info: pb.GetServerInfoResponse, config: TiersConfig, data_dir: Path | None):
@@ -87,9 +91,14 @@ class Tiers:
         self._data_dir = data_dir
         self.samples: list[TierSample] = []
         self.problems: list[str] = []
+        self.status = CUT_OFF
 
-    async def run(self, prompts: Prompts, say: Callable[[str], None]) -> None:
-        """Primes the longest context once; every other size is a prefix of it, and computes nothing."""
+    async def run(self, prompts: Prompts, say: Callable[[str], None], measured: Callable[[], None]) -> None:
+        """Primes the longest context once; every other size is a prefix of it, and computes nothing.
+
+        Args:
+            measured: called after each size.
+        """
         config = self._config
         room = self._info.context_limit - config.suffix_tokens - config.output_tokens
         if room < 1:
@@ -107,8 +116,11 @@ class Tiers:
             for context, held in sizes.items():
                 await self._measure(context, tokens[:held], suffix)
                 say(f"{context:,} tokens: {_line([s for s in self.samples if s.context_tokens == context])}")
+                measured()
+            self.status = COMPLETE
         except (RequestFailed, BrokenStream) as fault:
             self.problems.append(str(fault))
+            self.status = f"failed: {fault}"
         finally:
             if not config.keep:
                 await self._client.delete(SOURCE)
