@@ -112,6 +112,21 @@ async def test_a_prefill_stops_within_a_chunk_and_what_it_computed_is_good(engin
     check_greedy(resumed.tokens, solo.answer(tokens, 5))
 
 
+async def test_a_prefill_behind_a_long_prefix_stops_within_a_chunk(engine: Engine) -> None:
+    """Also where the chunk itself is the smaller part of a step."""
+    prompt = prompt_of(2 * LONG)
+    spans = grown([(await outcome(engine.submit(Job(prompt[:LONG])))).finished.growth], LONG)
+    handle = engine.submit(after(prompt, spans, LONG, Answer(max_tokens=3)))
+    await until(handle, Progress, count=3)
+    handle.cancel()
+    prefilled = engine.stats().prefilled_tokens
+    finished = (await outcome(handle)).finished
+    assert engine.stats().prefilled_tokens - prefilled <= CHUNK
+    assert finished.finish is Finish.CANCELLED
+    assert LONG < finished.growth.end < 2 * LONG
+    check_growth(finished.growth, LONG, finished.growth.end)
+
+
 async def test_decoding_stops_within_a_step(engine: Engine) -> None:
     handle = engine.submit(job_of(prompt_of(20), 2000))
     await until(handle, Delta, count=4)
