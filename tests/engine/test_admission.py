@@ -6,6 +6,7 @@ import asyncio
 import threading
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 
 from tests.engine.conftest import FolderOf
@@ -145,6 +146,27 @@ async def test_nothing_is_taken_on_once_stopping_began(folder_of: FolderOf) -> N
 async def test_stopping_twice_is_harmless(folder_of: FolderOf) -> None:
     async with running(folder_of("llama")) as engine:
         await asyncio.gather(engine.stop(), engine.stop())
+
+
+def kept_at_most() -> int:
+    """Bytes of freed memory that MLX may keep."""
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit
+
+
+async def test_limits_of_memory_are_as_before_once_it_has_stopped(folder_of: FolderOf) -> None:
+    before = kept_at_most()
+    for nbytes, expected in ((8_000_000, 2_000_000), (1 << 50, before)):
+        async with running(folder_of("llama"), inflight_bytes=nbytes) as engine:
+            assert kept_at_most() == expected
+            await outcome(engine.submit(job_of(prompt_of(600), 5)))
+            assert mx.get_cache_memory() <= expected
+        assert kept_at_most() == before
+        assert mx.get_cache_memory() == 0
+    with pytest.raises(OperatorError):
+        await Engine.start(EngineSettings(model="builtin:none", inflight_bytes=8_000_000))
+    assert kept_at_most() == before
 
 
 @pytest.mark.parametrize("spec", ["builtin:none", "random:none", "/nowhere"])

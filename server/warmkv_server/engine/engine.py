@@ -179,6 +179,7 @@ class Engine:
         engine._loop.start()
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:
+            await asyncio.to_thread(engine._loop.join)
             raise engine._loop.failure
         assert engine._loop.loaded is not None
         assert engine._loop.needs is not None

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ import mlx.core as mx
 from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
 from warmkv_server.engine.memory import ran_out
-from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, prepare_device
+from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, limited, prepare_device
 from warmkv_server.engine.need import Needs
 from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.sampling import Choice
@@ -37,6 +37,9 @@ _RETRY_AFTER = 5.0
 
 REST_SECONDS = 30.0
 """Without work, after which memory that is kept for the next request goes back to the system."""
+
+_FREED = 4
+"""Freed memory that is kept for the next step is at most this part of what requests may take."""
 
 Message = tuple[int, Event | WarmKVError]
 Deliver = Callable[[list[Message]], None]
@@ -129,17 +132,29 @@ class StepLoop:
         )
 
     def _main(self) -> None:
+        with ExitStack() as limits:
+            if self._begin(limits):
+                self._serve()
+            # Streams left to the interpreter's end abort the process now and then.
+            mx.clear_streams()
+
+    def _begin(self, limits: ExitStack) -> bool:
+        """Load the model. Whether that went well."""
         try:
             prepare_device()
+            limits.enter_context(limited(self._schedule.budget // _FREED))
             self.loaded = self._load()
             self.needs = Needs.on(self.loaded, self._pace.chunk)
             if self._speculate_tokens:
                 self._speculator = Speculator(self._speculate_tokens, self.loaded)
         except BaseException as error:
             self.failure = error
-            return
+            return False
         finally:
             self.ready.set()
+        return True
+
+    def _serve(self) -> None:
         while self._take_commands():
             self._admit()
             if self._schedule.prefilling:
@@ -153,8 +168,6 @@ class StepLoop:
             self._send(sequence.ident, Draining("the server is shutting down"))
         self._flush()
         mx.synchronize()
-        # Streams left to the interpreter's end abort the process now and then.
-        mx.clear_streams()
 
     def _take_commands(self) -> bool:
         idle = not self._sequences

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -96,8 +97,30 @@ def prepare_device() -> None:
     if mx.default_device() == mx.cpu:
         # On a CPU, mx.compile runs the system's C++ compiler at run time, which a fresh machine doesn't have.
         mx.disable_compile()
-    elif mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+@contextmanager
+def limited(freed_bytes: int) -> Iterator[None]:
+    """Limits of MLX's memory for the block; afterwards they are as before, and what was kept is the system's again.
+
+    On Metal as much as the system recommends stays wired, so that weights and KV are not paged out between steps.
+
+    Args:
+        freed_bytes: of freed memory that may be kept for reuse, where MLX's own limit isn't lower.
+    """
+    wired = None
+    if mx.default_device() != mx.cpu and mx.metal.is_available():
+        wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    kept = mx.set_cache_limit(freed_bytes)
+    if kept < freed_bytes:
+        mx.set_cache_limit(kept)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(kept)
+        mx.clear_cache()
+        if wired is not None:
+            mx.set_wired_limit(wired)
 
 
 def default_prefill_chunk() -> int:
