@@ -15,7 +15,7 @@ from tests.operate.commands import refusal, run, tree
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.types import Fallback
 from warmkv_server.operate.directory import look
-from warmkv_server.operate.verify import Report, Trouble
+from warmkv_server.operate.findings import Report, Trouble
 from warmkv_server.operate.verify import verify as check
 
 LAYOUT = LAYOUTS["everything"]

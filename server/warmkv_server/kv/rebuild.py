@@ -98,7 +98,7 @@ def rebuild_index(data_dir: Path, files: Files, quarantine_bytes: int, why: str)
             "to begin with an empty one"
         )
     try:
-        builder = _Builder(data_dir)
+        builder = Builder(data_dir)
         for manifest in manifests:
             try:
                 agent = builder.add(manifest)
@@ -136,7 +136,7 @@ def _read_manifests(data_dir: Path, found: Rebuilt) -> list[Manifest]:
     return manifests
 
 
-class _Builder:
+class Builder:
     """Nodes and agents, as far as the files bear them out."""
 
     def __init__(self, data_dir: Path) -> None:
@@ -295,9 +295,9 @@ def _put_aside(path: Path, why: str) -> Path | None:
     return aside if aside.exists() else None
 
 
-def aside_bytes(data_dir: Path) -> int:
-    """What indexes that were kept take."""
-    return sum(path.stat().st_size for path in data_dir.glob(f"{journal.FILE_NAME}.*-*"))
+def aside_files(data_dir: Path) -> list[Path]:
+    """Of indexes that were kept, with the files that SQLite had beside them."""
+    return sorted(data_dir.glob(f"{journal.FILE_NAME}.*-*"))
 
 
 def _put_away(data_dir: Path, path: Path, files: Files, limit: int) -> None:

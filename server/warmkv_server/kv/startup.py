@@ -19,7 +19,7 @@ from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.manifest import FOLDER
 from warmkv_server.kv.manifests import UpToDate, bring_up_to_date
-from warmkv_server.kv.rebuild import aside_bytes, holds_contexts, rebuild_index
+from warmkv_server.kv.rebuild import aside_files, holds_contexts, rebuild_index
 from warmkv_server.kv.records import Fingerprint, StoreSettings
 from warmkv_server.kv.types import Fallback, KVLayout
 
@@ -98,7 +98,8 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
     )
     kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
     blocks = sum(n.disk_bytes for n in index.nodes.values())
-    return Opened(lock, database, index, outcomes, blocks, kept, aside_bytes(settings.data_dir), manifests)
+    aside = sum(path.stat().st_size for path in aside_files(settings.data_dir))
+    return Opened(lock, database, index, outcomes, blocks, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

@@ -74,7 +74,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every block file and check it against its checksum, its name and the index.
+    """Read every block file and check it against its checksum, its name and the index, and so every agent's manifest.
 
     Works beside a running server and changes nothing, unless told to. Exit status 1 if anything is wrong.
     """
@@ -114,13 +114,20 @@ def gc(
         ),
     ] = None,
     pinned_too: Annotated[bool, typer.Option("--pinned-too", help="Don't spare pinned agents.")] = False,
-    quarantine: Annotated[bool, typer.Option("--quarantine", help="Also empty the quarantine.")] = False,
+    quarantine: Annotated[
+        bool,
+        typer.Option(
+            "--quarantine",
+            help="Also empty the quarantine, and remove damaged or replaced indexes that were put aside.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove what nothing references: leftovers of crashes, and blocks of no agent. Needs the server stopped.
 
-    Agents, of whatever model, and the quarantine stay unless an option names them. Says what goes, and its bytes.
+    Agents, of whatever model, the quarantine and indexes that were put aside stay unless an option names them.
+    Says what goes, and its bytes.
     """
     from warmkv_server.operate import show
     from warmkv_server.operate.directory import take

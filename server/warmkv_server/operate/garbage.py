@@ -6,7 +6,7 @@ What goes is found first, so that a dry run tells exactly what a run does. Rows 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from warmkv_server.kv.core import QUARANTINE, block_path
 from warmkv_server.kv.files import TEMP_SUFFIX
 from warmkv_server.kv.index import Agent, Node
 from warmkv_server.kv.journal import Statement
+from warmkv_server.kv.rebuild import aside_files
 from warmkv_server.kv.startup import block_files
 from warmkv_server.operate.directory import Taken, View
 
@@ -28,7 +29,7 @@ class Choice:
         unused_for: seconds; agents last used before go.
         fingerprint: digest; agents of this model and settings go. With `unused_for`, those to which both apply.
         pinned_too: pinned agents go like the others.
-        quarantine: the quarantine is emptied.
+        quarantine: the quarantine is emptied, and indexes that were put aside as damaged or replaced go.
     """
 
     unused_for: float | None = None
@@ -55,6 +56,7 @@ class Waste:
         kept: pinned ones that would have been chosen.
         nodes: blocks that no agent references, or none but the chosen.
         blocks: the files of these nodes.
+        aside: indexes that were put aside, with what SQLite had beside them.
     """
 
     temporary: dict[Path, int] = field(default_factory=dict)
@@ -64,10 +66,16 @@ class Waste:
     nodes: list[Node] = field(default_factory=list)
     blocks: dict[Path, int] = field(default_factory=dict)
     quarantine: dict[Path, int] = field(default_factory=dict)
+    aside: dict[Path, int] = field(default_factory=dict)
+
+    @property
+    def files(self) -> Iterator[tuple[Path, int]]:
+        for files in (self.temporary, self.unknown, self.blocks, self.quarantine, self.aside):
+            yield from files.items()
 
     @property
     def nbytes(self) -> int:
-        return sum(sum(files.values()) for files in (self.temporary, self.unknown, self.blocks, self.quarantine))
+        return sum(size for _, size in self.files)
 
 
 def find_waste(view: View, choice: Choice) -> Waste:
@@ -94,6 +102,7 @@ def find_waste(view: View, choice: Choice) -> Waste:
     waste.blocks = {path: _size(path) for path in paths if path.exists()}
     if choice.quarantine:
         waste.quarantine = {path: _size(path) for path in (view.data_dir / QUARANTINE).iterdir() if path.is_file()}
+        waste.aside = {path: _size(path) for path in aside_files(view.data_dir)}
     return waste
 
 
@@ -111,9 +120,8 @@ def remove(taken: Taken, waste: Waste, choice: Choice) -> None:
     try:
         if statements:
             taken.database.remove(statements)
-        for files in (waste.temporary, waste.unknown, waste.blocks, waste.quarantine):
-            for path in files:
-                taken.files.unlink(path)
+        for path, _ in waste.files:
+            taken.files.unlink(path)
     except OSError as error:
         raise OperatorError(f"the disk refuses to remove what nobody needs ({error.strerror or error})") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from warmkv_server.kv import journal
 from warmkv_server.kv.core import QUARANTINE
 from warmkv_server.kv.index import Agent
+from warmkv_server.kv.manifest import FOLDER, SUFFIX
+from warmkv_server.kv.rebuild import aside_files
 from warmkv_server.operate.directory import View, disk_bytes, usable_tokens
 
 
@@ -52,7 +56,12 @@ class ModelLine:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data directory; bytes unless named otherwise."""
+    """A data directory; bytes unless named otherwise.
+
+    Attributes:
+        manifest_files: one for each agent, or fewer for a moment after commits.
+        aside_bytes: of damaged or replaced indexes that were kept.
+    """
 
     data_dir: str
     agents: list[AgentLine]
@@ -62,7 +71,10 @@ class Listing:
     unreferenced_bytes: int
     quarantine_files: int
     quarantine_bytes: int
+    manifest_files: int
+    manifest_bytes: int
     index_bytes: int
+    aside_bytes: int
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +83,9 @@ class Listing:
 def listing(view: View) -> Listing:
     """Agents by tenant and id; models by bytes, the largest first."""
     nodes = view.index.nodes.values()
-    quarantined = _sizes(view.data_dir / QUARANTINE, "*")
+    quarantined = _sizes((view.data_dir / QUARANTINE).glob("*"))
+    manifests = _sizes((view.data_dir / FOLDER).glob(f"*{SUFFIX}"))
+    aside = _sizes(aside_files(view.data_dir))
     return Listing(
         data_dir=str(view.data_dir),
         agents=[_agent(agent) for _, agent in sorted(view.index.agents.items())],
@@ -81,7 +95,10 @@ def listing(view: View) -> Listing:
         unreferenced_bytes=disk_bytes(node for node in nodes if not node.refs),
         quarantine_files=len(quarantined),
         quarantine_bytes=sum(quarantined),
-        index_bytes=sum(_sizes(view.data_dir, f"{journal.FILE_NAME}*")),
+        manifest_files=len(manifests),
+        manifest_bytes=sum(manifests),
+        index_bytes=sum(_sizes(view.data_dir.glob(f"{journal.FILE_NAME}*"))) - sum(aside),
+        aside_bytes=sum(aside),
     )
 
 
@@ -122,5 +139,11 @@ def _models(view: View) -> list[ModelLine]:
     ]
 
 
-def _sizes(folder: Path, pattern: str) -> list[int]:
-    return [path.stat().st_size for path in folder.glob(pattern) if path.is_file()]
+def _sizes(paths: Iterable[Path]) -> list[int]:
+    """Of the files among these; beside a running server some may go meanwhile."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                found.append(path.stat().st_size)
+    return found

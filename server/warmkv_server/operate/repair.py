@@ -12,7 +12,7 @@ from warmkv_server.kv.quarantine import quarantine
 from warmkv_server.kv.records import StoreSettings
 from warmkv_server.kv.types import Fallback
 from warmkv_server.operate.directory import Taken
-from warmkv_server.operate.verify import Bad, Trouble
+from warmkv_server.operate.findings import Bad, Trouble
 
 
 def put_away(taken: Taken, bad: Iterable[Bad]) -> int:

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.index import Agent
+from warmkv_server.operate.findings import Report
 from warmkv_server.operate.garbage import Waste
 from warmkv_server.operate.listing import Listing
-from warmkv_server.operate.verify import Report
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -76,10 +76,12 @@ def listing(console: Console, found: Listing) -> None:
     if found.models:
         console.print(_models(found))
     unreferenced = f", {size(found.unreferenced_bytes)} of them referenced by no agent" * bool(found.unreferenced_bytes)
+    aside = f"; indexes that were put aside {size(found.aside_bytes)}" * bool(found.aside_bytes)
     console.print(
         f"{found.data_dir}: {len(found.agents)} agents; {found.block_files} block files with "
         f"{size(found.block_bytes)}{unreferenced}; quarantine {found.quarantine_files} files with "
-        f"{size(found.quarantine_bytes)}; index {size(found.index_bytes)}",
+        f"{size(found.quarantine_bytes)}; {found.manifest_files} manifests with {size(found.manifest_bytes)}; "
+        f"index {size(found.index_bytes)}{aside}",
         soft_wrap=True,
     )
 
@@ -146,7 +148,10 @@ def report(found: Report, moved: int | None) -> None:
         typer.echo(f"note: {note}")
     wrong = f"{len(found.problems)} problem{'s' * (len(found.problems) > 1)}" if found.problems else "nothing is wrong"
     away = f"; moved to quarantine: {moved}" if moved is not None else ""
-    typer.echo(f"{found.files} block files with {size(found.nbytes)} and {found.agents} agents: {wrong}{away}")
+    typer.echo(
+        f"{found.files} block files with {size(found.nbytes)}, {found.manifests} manifests and {found.agents} agents: "
+        f"{wrong}{away}"
+    )
 
 
 def report_json(found: Report, moved: int | None) -> dict[str, Any]:
@@ -154,6 +159,7 @@ def report_json(found: Report, moved: int | None) -> dict[str, Any]:
         "files": found.files,
         "bytes": found.nbytes,
         "agents": found.agents,
+        "manifests": found.manifests,
         "problems": [asdict(problem) for problem in found.problems],
         "notes": found.notes,
         "quarantined": moved,
@@ -188,6 +194,7 @@ def _kinds(found: Waste) -> dict[str, dict[Path, int]]:
         "block files that the index doesn't know": found.unknown,
         "block files that no agent references": found.blocks,
         "files in quarantine": found.quarantine,
+        "files of indexes that were put aside": found.aside,
     }
 
 

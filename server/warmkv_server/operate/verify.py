@@ -1,4 +1,5 @@
-"""`warmkv store verify`: every block file against itself and against the index, and every agent against its files.
+"""`warmkv store verify`: every block file against itself and against the index, every agent against its files, and
+every agent's manifest.
 
 Beside a running server, files come and go while this reads. So what looks wrong is looked at once more, with a newer
 state of the index, and counts only if it is still so.
@@ -9,8 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from warmkv_server.kv.blockfile import SUFFIX, BadFile, BlockInfo, file_name
@@ -22,61 +21,10 @@ from warmkv_server.kv.reader import verify_file
 from warmkv_server.kv.startup import block_files
 from warmkv_server.kv.types import Fallback, PartKind
 from warmkv_server.operate.directory import View, in_use, usable_tokens
+from warmkv_server.operate.findings import Bad, Problem, Report, Trouble, name_of, short
+from warmkv_server.operate.manifests import check_manifests
 
 _READERS = 4
-
-
-class Trouble(StrEnum):
-    DAMAGED = "damaged"
-    """The file contradicts itself: a bad checksum, or a header that can't be."""
-    UNREADABLE = "unreadable"
-    """The system refuses to read it."""
-    MISMATCH = "mismatch"
-    """The file is whole, but not the one that the index has under this name."""
-    MISSING = "missing"
-    """The index has it, the directory has not."""
-    UNKNOWN = "unknown"
-    """A block file that the index doesn't have."""
-    INCOMPLETE = "incomplete"
-    """An agent has lost files to one of the others, now or before: the tokens behind are computed anew."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """
-    Attributes:
-        subject: a path under the data directory, or an agent.
-    """
-
-    trouble: Trouble
-    subject: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A file that must not be used."""
-
-    path: Path
-    trouble: Trouble
-    detail: str
-    node: Node | None = None
-    kind: PartKind | None = None
-
-
-@dataclass
-class Report:
-    """
-    Attributes:
-        notes: what may be so: leftovers of a crash, files in the making, blocks that the quota took.
-    """
-
-    files: int = 0
-    nbytes: int = 0
-    agents: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    bad: list[Bad] = field(default_factory=list)
 
 
 def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[Path]] = lambda paths: paths) -> Report:
@@ -98,9 +46,9 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
             paths.append(path)
             report.nbytes += _size(path)
         elif entry.name.endswith(TEMP_SUFFIX):
-            report.notes.append(f"{_short(path)} is a temporary file; the next start of a server removes it")
+            report.notes.append(f"{short(path)} is a temporary file; the next start of a server removes it")
         else:
-            report.notes.append(f"{_short(path)} is not a file of WarmKV")
+            report.notes.append(f"{short(path)} is not a file of WarmKV")
     report.files = len(paths)
     bad = [*_examine_all(view, watch(paths)), *_missing(view)]
     if bad:
@@ -109,8 +57,9 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
         bad = [*_examine_all(view, [each.path for each in bad if each.path not in gone])]
         bad += [each for each in _missing(view) if each.path in gone]
     report.bad = [each for each in bad if not _in_the_making(view, each, report)]
-    report.problems = [Problem(each.trouble, _short(each.path), each.detail) for each in report.bad]
+    report.problems = [Problem(each.trouble, short(each.path), each.detail) for each in report.bad]
     report.problems += _agents(view, report)
+    check_manifests(look, report)
     return report
 
 
@@ -172,7 +121,7 @@ def _in_the_making(view: View, bad: Bad, report: Report) -> bool:
         return False
     if bad.path.exists():
         report.notes.append(
-            f"{_short(bad.path)} is not in the index; the running server may be about to use or remove it"
+            f"{short(bad.path)} is not in the index; the running server may be about to use or remove it"
         )
     return True
 
@@ -185,7 +134,7 @@ def _agents(view: View, report: Report) -> Iterator[Problem]:
     bad = {ident: frozenset(kinds) for ident, kinds in found.items()}
     for agent in view.index.agents.values():
         nodes = list(agent.all_nodes())
-        name = f"agent {agent.agent_id!r}" + (f" of tenant {agent.tenant!r}" if agent.tenant else "")
+        name = name_of(agent.tenant, agent.agent_id)
         if not _contiguous(agent):
             yield Problem(Trouble.INCOMPLETE, name, "its blocks don't follow each other")
             continue
@@ -215,8 +164,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _short(path: Path) -> str:
-    """From the data directory on."""
-    return "/".join(path.parts[-3:])
