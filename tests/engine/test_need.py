@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,7 @@ KINDS = ["llama", "gemma3_text", "deepseek_v3", "mamba2", "falcon_h1", "mixtral"
 def within(engine: Engine, jobs: list[Job], factor: float) -> Iterator[None]:
     """Fail unless the block takes at most what the jobs were said to need, and at least a part of it."""
     expected = together([engine.needs.of_job(job) for job in jobs])
+    gc.collect()  # what tests before left
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     yield
@@ -32,8 +34,7 @@ def within(engine: Engine, jobs: list[Job], factor: float) -> Iterator[None]:
     assert peak <= expected <= factor * peak
 
 
-@pytest.mark.parametrize("bits", [4, 0])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "bits"), [*((name, 4) for name in KINDS), ("llama", 0), ("gemma3_text", 8)])
 async def test_one_alone(name: str, bits: int, folder_of: FolderOf) -> None:
     job = job_of(prompt_of(3000), 4)
     async with running(folder_of(name), FAMILIES[name].group_size, prefill_chunk=CHUNK, kv_bits=bits) as engine:
@@ -41,7 +42,7 @@ async def test_one_alone(name: str, bits: int, folder_of: FolderOf) -> None:
             await outcome(engine.submit(job))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon_h1"])
 async def test_one_behind_a_reused_prefix(name: str, folder_of: FolderOf) -> None:
     tokens, held = prompt_of(3000), 2700
     async with running(folder_of(name), FAMILIES[name].group_size, prefill_chunk=CHUNK) as engine:
@@ -52,7 +53,7 @@ async def test_one_behind_a_reused_prefix(name: str, folder_of: FolderOf) -> Non
             await outcome(engine.submit(job))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3", "falcon_h1"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3"])
 async def test_some_that_share_a_batch(name: str, folder_of: FolderOf) -> None:
     """Prompts of different lengths join one after another, and answers outgrow their buffers together."""
     jobs = [job_of(prompt_of(length), 300 - length // 4) for length in (400, 350, 420, 380, 360)]

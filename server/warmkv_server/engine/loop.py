@@ -197,7 +197,7 @@ class StepLoop:
                     return False
 
     def _admit(self) -> None:
-        while True:
+        while self._schedule.waiting:
             sequence = self._schedule.admit(self._running())
             if sequence is None:
                 return
