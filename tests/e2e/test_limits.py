@@ -60,10 +60,10 @@ def test_a_full_context_leaves_no_room_for_an_answer(small: Client, agent: str) 
 def test_a_request_that_can_never_fit_in_memory_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     budget = (grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_BUDGET")
     with serving(tmp_path / "data") as (_, client):
-        client.prime("held", token_ids(some_tokens(4000)))
-    with serving(tmp_path / "data", "--inflight-bytes", "16MiB") as (_, client):
+        client.prime("held", token_ids(some_tokens(2000)))
+    with serving(tmp_path / "data", "--inflight-bytes", "12MiB") as (_, client):
         with refused(*budget) as refusals:
-            client.prime("a", token_ids(some_tokens(4000, seed=1)))
+            client.prime("a", token_ids(some_tokens(2000, seed=1)))
         assert "--inflight-bytes" in refusals[0].message
         assert refusals[0].retry_seconds is None  # waiting doesn't help
         with refused(*budget):
@@ -72,7 +72,7 @@ def test_a_request_that_can_never_fit_in_memory_is_refused_before_anything_is_do
             client.generate("b", text("A short one"), max_tokens=20_000)
         counters = client.stats().counters
         assert (counters.prefilled_tokens, counters.bytes_loaded) == (0, 0)
-        assert client.prime("held", token_ids(some_tokens(4000))).cache.cached_tokens == 4000  # nothing to compute
+        assert client.prime("held", token_ids(some_tokens(2000))).cache.cached_tokens == 2000  # nothing to compute
         assert client.generate("b", text("A short one fits.")).finished.agent.revision == 1
 
 
