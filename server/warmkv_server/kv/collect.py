@@ -105,26 +105,37 @@ class Collector:
         ids = {node.id for node in (*gone, *slimmer)}
         self._removing |= ids
         try:
-            statements = [rows.delete_node(node) for node in gone if node.saved]
-            statements += [rows.update_node(node) for node in slimmer if node.saved]
-            if statements:
-                await core.journal.remove(statements)
-            await core.writing(_unlink_all, core, paths)
-        except OSError as error:
-            log.warning("the disk refuses to remove blocks that nobody needs: %s", error)
-            core.index.nodes.update((node.id, node) for node in gone)
-            for node, part in windows.items():
-                node.parts[PartKind.WINDOW] = part
-            return False
+            try:
+                statements = [rows.delete_node(node) for node in gone if node.saved]
+                statements += [rows.update_node(node) for node in slimmer if node.saved]
+                if statements:
+                    await core.journal.remove(statements)
+            except Exception as error:
+                _say("the index refuses to forget blocks that nobody needs", error)
+                core.index.nodes.update((node.id, node) for node in gone)
+                for node, part in windows.items():
+                    node.parts[PartKind.WINDOW] = part
+                return False
+            for node in gone:
+                core.hot.drop(node, unsaved_too=True)
+            for node in windows:
+                core.hot.drop(node, PartKind.WINDOW)
+            try:
+                await core.writing(_unlink_all, core, paths)
+            except Exception as error:
+                _say("the disk refuses to remove files that nobody needs", error)
+                return False
+            core.block_bytes -= sum(node.disk_bytes for node in gone)
+            core.block_bytes -= sum(part.nbytes for part in windows.values())
+            return True
         finally:
             self._removing -= ids
-        for node in gone:
-            core.block_bytes -= node.disk_bytes
-            core.hot.drop(node, unsaved_too=True)
-        for node, part in windows.items():
-            core.block_bytes -= part.nbytes
-            core.hot.drop(node, PartKind.WINDOW)
-        return True
+
+
+def _say(what: str, error: Exception) -> None:
+    log.warning(
+        "%s; the next start of a server goes on with it: %s", what, error, exc_info=not isinstance(error, OSError)
+    )
 
 
 def _unlink_all(core: Core, paths: list[Path]) -> None:

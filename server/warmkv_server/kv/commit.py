@@ -176,26 +176,38 @@ class Committer:
         agent = self._apply_to_index(commit, agent, plan)
         for node in before.all_nodes():
             node.pins += 1
-        outcome: RequestOutcome | None = None
         try:
-            agent.durable = effort.refusal is None
+            outcome = await self._write_down(commit, agent, before, plan, effort)
+        finally:
+            self._let_go(before.all_nodes())
+            gone = core.index.agents.get(agent.key) is not agent
+            if gone:
+                self.forget(agent)
+        if gone:
+            raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
+        if outcome is not None:
+            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, agent.last_used, agent.durable)
+        return Committed(core.record(agent), agent.durable, time.perf_counter() - began, effort.bytes_written)
+
+    async def _write_down(
+        self, commit: Commit, agent: Agent, before: _State, plan: Plan, effort: Effort
+    ) -> RequestOutcome | None:
+        """Have the journal take the agent as it is now; if it can't, take note that only RAM has it."""
+        agent.durable = effort.refusal is None
+        try:
             if agent.durable:
                 outcome = self._outcome(commit, agent, persisted=True)
                 statements = self._statements(agent, before, plan)
                 if outcome is not None:
                     statements.append(rows.insert_outcome(commit.tenant, outcome, agent.last_used))
-                agent.durable = await self._apply(agent, statements, plan.all_nodes(), before.all_nodes())
-            if not agent.durable:
-                self._note_not_durable(agent, before)
-                outcome = self._outcome(commit, agent, persisted=False)
-        finally:
-            self._let_go(before.all_nodes())
-        if core.index.agents.get(agent.key) is not agent:
-            self.forget(agent)
-            raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
-        if outcome is not None:
-            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, agent.last_used, agent.durable)
-        return Committed(core.record(agent), agent.durable, time.perf_counter() - began, effort.bytes_written)
+                if await self._apply(agent, statements, plan.all_nodes(), before.all_nodes()):
+                    return outcome
+        except Exception:
+            # Nobody foresaw this, so nobody knows what the journal has: it is written whole, soon.
+            self._note_not_durable(agent, before)
+            raise
+        self._note_not_durable(agent, before)
+        return self._outcome(commit, agent, persisted=False)
 
     def _bear(self, commit: Commit, refusal: OSError) -> None:
         """Go on in RAM, if it has room."""
@@ -274,10 +286,12 @@ class Committer:
             node.dirty = False  # Now, not afterwards: what changes meanwhile is for the next commit to write.
         try:
             await self._core.journal.apply(statements)
-        except OSError as error:
-            log.warning("the last commit of agent %r stays in RAM: %s", agent.agent_id, error)
+        except BaseException as error:
             for node in dirty:
                 node.dirty = True
+            if not isinstance(error, OSError):
+                raise
+            log.warning("the last commit of agent %r stays in RAM: %s", agent.agent_id, error)
             return False
         for node in nodes:
             node.saved = True

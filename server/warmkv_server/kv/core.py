@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.blockfile import BlockInfo
 from warmkv_server.kv.boundaries import in_window
@@ -74,6 +75,8 @@ class Core:
         self.disk = DiskState()
         self.used: set[Agent] = set()
         """Agents whose last use is not written down yet."""
+        self.was_hot: set[Agent] = set()
+        """Agents that were in RAM when they were last used or looked at."""
         self.outcomes: dict[AgentKey, KeptOutcome] = {}
         self.block_bytes = 0
         """Of all block files that the index knows."""
@@ -120,6 +123,16 @@ class Core:
         self._writers.shutdown()
 
     # Agents as others see them
+
+    def existing(self, tenant: str, agent_id: str) -> Agent:
+        """
+        Raises:
+            AgentNotFound
+        """
+        agent = self.index.agents.get((tenant, agent_id))
+        if agent is None:
+            raise AgentNotFound(f"there is no agent {agent_id!r}")
+        return agent
 
     def tier(self, agent: Agent) -> Tier:
         """HOT if the next request can go on from the head without reading a file."""

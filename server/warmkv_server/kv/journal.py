@@ -193,7 +193,7 @@ class Database:
             for sql, parameters in statements:
                 self._db.execute(sql, parameters)
             self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:  # also one that says that the file is damaged
             self._rollback()
             code = errno.ENOSPC if "full" in str(error) else errno.EIO
             raise OSError(code, f"the index refused a transaction: {error}") from error
@@ -210,7 +210,7 @@ class Database:
         frames = self._wal_size() // _FRAME_BYTES
         try:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except sqlite3.OperationalError:
+        except sqlite3.DatabaseError:
             return  # The log goes on growing; nothing in it is lost.
         pages = self._db.execute("PRAGMA page_count").fetchone()[0]
         self.bytes_written += min(frames, pages) * PAGE_BYTES  # Each page once: at most so many.
@@ -240,7 +240,7 @@ class Database:
 
     def _rollback(self) -> None:
         if self._db.in_transaction:
-            with contextlib.suppress(sqlite3.OperationalError):  # SQLite may have rolled back by itself.
+            with contextlib.suppress(sqlite3.DatabaseError):  # SQLite may have rolled back by itself.
                 self._db.execute("ROLLBACK")
 
     def _wal_size(self) -> int:

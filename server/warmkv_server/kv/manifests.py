@@ -101,7 +101,7 @@ class Manifests:
         owed = self._owed.pop(agent.key, None)
         try:
             await core.writing(_remove, core.files, core.manifest_path(agent.key))
-        except OSError:
+        except BaseException:
             if owed is not None:
                 self._owed[agent.key] = owed
             raise
@@ -139,6 +139,8 @@ class Manifests:
                 self._hurry.clear()
         except OSError as error:
             log.warning("%d manifests wait for the disk, which refuses: %s", len(self._owed), error)
+        except Exception:
+            log.exception("writing manifests failed; %d are tried again later", len(self._owed))
         finally:
             self._task = None
 

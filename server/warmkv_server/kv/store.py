@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
-from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound, NotDurable, StorageUnavailable
-from warmkv_server.kv import rows
+from warmkv_server.errors import NotDurable
+from warmkv_server.kv.changes import Changes
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
-from warmkv_server.kv.core import Core, KeptOutcome
+from warmkv_server.kv.core import Core
 from warmkv_server.kv.files import Files
-from warmkv_server.kv.index import Agent, Node
+from warmkv_server.kv.index import Node
 from warmkv_server.kv.journal import Journal
 from warmkv_server.kv.lease import Lease
 from warmkv_server.kv.loader import Loader
@@ -81,9 +81,11 @@ class Store:
         writer = PartWriter(core, self._loader, Quota(core, self._collector, self._manifests))
         self._committer = Committer(core, writer, self._collector, self._manifests)
         self._matcher = Matcher(core.index, core.layout, core.has)
+        self._changes = Changes(
+            core, self._committer, self._collector, self._manifests, changed=lambda: self._upkeep.wake()
+        )
         self._upkeep = Upkeep(core, self._committer, self._manifests, self.delete)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._hot_agents: set[Agent] = set()
 
     @classmethod
     async def open(
@@ -162,7 +164,7 @@ class Store:
         Raises:
             AgentNotFound
         """
-        return self._existing(tenant, agent_id).tokens
+        return self._core.existing(tenant, agent_id).tokens
 
     def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
         """What the request of this id answered, if it is still kept."""
@@ -235,9 +237,9 @@ class Store:
         reuse = await self._loader.load(lease)
         agent = self._core.index.agents.get((lease.tenant, lease.agent_id))
         if agent is not None:
-            if reuse.warm_tokens and agent in self._hot_agents:
+            if reuse.warm_tokens and agent in self._core.was_hot:
                 self._core.counters.evictions += 1
-            self._hot_agents.add(agent)
+            self._core.was_hot.add(agent)
         return reuse
 
     async def commit(self, commit: Commit) -> Committed:
@@ -269,7 +271,7 @@ class Store:
             self._collector.suspect(pinned)
         agent = self._core.index.agents.get((commit.tenant, commit.agent_id))
         if agent is not None:
-            self._hot_agents.add(agent)
+            self._core.was_hot.add(agent)
         return committed
 
     # Changing
@@ -282,54 +284,7 @@ class Store:
         Raises:
             AgentNotFound, AgentExists, StorageUnavailable
         """
-        return await self._finish(self._fork(tenant, source_id, target_id, request))
-
-    async def _fork(
-        self, tenant: str, source_id: str, target_id: str, request: RequestOutcome | OutcomeOf | None
-    ) -> AgentRecord:
-        core = self._core
-        source = self._existing(tenant, source_id)
-        target = (tenant, target_id)
-        if target in core.index.agents or target in self._committer.tickets:
-            raise AgentExists(f"agent {target_id!r} exists already; fork to another id, or delete it first")
-        if not source.durable:
-            raise StorageUnavailable(
-                f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.settings.retry_seconds
-            )
-        now = time.time()
-        head = len(source.tokens)
-        agent = Agent(tenant, target_id, core.index.new_incarnation(), source.fingerprint, tokens=source.tokens)
-        agent.nodes, agent.snapshots = list(source.nodes), dict(source.snapshots)
-        agent.windowed = set(source.windowed)
-        agent.kept, agent.previous = (*source.kept, head) if head else (), source.previous
-        agent.ttl, agent.labels, agent.ending = source.ttl, dict(source.labels), source.ending
-        agent.create_time = agent.update_time = agent.last_used = now
-        agent.parent_agent_id = source_id
-        agent.durable = True
-        core.index.add_agent(agent)
-        outcome = request(core.record(agent), True) if callable(request) else request
-        nodes = list(agent.all_nodes())
-        statements = [rows.put_node(node) for node in nodes if node.dirty or not node.saved]
-        statements += rows.insert_agent(agent)
-        if outcome is not None:
-            statements.append(rows.insert_outcome(tenant, outcome, now))
-        try:
-            await core.journal.apply(statements)
-        except OSError as error:
-            if core.index.agents.get(agent.key) is agent:
-                core.index.remove_agent(agent)
-            self._collector.suspect(nodes)
-            raise StorageUnavailable(
-                "the disk doesn't take the fork", retry_after=core.settings.retry_seconds
-            ) from error
-        agent.saved = True
-        if core.index.agents.get(agent.key) is not agent:
-            raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
-        self._manifests.note(agent)
-        if outcome is not None:
-            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, now, saved=True)
-        self._upkeep.wake()
-        return core.record(agent)
+        return await self._finish(self._changes.fork(tenant, source_id, target_id, request))
 
     async def update(
         self,
@@ -345,41 +300,7 @@ class Store:
         Raises:
             AgentNotFound, StorageUnavailable
         """
-        return await self._finish(self._update(tenant, agent_id, pinned, ttl, labels))
-
-    async def _update(
-        self,
-        tenant: str,
-        agent_id: str,
-        pinned: bool | Unset,
-        ttl: float | Unset | None,
-        labels: Mapping[str, str] | Unset,
-    ) -> AgentRecord:
-        core = self._core
-        agent = self._existing(tenant, agent_id)
-        before = agent.pinned, agent.ttl, agent.labels, agent.update_time
-        if not isinstance(pinned, Unset):
-            core.index.set_pinned(agent, pinned)
-        if not isinstance(ttl, Unset):
-            agent.ttl = ttl
-        if not isinstance(labels, Unset):
-            agent.labels = dict(labels)
-        if (agent.pinned, agent.ttl, agent.labels) != before[:3]:
-            agent.update_time = time.time()
-        columns = {**rows.option_columns(agent), "update_time": agent.update_time}
-        try:
-            if not agent.saved:
-                raise OSError("the agent is not on disk yet")
-            await core.journal.apply([rows.update_columns(agent.incarnation, columns)])
-        except OSError as error:
-            core.index.set_pinned(agent, before[0])
-            _, agent.ttl, agent.labels, agent.update_time = before
-            raise StorageUnavailable(
-                "the disk doesn't take the change", retry_after=core.settings.retry_seconds
-            ) from error
-        self._manifests.note(agent)
-        self._upkeep.wake()
-        return core.record(agent)
+        return await self._finish(self._changes.update(tenant, agent_id, pinned, ttl, labels))
 
     async def evict(self, tenant: str, agent_id: str, drop_page_cache: bool = False) -> Evicted:
         """Drop the RAM copy of the agent's nodes, also where others share them.
@@ -389,7 +310,7 @@ class Store:
             NotDurable: RAM holds the only copy.
         """
         core = self._core
-        agent = self._existing(tenant, agent_id)
+        agent = self._core.existing(tenant, agent_id)
         if not agent.durable:
             raise NotDurable(
                 f"the last commit of agent {agent_id!r} is in RAM only, because the disk refused it; "
@@ -400,7 +321,7 @@ class Store:
         before = await core.reading(resident_bytes, paths)
         freed = sum(core.hot.drop(node) for node in nodes)
         core.counters.evictions += bool(freed)
-        self._hot_agents.discard(agent)
+        self._core.was_hot.discard(agent)
         if drop_page_cache:
             await core.reading(drop_pages, paths)
         after = await core.reading(resident_bytes, paths) if drop_page_cache else before
@@ -418,43 +339,9 @@ class Store:
         Raises:
             StorageUnavailable: the disk doesn't take the deletion; the agent is still there.
         """
-        return await self._finish(self._delete(tenant, agent_id))
-
-    async def _delete(self, tenant: str, agent_id: str) -> bool:
-        core = self._core
-        key = tenant, agent_id
-        ticket = self._committer.tickets.get(key)
-        if ticket is not None:
-            ticket.deleted = True
-        agent = core.index.agents.get(key)
-        if agent is None:
-            return ticket is not None
-        agent.deleting = True
-        try:
-            if agent.saved or agent.durable or ticket is not None:
-                await self._manifests.remove(agent)
-                await core.journal.remove([*rows.delete_agent(agent.incarnation)])
-        except OSError as error:
-            agent.deleting = False
-            self._manifests.note(agent)
-            raise StorageUnavailable(
-                "the disk doesn't take the deletion; the agent is still there",
-                retry_after=core.settings.retry_seconds,
-            ) from error
-        if core.index.agents.get(key) is agent:
-            core.index.remove_agent(agent)
-            self._hot_agents.discard(agent)
-            self._committer.forget(agent)
-            self._collector.suspect(agent.all_nodes())
-        return True
+        return await self._finish(self._changes.delete(tenant, agent_id))
 
     # Helpers
-
-    def _existing(self, tenant: str, agent_id: str) -> Agent:
-        agent = self._core.index.agents.get((tenant, agent_id))
-        if agent is None:
-            raise AgentNotFound(f"there is no agent {agent_id!r}")
-        return agent
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end, even if the caller is cancelled."""
@@ -465,6 +352,6 @@ class Store:
 
     def _note_cooled(self) -> None:
         """Count the agents that the memory budget has put out of RAM."""
-        cooled = {agent for agent in self._hot_agents if self._core.tier(agent) is Tier.WARM}
+        cooled = {agent for agent in self._core.was_hot if self._core.tier(agent) is Tier.WARM}
         self._core.counters.evictions += len(cooled)
-        self._hot_agents -= cooled
+        self._core.was_hot -= cooled

@@ -66,6 +66,7 @@ class Upkeep:
     def _pause(self) -> float:
         now = time.time()
         times = [a.expires - now for a in self._core.index.agents.values() if a.expires is not None]
+        times = [t if t > 0 else self._core.settings.retry_seconds for t in times]  # it could not go just now
         if self._retry_at is not None:
             times.append(self._retry_at - now)
         return min([max(t, 0.05) for t in times] + [_LONGEST_PAUSE])
@@ -74,6 +75,7 @@ class Upkeep:
         """Write what the disk refused, once the pause since the refusal, or since the last attempt, is over."""
         now = time.time()
         if self._retry_at is not None and self._retry_at <= now:
+            self._retry_at = now + self._core.settings.retry_seconds  # also where this breaks
             await self._committer.retry_all()
             await self._manifests.flush()
             self._retry_at = None

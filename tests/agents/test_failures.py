@@ -1,0 +1,128 @@
+"""A bug deep in the store, under a whole server but its sockets: the request that meets it gets an internal error with
+an id that the log has too, everybody else their answers, and nothing that was acknowledged is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from warmkv_server.agents.agents import Agents, AgentSettings
+from warmkv_server.agents.types import AgentKey, GenerateFinished, GenerateRequest, PrimeRequest
+from warmkv_server.engine.engine import Engine, EngineSettings
+from warmkv_server.engine.fairness import Bound
+from warmkv_server.engine.text import TokenIds
+from warmkv_server.engine.types import Answer
+from warmkv_server.errors import EngineError
+from warmkv_server.kv import loader, reader
+from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
+from warmkv_server.kv.types import Source
+
+TOKENS = {name: [seed + n % 97 for n in range(600)] for name, seed in (("a", 400), ("b", 900))}
+
+
+class Bug(Exception):
+    """What no code expects."""
+
+
+@asynccontextmanager
+async def running(data_dir: Path) -> AsyncIterator[tuple[Agents, Store]]:
+    engine = await Engine.start(EngineSettings())
+    try:
+        fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
+        settings = StoreSettings(data_dir, durability=Durability.NONE, headroom_bytes=0, retry_seconds=0.05)
+        store = await Store.open(settings, engine.info.layout, fingerprint)
+        try:
+            settled = AgentSettings(Bound(64), loaded_bytes=1 << 30, synced=True)
+            yield Agents(engine, store, fingerprint.digest, settled), store
+        finally:
+            await store.close()
+    finally:
+        await engine.stop()
+
+
+def key(agent: str) -> AgentKey:
+    return AgentKey("", agent)
+
+
+async def prime(agents: Agents, agent: str) -> int:
+    return (await agents.prime(PrimeRequest(key(agent), TokenIds(tuple(TOKENS[agent[0]]))))).cache.prefilled_tokens
+
+
+async def answer(agents: Agents, agent: str, content: tuple[int, ...] = (500, 501)) -> GenerateFinished:
+    request = GenerateRequest(key(agent), TokenIds(content), Answer(max_tokens=3, ignore_eos=True))
+    finished = await (await agents.generate(request)).result()
+    assert isinstance(finished, GenerateFinished)
+    return finished
+
+
+def internal(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(error, EngineError)
+    assert "Bug" not in str(error), "what broke is for the log alone"
+    records = [record for record in caplog.records if error.error_id in record.getMessage()]
+    assert [record.levelno for record in records] == [logging.ERROR]
+    assert records[0].exc_info is not None
+
+
+def once(real: Callable[..., Any], concerned: Callable[..., bool]) -> Callable[..., Any]:
+    """Raises instead, the first time that it is concerned."""
+    broken = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal broken
+        if not broken and concerned(*arguments):
+            broken = True
+            raise Bug
+        return real(*arguments)
+
+    return call
+
+
+async def test_bugs_in_load_and_commit_end_the_requests_that_meet_them_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as (agents, store):
+        for agent in ("a", "a2", "b"):
+            await prime(agents, agent)
+
+        # A file that can't be written, in a way that isn't the disk's.
+        files = store._core.files
+        before = store.tokens("", "a").tolist()
+        write = files.write
+        monkeypatch.setattr(files, "write", once(write, lambda path, _: "blocks" in path.parts))
+        results = await asyncio.gather(*(answer(agents, agent) for agent in "ab"), return_exceptions=True)
+        failed = [(agent, each) for agent, each in zip("ab", results, strict=True) if isinstance(each, BaseException)]
+        ((loser, error),) = failed
+        internal(error, caplog)
+        kept = {agent: store.tokens("", agent).tolist() for agent in ("a", "a2", "b")}
+        assert len(kept[loser]) == 600
+        assert len(kept["ab".replace(loser, "")]) == 605
+        assert (await answer(agents, loser)).persisted
+
+        # A read that breaks, for whoever waits for it.
+        for agent in ("a", "a2", "b"):
+            await store.evict("", agent)
+        first = store.tokens("", "b")[:256].tobytes()
+        concerned = once(reader.read_parts, lambda orders: any(each.info.block_tokens == first for each in orders))
+        monkeypatch.setattr(loader, "read_parts", concerned)
+        good, bad = await asyncio.gather(answer(agents, "a2"), answer(agents, "b"), return_exceptions=True)
+        assert not isinstance(good, BaseException)
+        assert good.cache.source is Source.WARM
+        assert isinstance(bad, BaseException)
+        internal(bad, caplog)
+        again = await answer(agents, "b")
+        assert (again.cache.cached_tokens, again.cache.source, again.persisted) == (605, Source.WARM, True)
+        assert before == TOKENS["a"]
+        contexts = {agent: store.tokens("", agent).tolist() for agent in ("a", "a2", "b")}
+    async with running(tmp_path) as (agents, store):
+        for agent, tokens in contexts.items():
+            assert store.tokens("", agent).tolist() == tokens
+            assert (await answer(agents, agent)).cache.cached_tokens >= len(
+                tokens
+            )  # more if others have the same tokens behind
