@@ -33,11 +33,6 @@ def allocate(specs: Iterable[TensorSpec], count: int) -> dict[str, mx.array]:
     return arrays
 
 
-def copied(spec: TensorSpec, count: int, memory: memoryview) -> mx.array:
-    """An evaluated array for `count` tokens (or a snapshot) with these bytes, which can change afterwards."""
-    return mx.array(np.frombuffer(memory, spec.dtype).reshape(stored_shape(spec, count)))
-
-
 def view(array: mx.array) -> Words:
     """An evaluated array's memory, not copied. Its dtype must be one that numpy has."""
     return np.array(array, copy=False)

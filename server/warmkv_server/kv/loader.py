@@ -19,11 +19,12 @@ from warmkv_server.kv.lease import Lease
 from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.quarantine import quarantine
 from warmkv_server.kv.reader import PartOrder, read_parts
+from warmkv_server.kv.spare import SpareMemory
 from warmkv_server.kv.types import Fallback, PartKind, Reuse, Span, Tensors
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 32 << 20
 """Files that one thread reads before it reports: enough to make the way there and back cheap."""
 
 
@@ -46,6 +47,7 @@ class Loader:
         self._manifests = manifests
         self._reads: dict[PartKey, asyncio.Future[Tensors]] = {}
         self._batches: set[asyncio.Task[None]] = set()
+        self._spare = SpareMemory()
 
     async def load(self, lease: Lease) -> Reuse:
         """See `Store.load`."""
@@ -169,7 +171,7 @@ class Loader:
             for r in asked
         ]
         try:
-            outcomes = dict(zip(asked, await core.reading(read_parts, orders), strict=True))
+            outcomes = dict(zip(asked, await core.reading(read_parts, orders, self._spare), strict=True))
             for read in batch:
                 gone = BadFile(read.node.lost or Fallback.MISSING_BLOCK, "gone")
                 outcome = outcomes.get(read, gone)

@@ -1,30 +1,29 @@
 """Reading block files into arrays, checked before anything is made of them. Blocking.
 
-A file is read and hashed piece by piece in memory that the thread has had all along, and copied from there into new
-arrays. The memory of an array can be had without clearing it first only by a copy: `mx.load` has no place for a
-checksum (a file object in Python deadlocks with any MLX call that waits for a stream while it holds the interpreter's
-lock), and an I/O error on a plain path ends the process.
+A file is read into the memory of its arrays piece by piece, and each piece hashed while the processor's cache has it.
+The arrays are nobody's until the checksum is right. `mx.load` has no place for a checksum (a file object in Python
+deadlocks with any MLX call that waits for a stream while it holds the interpreter's lock), and an I/O error on a plain
+path ends the process, as it would behind a mapping of the file.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 from warmkv_server.kv import blockfile
-from warmkv_server.kv.arrays import copied
+from warmkv_server.kv.arrays import view
 from warmkv_server.kv.blockfile import BadFile, BlockInfo
+from warmkv_server.kv.spare import Part, SpareMemory
 from warmkv_server.kv.types import Fallback, TensorSpec
 
 _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
 _CHUNK = 1 << 20
 """Bytes read and hashed at a time: few system calls, and still in the processor's cache when they are hashed."""
+_NO_WAIT = getattr(os, "RWF_NOWAIT", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +36,19 @@ class PartOrder:
     digest: str
 
 
-def read_parts(orders: Sequence[PartOrder]) -> list[dict[str, mx.array] | BadFile | OSError]:
+def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Part | BadFile | OSError]:
     """Read block files one after another, while the system fetches those that come later.
 
     Returns:
-        For each its arrays; BadFile if it is missing, damaged, or another one; OSError if it can't be read now.
+        For each its evaluated arrays; BadFile if it is missing, damaged, or another one; OSError if it can't be read
+        now.
     """
     files = [_open_ahead(order.path) for order in orders]
     try:
+        parts = spare.parts((order.specs, order.info.count) for order in orders)
         return [
-            _read_part(file, order) if isinstance(file, int) else file
-            for file, order in zip(files, orders, strict=True)
+            _read_part(file, order, part) if isinstance(file, int) else file
+            for file, order, part in zip(files, orders, parts, strict=True)
         ]
     finally:
         for file in files:
@@ -55,10 +56,11 @@ def read_parts(orders: Sequence[PartOrder]) -> list[dict[str, mx.array] | BadFil
                 os.close(file)
 
 
-def _read_part(fd: int, order: PartOrder) -> dict[str, mx.array] | BadFile | OSError:
+def _read_part(fd: int, order: PartOrder, part: Part) -> Part | BadFile | OSError:
     try:
         head = _expected_head(fd, order.info, order.specs, order.digest)
-        return _read(fd, head, order.info, order.specs, order.digest)
+        _fill(fd, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
+        return part
     except BadFile as bad:
         try:
             return bad if _is_whole(fd) else BadFile(Fallback.CHECKSUM, f"damaged: {bad}")
@@ -74,9 +76,22 @@ def _open_ahead(path: Path) -> int | BadFile | OSError:
         fd = _open(path)
     except (BadFile, OSError) as error:
         return error
-    if hasattr(os, "posix_fadvise"):
+    if hasattr(os, "posix_fadvise") and not _end_is_cached(fd):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
     return fd
+
+
+def _end_is_cached(fd: int) -> bool:
+    """Whether the page cache has the file's end, and so most likely all of it: its head is read for other ends, too.
+
+    To advise the system about pages that it has already takes as long as reading a good part of them.
+    """
+    if _NO_WAIT is None:
+        return False
+    try:
+        return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, _NO_WAIT) == 1
+    except OSError:  # it would have to wait, or the file system can't tell
+        return False
 
 
 def verify_file(path: Path) -> blockfile.Parsed:
@@ -99,38 +114,21 @@ def verify_file(path: Path) -> blockfile.Parsed:
         os.close(fd)
 
 
-def _read(fd: int, head: bytes, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> dict[str, mx.array]:
+def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> None:
+    """Read what follows the header into memory of exactly that size; only then it is known whether it is right."""
     hasher = blockfile.begin_checksum(head)
-    payload = _scratch.of(blockfile.payload_size(specs, info.count))
-    done = 0
-    while done < len(payload):
-        got = os.preadv(fd, [payload[done : done + _CHUNK]], len(head) + done)
-        if not got:
-            raise BadFile(Fallback.FORMAT, "cut off while it was read")
-        hasher.update(payload[done : done + got])
-        done += got
+    at = len(head)
+    for memory in payload:
+        end = at + len(memory)
+        while at < end:
+            piece = memory[len(memory) - (end - at) :][:_CHUNK]
+            got = os.preadv(fd, [piece], at)
+            if not got:
+                raise BadFile(Fallback.FORMAT, "cut off while it was read")
+            hasher.update(piece[:got])
+            at += got
     if hasher.hexdigest() != digest:
         raise BadFile(Fallback.CHECKSUM, "the checksum is another")
-    made: dict[str, mx.array] = {}
-    for spec in specs:
-        size = blockfile.payload_size([spec], info.count)
-        made[spec.name], payload = copied(spec, info.count, payload[:size]), payload[size:]
-    return made
-
-
-class _Scratch(threading.local):
-    """Memory of each reading thread, as large as the largest file it has read."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray()
-
-    def of(self, size: int) -> memoryview:
-        if len(self._memory) < size:
-            self._memory = bytearray(size)
-        return memoryview(self._memory)[:size]
-
-
-_scratch = _Scratch()
 
 
 def _expected_head(fd: int, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> bytes:

@@ -1,0 +1,90 @@
+"""Memory of KV that has left RAM, for KV that comes in.
+
+MLX has no array whose memory isn't written to before one gets it, and on a CPU it adopts no one else's memory. Clearing
+a block takes about as long as reading it, so the arrays of blocks that nobody holds any more are kept, a few of them,
+and written over.
+
+Whether an array is still in use can't be seen from Python: a view of it, or a graph that isn't evaluated yet, may
+refer to it. MLX knows: an update of a slice takes place in the memory of its input if nothing else refers to that, and
+in a copy otherwise. So every array that is had again goes through an update of one element, and the worst that can
+happen is that it costs a copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+
+from warmkv_server.kv.arrays import stored_shape
+from warmkv_server.kv.types import TensorSpec
+
+LIMIT = 64 << 20
+"""Bytes kept: enough for the blocks that a few threads read at a time, of any model."""
+_LEAST = 256 << 10
+"""Bytes; smaller arrays are cleared as fast as they are found."""
+
+
+class Part(dict[str, mx.array]):
+    """The arrays of one file by name. When nobody holds it any more their memory is spare."""
+
+    def __init__(self, arrays: dict[str, mx.array], spare: SpareMemory) -> None:
+        super().__init__(arrays)
+        self._spare = spare
+
+    def __del__(self) -> None:
+        self._spare.give(self.values())
+
+
+class SpareMemory:
+    """Used from any thread."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit = limit
+        self._arrays: deque[mx.array] = deque()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def parts(self, wanted: Iterable[tuple[Sequence[TensorSpec], int]]) -> list[Part]:
+        """Evaluated arrays for so many tokens of these tensors (or for snapshots), to be written to through a view.
+
+        What is in them is anything. Nothing that was there before refers to their memory.
+        """
+        parts = [
+            Part({spec.name: self._array(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}, self)
+            for specs, count in wanted
+        ]
+        mx.eval([list(part.values()) for part in parts])
+        return parts
+
+    def give(self, arrays: Iterable[mx.array]) -> None:
+        """Arrays that the caller won't use again. Never waits: it may run wherever an object is let go of."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            for array in arrays:
+                if array.nbytes >= _LEAST:
+                    self._arrays.append(array)
+                    self._nbytes += array.nbytes
+            while self._nbytes > self._limit:
+                self._nbytes -= self._arrays.popleft().nbytes
+        finally:
+            self._lock.release()
+
+    def _array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Not evaluated. An array that was kept must not be referred to here any more when it will be."""
+        kept = self._take(shape, dtype)
+        if kept is None:
+            return mx.zeros(shape, dtype)
+        return mx.slice_update(kept, mx.zeros((1,) * len(shape), dtype), mx.array([0]), (0,))
+
+    def _take(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
+        with self._lock:
+            for number, array in enumerate(self._arrays):
+                if array.shape == shape and array.dtype == dtype:
+                    del self._arrays[number]
+                    self._nbytes -= array.nbytes
+                    return array
+        return None
