@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 from warmkv_server.cli import app
 from warmkv_server.evaluation.store_contexts import block_files, extend, opened, tokens_of
 from warmkv_server.evaluation.store_growth import Growth, grow, written_bytes
-from warmkv_server.evaluation.store_load import WAYS, PlainReader, measure
+from warmkv_server.evaluation.store_load import WAYS, measure
+from warmkv_server.evaluation.store_readers import HASHED, READER, Readers
 from warmkv_server.evaluation.store_rest import rest
 from warmkv_server.evaluation.store_save import Save
 from warmkv_server.evaluation.store_shapes import BUILTIN, shape_of
+from warmkv_server.kv import blockfile
 from warmkv_server.kv.types import BLOCK_TOKENS, PartKind
 
 
@@ -65,18 +67,26 @@ async def test_loads_and_plain_reads_are_of_the_same_files(tmp_path: Path) -> No
     assert len(times.join_seconds) == 1
 
 
-def test_a_plain_read_reads_everything(tmp_path: Path) -> None:
-    contents = [bytes([number]) * (1000 + number) for number in range(5)]
-    files = []
-    for number, content in enumerate(contents):
-        files.append(tmp_path / str(number))
-        files[-1].write_bytes(content)
-    with PlainReader(files, threads=2) as plain:
-        assert plain.nbytes == sum(map(len, contents))
-        plain.timed("kept")
-        assert [bytes(kept) for kept in plain._kept] == contents
-        plain.timed("reused")
-        assert bytes(plain._reused[0][:1004]) == contents[4]  # the first thread's last file
+async def test_every_way_of_reading_reads_everything(tmp_path: Path) -> None:
+    layout = shape_of(BUILTIN).cache_map.layout
+    async with opened(tmp_path, layout) as store:
+        await extend(store, layout, "agent", tokens_of(1200), np.random.default_rng(0))
+    files = list(block_files(tmp_path))
+    contents = [path.read_bytes() for path in files]
+    with Readers(files, blockfile.ordered(layout.of_kind(PartKind.APPEND)), threads=2) as readers:
+        assert readers.nbytes == sum(map(len, contents))
+        for way in ("kept", HASHED):
+            for kept in readers._kept:
+                kept[:] = 0
+            readers.timed(way)
+            assert [bytes(kept) for kept in readers._kept] == contents
+        readers.timed("reused")
+        last = contents[4]
+        assert bytes(readers._reused[0][: len(last)]) == last  # the first thread's last file
+        assert readers.timed(READER) > 0
+        files[0].write_bytes(bytes(len(contents[0])))
+        with pytest.raises(blockfile.BadFile):
+            readers.timed(READER)
 
 
 async def test_a_context_at_rest_takes_its_words(tmp_path: Path) -> None:

@@ -23,7 +23,14 @@ from warmkv_server.evaluation.store_rest import Rest, rest
 from warmkv_server.evaluation.store_save import Save
 from warmkv_server.evaluation.store_save import measure as measure_save
 from warmkv_server.evaluation.store_shapes import BUILTIN, shape_of
-from warmkv_server.evaluation.store_tables import growth_table, join_lines, load_table, rest_table, save_table
+from warmkv_server.evaluation.store_tables import (
+    growth_table,
+    join_lines,
+    load_table,
+    rest_table,
+    save_table,
+    steps_table,
+)
 
 LARGE = "llama-3.1-8b"
 AT_REST = (LARGE, "gemma-3-12b", "deepseek-v2-lite")
@@ -44,12 +51,10 @@ class Extent:
 
     Attributes:
         contexts: lengths that are loaded; the largest is also grown to and saved.
-        joined: the longest that is put into caches.
         rest_tokens: of the contexts at rest.
     """
 
     contexts: tuple[int, ...] = (4096, 32768)
-    joined: int = 4096
     rest_tokens: int = 8192
     repeats: int = 15
     commits: int = 40
@@ -73,7 +78,7 @@ class StoreReport:
         if self.growth:
             yield "Growing turn by turn", growth_table(self.growth)
         if self.load:
-            yield "Loading", "\n\n".join([load_table(self.load), *join_lines(self.load)])
+            yield "Loading", "\n\n".join([load_table(self.load), steps_table(self.load), *join_lines(self.load)])
         if self.rest:
             yield "At rest", rest_table(self.rest)
         if self.save:
@@ -97,9 +102,8 @@ async def measure(parts: list[Part], extent: Extent, where: Path, say: Callable[
         for tokens in extent.contexts:
             say(f"loading {tokens:,} tokens of {LARGE}")
             with _folder(where) as folder:
-                joins = extent.joins if tokens <= extent.joined else 0
                 report.load += await measure_load(
-                    shape_of(LARGE), folder, tokens=tokens, repeats=extent.repeats, joins=joins
+                    shape_of(LARGE), folder, tokens=tokens, repeats=extent.repeats, joins=extent.joins
                 )
     if Part.REST in parts:
         for name in AT_REST:

@@ -8,7 +8,8 @@ import numpy as np
 
 from warmkv_server.evaluation.statistics import median_interval, median_ratio
 from warmkv_server.evaluation.store_growth import Growth
-from warmkv_server.evaluation.store_load import LOAD, WAYS, LoadTimes
+from warmkv_server.evaluation.store_load import LOAD, NAMES, ROOM, WAYS, LoadTimes
+from warmkv_server.evaluation.store_readers import HASHED, KEPT, PLAIN, READER
 from warmkv_server.evaluation.store_rest import Rest
 from warmkv_server.evaluation.store_save import Save
 
@@ -35,30 +36,50 @@ def growth_table(found: Sequence[Growth]) -> str:
 
 
 def load_table(found: Sequence[LoadTimes]) -> str:
-    head = "| shape | tokens | page cache | way | ms | GiB/s | load reaches |"
+    head = "| shape | tokens | page cache | way | ms | GiB/s | load reaches | load into room reaches |"
     rows = []
     for times in found:
-        load = np.array(times.seconds[LOAD])
+        loads = [np.array(times.seconds[way]) for way in (LOAD, ROOM)]
         for way in WAYS:
             seconds = np.array(times.seconds[way])
-            ratio, (low, high) = median_ratio(seconds, load)
-            share = "" if way == LOAD else f"{ratio:.0%} [{low:.0%}, {high:.0%}]"
-            name = "load" if way == LOAD else f"plain read, {way}"
+            ratios = [median_ratio(seconds, load) for load in loads] if way in PLAIN else []
+            shares = [f"{ratio:.0%} [{low:.0%}, {high:.0%}]" for ratio, (low, high) in ratios] or ["", ""]
             rows.append(
-                f"| {times.shape} | {times.tokens:,} | {'dropped' if times.dropped else 'warm'} | {name} "
-                f"| {_milliseconds(seconds)} | {times.nbytes / float(np.median(seconds)) / (1 << 30):.2f} | {share} |"
+                f"| {times.shape} | {times.tokens:,} | {'dropped' if times.dropped else 'warm'} | {NAMES[way]} "
+                f"| {_milliseconds(seconds)} | {times.nbytes / float(np.median(seconds)) / (1 << 30):.2f} "
+                f"| {shares[0]} | {shares[1]} |"
             )
     return _table(head, 4, rows)
+
+
+def steps_table(found: Sequence[LoadTimes]) -> str:
+    """Where a load's time goes, from the differences of medians; with the page cache warm."""
+    head = "| shape | tokens | MiB | load, ms | reading | hashing | headers and arrays | index and event loop |"
+    rows = []
+    for times in found:
+        if not times.dropped:
+            kept, hashed, reader, load = (
+                1e3 * float(np.median(times.seconds[way])) for way in (KEPT, HASHED, READER, LOAD)
+            )
+            rows.append(
+                f"| {times.shape} | {times.tokens:,} | {times.nbytes / MIB:,.0f} | {load:.1f} "
+                f"| {kept:.1f} | {hashed - kept:.1f} | {reader - hashed:.1f} | {load - reader:.1f} |"
+            )
+    return _table(head, 1, rows)
 
 
 def join_lines(found: Sequence[LoadTimes]) -> Iterator[str]:
     """One for each shape and size: what joining takes, apart from the load."""
     for times in found:
-        if times.join_seconds and not times.dropped:
-            yield (
-                f"Joining {times.tokens:,} tokens of {times.shape} into a sequence's caches: "
-                f"{_milliseconds(np.array(times.join_seconds))} ms."
-            )
+        if times.dropped:
+            continue
+        name = f"{times.tokens:,} tokens of {times.shape}"
+        need = f"{times.join_bytes / (1 << 30):.1f} GiB"
+        if times.join_seconds:
+            taken = _milliseconds(np.array(times.join_seconds))
+            yield f"Joining {name} into a sequence's caches: {taken} ms, for {need} of new memory."
+        else:
+            yield f"Joining {name} was not measured: it takes {need} of new memory, more than is free."
 
 
 def rest_table(found: Sequence[Rest]) -> str:

@@ -25,7 +25,9 @@ from warmkv_server.kv.types import Fallback, PartKind, Reuse, Span, Tensors
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 32 << 20
-"""Files that one thread reads before it reports: enough to make the way there and back cheap."""
+"""Files that one thread reads before it reports: enough to make the way there and back, and a turn of MLX's, cheap."""
+REST_SECONDS = 30.0
+"""Without a read, after which memory kept for the next is let go of."""
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +49,8 @@ class Loader:
         self._manifests = manifests
         self._reads: dict[PartKey, asyncio.Future[Tensors]] = {}
         self._batches: set[asyncio.Task[None]] = set()
-        self._spare = SpareMemory()
+        self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES)  # what is read at a time
+        self._rest: asyncio.TimerHandle | None = None
 
     async def load(self, lease: Lease) -> Reuse:
         """See `Store.load`."""
@@ -92,6 +95,11 @@ class Loader:
     async def idle(self) -> None:
         """Wait for reads that nobody waits for any more."""
         await asyncio.gather(*self._batches, return_exceptions=True)
+
+    def _rest_later(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._spare.rest)
 
     def _done(self, key: PartKey, future: asyncio.Future[Tensors]) -> None:
         del self._reads[key]
@@ -189,6 +197,7 @@ class Loader:
         finally:
             for read in batch:
                 read.future.cancel()  # What isn't done by now never will be.
+            self._rest_later()
 
     def _keep(self, node: Node, kind: PartKind, tensors: Tensors) -> Tensors:
         core = self._core

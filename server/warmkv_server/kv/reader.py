@@ -21,8 +21,8 @@ from warmkv_server.kv.types import Fallback, TensorSpec
 
 _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
-_CHUNK = 1 << 20
-"""Bytes read and hashed at a time: few system calls, and still in the processor's cache when they are hashed."""
+PIECE_BYTES = 1 << 20
+"""Read and hashed at a time: few turns of the interpreter's lock, and still in a cache when it is hashed."""
 _NO_WAIT = getattr(os, "RWF_NOWAIT", None)
 
 
@@ -121,7 +121,7 @@ def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> N
     for memory in payload:
         end = at + len(memory)
         while at < end:
-            piece = memory[len(memory) - (end - at) :][:_CHUNK]
+            piece = memory[len(memory) - (end - at) :][:PIECE_BYTES]
             got = os.preadv(fd, [piece], at)
             if not got:
                 raise BadFile(Fallback.FORMAT, "cut off while it was read")
@@ -160,6 +160,6 @@ def _is_whole(fd: int) -> bool:
     if len(head) < blockfile.DIGEST_AT + blockfile.DIGEST_HEX:
         return False
     hasher = blockfile.begin_checksum(head)
-    for at in range(len(head), size, _CHUNK):
-        hasher.update(os.pread(fd, min(_CHUNK, size - at), at))
+    for at in range(len(head), size, PIECE_BYTES):
+        hasher.update(os.pread(fd, min(PIECE_BYTES, size - at), at))
     return hasher.hexdigest().encode() == head[blockfile.DIGEST_AT :]

@@ -21,8 +21,6 @@ import mlx.core as mx
 from warmkv_server.kv.arrays import stored_shape
 from warmkv_server.kv.types import TensorSpec
 
-LIMIT = 64 << 20
-"""Bytes kept: enough for the blocks that a few threads read at a time, of any model."""
 _LEAST = 256 << 10
 """Bytes; smaller arrays are cleared as fast as they are found."""
 
@@ -39,12 +37,17 @@ class Part(dict[str, mx.array]):
 
 
 class SpareMemory:
-    """Used from any thread."""
+    """Used from any thread.
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    Args:
+        limit: bytes that are kept at most; `nbytes` are.
+    """
+
+    def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._resting = False
         self._arrays: deque[mx.array] = deque()
-        self._nbytes = 0
+        self.nbytes = 0
         self._lock = threading.Lock()
 
     def parts(self, wanted: Iterable[tuple[Sequence[TensorSpec], int]]) -> list[Part]:
@@ -52,6 +55,7 @@ class SpareMemory:
 
         What is in them is anything. Nothing that was there before refers to their memory.
         """
+        self._resting = False
         parts = [
             Part({spec.name: self._array(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}, self)
             for specs, count in wanted
@@ -61,17 +65,24 @@ class SpareMemory:
 
     def give(self, arrays: Iterable[mx.array]) -> None:
         """Arrays that the caller won't use again. Never waits: it may run wherever an object is let go of."""
-        if not self._lock.acquire(blocking=False):
+        if self._resting or not self._lock.acquire(blocking=False):
             return
         try:
             for array in arrays:
                 if array.nbytes >= _LEAST:
                     self._arrays.append(array)
-                    self._nbytes += array.nbytes
-            while self._nbytes > self._limit:
-                self._nbytes -= self._arrays.popleft().nbytes
+                    self.nbytes += array.nbytes
+            while self.nbytes > self._limit:
+                self.nbytes -= self._arrays.popleft().nbytes
         finally:
             self._lock.release()
+
+    def rest(self) -> None:
+        """Let go of everything, and keep nothing until memory is asked for again."""
+        with self._lock:
+            self._resting = True
+            self._arrays.clear()
+            self.nbytes = 0
 
     def _array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Not evaluated. An array that was kept must not be referred to here any more when it will be."""
@@ -85,6 +96,6 @@ class SpareMemory:
             for number, array in enumerate(self._arrays):
                 if array.shape == shape and array.dtype == dtype:
                     del self._arrays[number]
-                    self._nbytes -= array.nbytes
+                    self.nbytes -= array.nbytes
                     return array
         return None
