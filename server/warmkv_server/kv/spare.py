@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import mlx.core as mx
 
@@ -46,6 +47,7 @@ class SpareMemory:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._resting = False
+        self._start = mx.array([0])
         self._arrays: deque[mx.array] = deque()
         self.nbytes = 0
         self._lock = threading.Lock()
@@ -89,7 +91,7 @@ class SpareMemory:
         kept = self._take(shape, dtype)
         if kept is None:
             return mx.zeros(shape, dtype)
-        return mx.slice_update(kept, mx.zeros((1,) * len(shape), dtype), mx.array([0]), (0,))
+        return mx.slice_update(kept, _one_zero(len(shape), dtype), self._start, (0,))
 
     def _take(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array | None:
         with self._lock:
@@ -99,3 +101,11 @@ class SpareMemory:
                     self.nbytes -= array.nbytes
                     return array
         return None
+
+
+@cache
+def _one_zero(axes: int, dtype: mx.Dtype) -> mx.array:
+    """Evaluated, as it is used by many threads."""
+    zero = mx.zeros((1,) * axes, dtype)
+    mx.eval(zero)
+    return zero
