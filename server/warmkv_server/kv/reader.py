@@ -23,7 +23,6 @@ _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
 PIECE_BYTES = 1 << 20
 """Read and hashed at a time: few turns of the interpreter's lock, and still in a cache when it is hashed."""
-_NO_WAIT = getattr(os, "RWF_NOWAIT", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +36,24 @@ class PartOrder:
 
 
 def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Part | BadFile | OSError]:
-    """Read block files one after another, while the system fetches those that come later.
+    """Read block files one after another.
+
+    The system is not told what comes: its own reading ahead of the pieces is faster on a disk than having whole files
+    fetched, and to tell it of pages that it has takes time.
 
     Returns:
         For each its evaluated arrays; BadFile if it is missing, damaged, or another one; OSError if it can't be read
         now.
     """
-    files = [_open_ahead(order.path) for order in orders]
+    parts = spare.parts((order.specs, order.info.count) for order in orders)
+    return [_read_part(order, part) for order, part in zip(orders, parts, strict=True)]
+
+
+def _read_part(order: PartOrder, part: Part) -> Part | BadFile | OSError:
     try:
-        parts = spare.parts((order.specs, order.info.count) for order in orders)
-        return [
-            _read_part(file, order, part) if isinstance(file, int) else file
-            for file, order, part in zip(files, orders, parts, strict=True)
-        ]
-    finally:
-        for file in files:
-            if isinstance(file, int):
-                os.close(file)
-
-
-def _read_part(fd: int, order: PartOrder, part: Part) -> Part | BadFile | OSError:
+        fd = _open(order.path)
+    except (BadFile, OSError) as error:
+        return error
     try:
         head = _expected_head(fd, order.info, order.specs, order.digest)
         _fill(fd, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
@@ -68,30 +65,8 @@ def _read_part(fd: int, order: PartOrder, part: Part) -> Part | BadFile | OSErro
             return error
     except OSError as error:
         return error
-
-
-def _open_ahead(path: Path) -> int | BadFile | OSError:
-    """Open a file and have the system fetch all of it, not a little ahead of each chunk."""
-    try:
-        fd = _open(path)
-    except (BadFile, OSError) as error:
-        return error
-    if hasattr(os, "posix_fadvise") and not _end_is_cached(fd):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-    return fd
-
-
-def _end_is_cached(fd: int) -> bool:
-    """Whether the page cache has the file's end, and so most likely all of it: its head is read for other ends, too.
-
-    To advise the system about pages that it has already takes as long as reading a good part of them.
-    """
-    if _NO_WAIT is None:
-        return False
-    try:
-        return os.preadv(fd, [bytearray(1)], os.fstat(fd).st_size - 1, _NO_WAIT) == 1
-    except OSError:  # it would have to wait, or the file system can't tell
-        return False
+    finally:
+        os.close(fd)
 
 
 def verify_file(path: Path) -> blockfile.Parsed:
