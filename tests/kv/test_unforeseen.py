@@ -194,11 +194,11 @@ async def test_a_read_that_breaks_fails_those_who_wait_for_it_alone(
         await driver.store.evict(TENANT, agent)
     read_parts = reader.read_parts
 
-    def broken(orders: Any) -> Any:
+    def broken(orders: Any, *args: Any) -> Any:
         if any(order.info.block_tokens == OTHER[:256].tobytes() for order in orders):
             monkeypatch.undo()
             raise Bug("reading")
-        return read_parts(orders)
+        return read_parts(orders, *args)
 
     monkeypatch.setattr(loader, "read_parts", broken)
     good, *bad = await asyncio.gather(
