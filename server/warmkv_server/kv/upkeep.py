@@ -17,6 +17,7 @@ from warmkv_server.kv.manifests import Manifests
 
 log = logging.getLogger(__name__)
 
+_SHORTEST_PAUSE = 0.05
 _LONGEST_PAUSE = 60.0
 """Seconds; also how late an old outcome may be forgotten, and a use written down."""
 
@@ -66,10 +67,11 @@ class Upkeep:
     def _pause(self) -> float:
         now = time.time()
         times = [a.expires - now for a in self._core.index.agents.values() if a.expires is not None]
-        times = [t if t > 0 else self._core.settings.retry_seconds for t in times]  # it could not go just now
+        overdue = self._core.settings.retry_seconds  # somebody uses the agent, or the disk refuses
+        times = [t if t > -_SHORTEST_PAUSE else overdue for t in times]
         if self._retry_at is not None:
             times.append(self._retry_at - now)
-        return min([max(t, 0.05) for t in times] + [_LONGEST_PAUSE])
+        return min([max(t, _SHORTEST_PAUSE) for t in times] + [_LONGEST_PAUSE])
 
     async def _retry(self) -> None:
         """Write what the disk refused, once the pause since the refusal, or since the last attempt, is over."""
