@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -67,6 +68,9 @@ async def serve(settings: Settings) -> None:
             metrics.watch(agents)
             store.watch_disk(server.say_storage)
             gate.open(agents)
+            # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
+            gc.collect()
+            gc.freeze()
             await server.announce()
             print(f"listening on {settings.host}:{port}", flush=True)
 
