@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import mlx.core as mx
 import pytest
 import pytest_asyncio
 from hypothesis import example, given, settings
@@ -27,8 +28,13 @@ from tests.engine.runs import (
     running,
 )
 from tests.engine.spans import grown, needed
+from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Answer, Delta, Finish
+from warmkv_server.engine.group import Group
+from warmkv_server.engine.need import Need
+from warmkv_server.engine.sampling import Choice, Chooser
+from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.types import Answer, Delta, Finish, Sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -81,7 +87,7 @@ async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIte
             yield Bench(request.param, engine, solo, calls)
 
 
-async def run(engine: Engine, agents: Sequence[Agent]) -> list[Outcome]:
+async def run(engine: Engine, agents: list[Agent]) -> list[Outcome]:
     """Let them come and go as they say. One whose moment never comes joins when nobody is left to wait for."""
     seen, running_now = 0, 0
     changed = asyncio.Condition()
@@ -165,3 +171,43 @@ async def test_the_same_job_twice_is_the_same_bit_for_bit(bench: Bench) -> None:
     first, second = [(await outcomes(bench.engine, [job_of(prompt_of(70), 5, top_logprobs=4)]))[0] for _ in range(2)]
     assert first.logprobs == second.logprobs
     assert first.tokens == second.tokens
+
+
+async def test_sequences_that_come_together_decode_together_from_their_second_token(
+    folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So those of one length stay of one length, and none is padded."""
+    calls: list[tuple[int, int]] = []
+    become(monkeypatch, counting(calls))
+    async with running(folder_of("llama"), max_decode_gap_ms=60_000) as engine:
+        calls.clear()
+        await outcomes(engine, [job_of(prompt_of(20, seed), 6) for seed in range(3)])
+    assert [call for call in calls if call[1] == 1] == 3 * [(1, 1)] + 6 * [(3, 1)]
+
+
+async def test_a_batch_has_a_mask_only_while_its_rows_differ_in_length(folder_of: FolderOf) -> None:
+    solo = Solo(folder_of("llama"))
+    rows = []
+    for length in (5, 5, 7):
+        caches = solo.loaded.empty_caches()
+        solo.loaded.model(mx.array([prompt_of(length)]), cache=caches)
+        mx.eval(kinds.arrays(caches))
+        sequence = Sequence(length, job_of(prompt_of(length), 4), solo.loaded, Need(0, 0, 0), caches, length)
+        sequence.collect()
+        sequence.pending = Choice(mx.array([1]))
+        sequence.chooser = Chooser(Sampling(), prompt_of(length), 320, 0)
+        rows.append(sequence)
+    group = Group()
+
+    def masked() -> bool:
+        return group.caches[0].make_mask(1) is not None
+
+    for row in rows[:2]:
+        group.join(row)
+    group.drain()
+    assert not masked()
+    group.join(rows[2])
+    group.drain()
+    assert masked()
+    group.leave([rows[2]])
+    assert not masked()

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.spans import distance, equal
-from warmkv_server.engine.codec import Codec, restored, storable
+from warmkv_server.engine import cuda_codec
+from warmkv_server.engine.codec import Codec, kernel_reads_back, restored, storable
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -91,3 +92,21 @@ def test_quantising_again_is_not_needed_to_store() -> None:
     words = codec.encode(mx.random.normal((1, 2, 64, 64), key=mx.random.key(0)))
     again = codec.encode(codec.decode(words, mx.float32))
     assert not equal(again[0], words[0])
+
+
+@settings(deadline=None)
+@given(st.data(), codecs, dtypes)
+def test_what_is_read_back_is_what_the_words_will_give(data: st.DataObject, codec: Codec, dtype: mx.Dtype) -> None:
+    """One after the other or in one operation, of one shape or of two: the bits are those of each by itself."""
+    keys, others = data.draw(values(codec, dtype)), data.draw(values(codec, dtype))
+    for pair in ((keys, keys[::-1] * 0.5), (keys, others)):
+        read = codec.read_back(*pair)
+        words = codec.apart(codec.encode_both(*pair))
+        for x, each, component in zip(pair, read, words, strict=True):
+            assert equal(each, codec.decode(codec.encode(x), dtype))
+            assert equal(each, codec.decode(component, dtype))
+
+
+@pytest.mark.skipif(not cuda_codec.is_available(), reason="needs CUDA")
+def test_one_kernel_reads_back_where_scales_are_stored_as_they_are() -> None:
+    assert all(kernel_reads_back(Codec(bits), dtype) for bits in (4, 8) for dtype in (mx.float16, mx.bfloat16))

@@ -1,14 +1,16 @@
 """mlx-lm's caches, made to quantise first and to remember what they stored.
 
 A model calls `update_and_fetch(keys, values)` and attends to what comes back. Each class here is the stock cache with
-one thing put before it: the new keys and values are quantised, the words are kept in `log` until the engine drains
-them, and the stock cache goes on with the dequantised values. Model code sees a stock cache of the class it asked for.
+one thing put before it: the new keys and values are quantised, what was quantised is kept in `log` until the engine
+drains it, and the stock cache goes on with the dequantised values. Model code sees a stock cache of the class it asked
+for.
 
 Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be cut; they are used as they are.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
@@ -28,6 +30,10 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import PartKind
 
 
+DRAIN_EVERY = 64
+"""Steps of decoding after which the words of what was logged are made, so that the log doesn't grow with the answer."""
+
+
 class StockCache(Protocol):
     """The part of mlx-lm's cache protocol that the mixin stands before."""
 
@@ -39,9 +45,12 @@ class QuantiseFirst:
 
     kind: PartKind
     codec: Codec
-    log: list[Words]
-    """Of each update: components of keys and values, one after the other along the axis of heads, or of keys and then
-    of values where their shapes differ."""
+    log: list[tuple[mx.array, ...]]
+    """Of each update: its words, as `Codec.encode_both` gives them.
+
+    Of an update of one token, keys and values as they were computed: `take` makes the words of many of them at once,
+    because what a step of decoding costs is the count of its operations.
+    """
 
     def record_with(self, codec: Codec) -> None:
         self.codec = codec
@@ -56,18 +65,13 @@ class QuantiseFirst:
         return batch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.codec.bits and keys.shape == values.shape:
-            # Both at once: half the operations, which is what a step of one token costs.
-            heads = keys.shape[1]
-            both = self.codec.encode(mx.concatenate([keys, values], axis=1))
-            self.log.append(both)
-            decoded = self.codec.decode(both, keys.dtype)
-            keys, values = decoded[:, :heads], decoded[:, heads:]
+        if keys.shape[-2] == 1 and self.codec.bits:
+            self.log.append((keys, values))
+            keys, values = self.codec.read_back(keys, values)
         else:
-            key_words, value_words = self.codec.encode(keys), self.codec.encode(values)
-            self.log.append(key_words + value_words)
-            keys = self.codec.decode(key_words, keys.dtype)
-            values = self.codec.decode(value_words, values.dtype)
+            words = self.codec.encode_both(keys, values)
+            self.log.append(words)
+            keys, values = self.codec.decode_both(words, keys.dtype)
         stock: StockCache = super()  # type: ignore[assignment]
         return stock.update_and_fetch(keys, values)
 
@@ -79,13 +83,16 @@ class QuantiseFirst:
 
     def take(self) -> tuple[Words, Words]:
         """What was stored since the last time: keys' and values' components, each (rows, kv_heads, tokens, width)."""
-        pieces = [join(column, -2) for column in zip(*self.log, strict=True)]
+        runs: list[tuple[mx.array, ...]] = []
+        for computed, run in itertools.groupby(self.log, key=self._is_computed):
+            joined = tuple(join(column, -2) for column in zip(*run, strict=True))
+            runs.append(self.codec.encode_both(*joined) if computed else joined)
         self.log = []
-        count = len(self.codec.components)
-        if len(pieces) == count:
-            heads = pieces[0].shape[1] // 2
-            return tuple(piece[:, :heads] for piece in pieces), tuple(piece[:, heads:] for piece in pieces)
-        return tuple(pieces[:count]), tuple(pieces[count:])
+        return self.codec.apart(tuple(join(column, -2) for column in zip(*runs, strict=True)))
+
+    def _is_computed(self, update: tuple[mx.array, ...]) -> bool:
+        """Whether this update was logged as it was computed, and not as words."""
+        return bool(self.codec.bits) and mx.issubdtype(update[0].dtype, mx.floating)
 
 
 class AppendCache(QuantiseFirst, KVCache):
@@ -108,7 +115,20 @@ class AppendCache(QuantiseFirst, KVCache):
 
 
 class BatchAppendCache(QuantiseFirst, BatchKVCache):
+    """Rows of full attention.
+
+    Attributes:
+        even: whether all rows have the same length, so that none is padded.
+    """
+
     kind = PartKind.APPEND
+    even = False
+
+    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
+        if N == 1 and self.even and not return_array and kwargs.get("window_size") is None:
+            return None  # fused kernels for one token take no mask
+        stock: Any = super()
+        return stock.make_mask(N, return_array=return_array, **kwargs)
 
 
 class WindowCache(QuantiseFirst, RotatingKVCache):

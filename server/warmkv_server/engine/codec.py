@@ -12,6 +12,8 @@ from functools import cache
 
 import mlx.core as mx
 
+from warmkv_server.engine import cuda_codec
+
 Words = tuple[mx.array, ...]
 """One stream's stored components, each (rows, kv_heads, tokens, width): (words, scales, biases), or (values,)."""
 
@@ -52,6 +54,49 @@ class Codec:
         if self.bits == 4 and dtype == mx.float32:
             return _decode_nibbles(packed, scales, biases, self.group_size)
         return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
+
+    def encode_both(self, keys: mx.array, values: mx.array) -> Words:
+        """Components of both, side by side along the axis of heads; or of keys and then of values if shapes differ."""
+        if self.bits and keys.shape == values.shape:
+            return self.encode(mx.concatenate([keys, values], axis=1))  # half the operations
+        return self.encode(keys) + self.encode(values)
+
+    def apart(self, words: Words) -> tuple[Words, Words]:
+        """Keys' and values' own components, of what `encode_both` gave."""
+        count = len(self.components)
+        if len(words) == count:
+            heads = words[0].shape[1] // 2
+            return tuple(part[:, :heads] for part in words), tuple(part[:, heads:] for part in words)
+        return words[:count], words[count:]
+
+    def decode_both(self, words: Words, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Keys and values that attention reads, of what `encode_both` gave."""
+        if len(words) == len(self.components):
+            decoded = self.decode(words, dtype)
+            heads = decoded.shape[1] // 2
+            return decoded[:, :heads], decoded[:, heads:]
+        key_words, value_words = self.apart(words)
+        return self.decode(key_words, dtype), self.decode(value_words, dtype)
+
+    def read_back(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What attention reads of them, where their words can wait: in as few operations as the device allows."""
+        if keys.shape == values.shape and kernel_reads_back(self, keys.dtype):
+            return cuda_codec.read_back(keys, values, bits=self.bits, group_size=self.group_size)
+        return self.decode_both(self.encode_both(keys, values), keys.dtype)
+
+
+@cache
+def kernel_reads_back(codec: Codec, dtype: mx.Dtype) -> bool:
+    """Whether one kernel gives the bits of quantising and dequantising here. Compiles it: call it once at the start."""
+    if not (codec.bits and cuda_codec.is_available()):
+        return False
+    size = mx.array([1e-3, 1.0, 1e3, 0.0]).reshape(4, 1, 1, 1)
+    shape = 4, 64, 1, 2 * codec.group_size
+    keys = (mx.random.normal(shape, key=mx.random.key(0)) * size).astype(dtype)
+    values = (mx.random.normal(shape, loc=1.0, key=mx.random.key(1)) * size).astype(dtype)
+    stock = codec.decode_both(codec.encode_both(keys, values), dtype)
+    kernel = cuda_codec.read_back(keys, values, bits=codec.bits, group_size=codec.group_size)
+    return all(bool(mx.array_equal(a.view(mx.uint8), b.view(mx.uint8))) for a, b in zip(stock, kernel, strict=True))
 
 
 def _decode_nibbles(packed: mx.array, scales: mx.array, biases: mx.array, group_size: int) -> mx.array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.delivery import Delivery
 from warmkv_server.engine.fairness import Bound
 from warmkv_server.engine.loop import Cancel, Message, StepLoop, Stop, Submit
 from warmkv_server.engine.model import ModelInfo
@@ -149,12 +150,13 @@ class Engine:
         self._idents = itertools.count()
         self._bound = Bound(settings.max_batch + settings.max_queue, settings.tenants)
         self._stopping = False
+        self._delivery = Delivery(self._asyncio, self._deliver)
         codec = Codec(settings.kv_bits, settings.kv_group_size)
         self._loop = StepLoop(
             lambda: model.load(
                 settings.model, adapter=settings.adapter, codec=codec, context_limit=settings.context_limit
             ),
-            self._deliver_from_thread,
+            self._delivery.send,
             self._relieve_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
@@ -180,6 +182,7 @@ class Engine:
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:
             await asyncio.to_thread(engine._loop.join)
+            engine._delivery.close()
             raise engine._loop.failure
         assert engine._loop.loaded is not None
         assert engine._loop.needs is not None
@@ -235,9 +238,7 @@ class Engine:
         self._stopping = True
         self._loop.send(Stop())
         await asyncio.to_thread(self._loop.join)
-
-    def _deliver_from_thread(self, messages: list[Message]) -> None:
-        self._asyncio.call_soon_threadsafe(self._deliver, messages)
+        await asyncio.to_thread(self._delivery.close)
 
     def _relieve_from_thread(self) -> None:
         relieved = threading.Event()

@@ -12,9 +12,6 @@ from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.sampling import Choice
 from warmkv_server.engine.sequence import Sequence
 
-DRAIN_EVERY = 64
-"""Steps after which logged words are gathered, so that the log doesn't grow with the answer."""
-
 PADDING = 0.25
 """The largest share of a group's rows times length that may be padding."""
 
@@ -25,6 +22,8 @@ class Group:
 
     sequences: list[Sequence] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
+    _joining: list[Sequence] = field(default_factory=list)
+    """The last of `sequences`, whose caches are still their own."""
     _batched: bool = False
     _steps: int = 0
 
@@ -39,18 +38,34 @@ class Group:
         return sum(longest - length for length in lengths) <= PADDING * longest * len(lengths)
 
     def join(self, sequence: Sequence) -> None:
-        """Take a sequence over, with its caches and its first token, not yet fed. Nothing is quantised again."""
-        if not self.sequences:
-            self.caches, self._batched = sequence.caches, False
-        else:
-            self.drain()
-            if not self._batched:
-                self.caches = _merged([self.caches])
-                self._batched = True
-            for mine, other in zip(self.caches, _merged([sequence.caches]), strict=True):
-                mine.extend(other)
-        sequence.caches = []
+        """Take a sequence over, with its caches and its first token, not yet fed. Nothing is quantised again.
+
+        Caches are put together with the next step, so that those who come together are copied once.
+        """
+        self._joining.append(sequence)
         self.sequences.append(sequence)
+        if len(self.sequences) == 1:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Put the caches of those who joined to the others'."""
+        if not self._joining:
+            return
+        joining, self._joining = self._joining, []
+        own = [sequence.caches for sequence in joining]
+        for sequence in joining:
+            sequence.caches = []
+        before = len(self.sequences) - len(joining)
+        if before:
+            self._drain(self.sequences[:before])
+        if self._batched:
+            for mine, other in zip(self.caches, _merged(own), strict=True):
+                mine.extend(other)
+        elif len(self.sequences) == 1:
+            self.caches = own[0]
+        else:
+            self.caches, self._batched = _merged([self.caches, *own] if before else own), True
+        self._note_lengths()
 
     def leave(self, leaving: list[Sequence]) -> None:
         """Let finished or cancelled sequences go; `collect` first, if their KV is wanted."""
@@ -62,6 +77,7 @@ class Group:
         elif self._batched:
             for cache in self.caches:
                 cache.filter(mx.array(keep))
+            self._note_lengths()
 
     def launch(self, meanwhile: Callable[[], None]) -> list[Choice | Exception]:
         """Feed each row's last token and start computing its next one.
@@ -73,6 +89,7 @@ class Group:
         Returns the choices that are being computed, or why a row can't choose. Their tokens are lazy; the KV of the
         fed tokens is being computed.
         """
+        self._settle()
         tokens = [row.pending.token for row in self.sequences if row.pending is not None]
         inputs = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
         logits = self.sequences[0].loaded.model(inputs[:, None], cache=self.caches)[:, -1]
@@ -109,27 +126,41 @@ class Group:
 
     def drain(self) -> None:
         """Hand the words logged since the last time to the rows they belong to."""
+        self._settle()
+        self._drain(self.sequences)
+
+    def _drain(self, rows: list[Sequence]) -> None:
         if any(getattr(leaf, "log", None) for leaf in kinds.leaves(self.caches)):
-            cache_map = self.sequences[0].loaded.cache_map
-            pieces = cache_map.drain(self.caches, len(self.sequences))
-            for sequence, tensors in zip(self.sequences, pieces, strict=True):
+            pieces = rows[0].loaded.cache_map.drain(self.caches, len(rows))
+            for sequence, tensors in zip(rows, pieces, strict=True):
                 sequence.add_grown(tensors)
             mx.async_eval([list(tensors.values()) for piece in pieces for tensors in piece.values()])
 
     def snapshot(self, sequence: Sequence) -> None:
         """Keep the row's recurrent state as it is now."""
+        self._settle()
         row = self.sequences.index(sequence)
         sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(self.caches, row))
 
     def _count_step(self) -> None:
         self._steps += 1
-        if self._steps % DRAIN_EVERY == 0:
+        if self._steps % kinds.DRAIN_EVERY == 0:
             self.drain()
+
+    def _note_lengths(self) -> None:
+        even = len({sequence.done for sequence in self.sequences}) == 1
+        for leaf in kinds.leaves(self.caches):
+            if isinstance(leaf, kinds.BatchAppendCache):
+                leaf.even = even
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
             best = mx.argmax(logits, axis=-1)
-            return [Choice(best[row : row + 1]) for row in range(len(self.sequences))]
+            if len(self.sequences) == 1:
+                return [Choice(best)]
+            # Another type, so that each row's token has memory of its own. On CUDA at most 8 bytes are shared with the
+            # host; a larger array would move to and fro with every step, because the host reads it.
+            return [Choice(best[row : row + 1].astype(mx.int64)) for row in range(len(self.sequences))]
         choices: list[Choice | Exception] = []
         for row, sequence in enumerate(self.sequences):
             assert sequence.chooser is not None

@@ -17,11 +17,17 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from warmkv_server.engine import caches as kinds
-from warmkv_server.engine.codec import Codec, join, restored, storable
+from warmkv_server.engine.codec import Codec, join, kernel_reads_back, restored, storable
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors, TensorSpec
 
 KEYS, VALUES = 0, 1
+
+CAPACITY_STEP = 256
+"""Tokens by which mlx-lm's caches grow. Fused attention on CUDA wants capacities that are multiples of it."""
+
+FILL_BYTES = 64 << 20
+"""Bytes of caches filled at once: many small layers together, large ones one at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class CacheMap:
         }
 
     def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> Iterator[None]:
-        """Put a loaded prefix into empty caches, a layer at a time: what is left can wait at every `yield`.
+        """Put a loaded prefix into empty caches, some layers at a time: what is left can wait at every `yield`.
 
         Args:
             caches: one sequence's, fresh from the model.
@@ -124,11 +130,15 @@ class CacheMap:
             for number, stream in enumerate(stack.streams):
                 words = tuple(component[number : number + 1] for component in components)
                 streams[stream] = self.codec.decode(words, stack.dtype)
+        filled: list[mx.array] = []
         for leaf in sorted({leaf for leaf, _ in streams}):
             keys, values = streams.pop((leaf, KEYS)), streams.pop((leaf, VALUES))
-            mx.eval(keys, values)
             members[leaf].fill(keys, values, reuse.length)
-            yield
+            filled += [keys, values]
+            if sum(array.nbytes for array in filled) >= FILL_BYTES or not streams:
+                mx.eval(filled)
+                filled.clear()
+                yield
         if self.states:
             assert reuse.spans[-1].end == reuse.length  # a snapshot of a longer context is another one
             state = reuse.spans[-1].parts[PartKind.STATE]
@@ -146,9 +156,10 @@ class CacheMap:
             pieces[-1] = pieces[-1][:, :, : reuse.length - spans[-1].start]
             if room:
                 streams, heads, _, width = pieces[0].shape
-                pieces.append(mx.zeros((streams, heads, room, width), pieces[0].dtype))
+                behind = room + -(wanted + room) % CAPACITY_STEP
+                pieces.append(mx.zeros((streams, heads, behind, width), pieces[0].dtype))
             joined = join(pieces, TOKEN_AXIS)
-            assert joined.shape[TOKEN_AXIS] == wanted + room
+            assert joined.shape[TOKEN_AXIS] >= wanted + room
             components.append(restored(joined, dtype))
         return components
 
@@ -186,6 +197,7 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         probe = codec.encode(mx.zeros((1, heads, 1, head_dim), dtype))
         stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, tuple(p.dtype for p in probe))
         made.append(stack)
+        kernel_reads_back(codec, dtype)  # compiled before the first request needs it
         for component, piece in zip(codec.components, probe, strict=True):
             specs.append(_token_spec(stack, component, storable(piece)))
     return CacheMap(codec, tuple(made), states, KVLayout(tuple(specs), window))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -42,7 +43,11 @@ _FREED = 4
 """Freed memory that is kept for the next step is at most this part of what requests may take."""
 
 Message = tuple[int, Event | WarmKVError]
-Deliver = Callable[[list[Message]], None]
+
+
+class Deliver(Protocol):
+    def __call__(self, item: list[Message], *, at_once: bool) -> None:
+        """Take events, on the MLX thread, in order; must not block. `at_once` lets the event loop run now."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class StepLoop:
 
     Args:
         load: makes the model, on this thread.
-        deliver: called on this thread with events in order; must not block.
+        deliver: takes the events.
         relieve: called on this thread when memory has run out; lets go, elsewhere, of what can be spared.
     """
 
@@ -99,6 +104,7 @@ class StepLoop:
         self._submitted: dict[int, float] = {}
         self._outbox: list[Message] = []
         self._prefilled = self._decoded = self._batch_size = 0
+        self._stepped = self._prefill_took = 0.0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self.loaded: LoadedModel | None = None
         self.needs: Needs | None = None
@@ -160,7 +166,8 @@ class StepLoop:
             if self._schedule.prefilling:
                 self._flush()
             self._prefill()
-            self._decode()
+            if self._may_decode():
+                self._decode()
             if not self._groups:
                 self._flush()  # else the next step does, once it is under way
         for sequence in list(self._sequences.values()):
@@ -206,10 +213,26 @@ class StepLoop:
             with self._containing(sequence):
                 sequence.opening = sequence.open()
 
+    def _may_decode(self) -> bool:
+        """Whether a step of decoding comes before the next chunk.
+
+        Not while somebody is one chunk away from a first token and those who decode can wait for it: short prefills
+        run one after the other, and sequences of one length that came together decode together, without padding.
+        """
+        chunk = self._pace.chunk
+        if not any(waiting.prefill_end - waiting.done <= chunk for waiting in self._schedule.prefilling):
+            return True
+        return time.perf_counter() - self._stepped + self._prefill_took > self._pace.gap
+
     def _prefill(self) -> None:
         sequence = self._schedule.pick()
         if sequence is None:
             return
+        began = time.perf_counter()
+        self._prefill_one(sequence)
+        self._prefill_took = time.perf_counter() - began
+
+    def _prefill_one(self, sequence: Sequence) -> None:
         with self._containing(sequence):
             if sequence.opening is not None and not self._open(sequence, sequence.opening):
                 return
@@ -262,19 +285,22 @@ class StepLoop:
         group = next((g for g in self._groups if g.fits(sequence, self._max_batch)), None)
         if group is None:
             group = Group()
-        with self._containing(sequence, *group.sequences):  # half joined, its layers would hold different rows
+        if not self._groups:
+            self._stepped = time.perf_counter()  # nobody has waited for a step before
+        with self._containing(sequence, *group.sequences):
             group.join(sequence)
             if group not in self._groups:
                 self._groups.append(group)
 
     def _decode(self) -> None:
+        self._stepped = time.perf_counter()
         if self._speculator is not None and self._speculate(self._speculator):
             return
         launched = []
         self._batch_size = sum(len(group.sequences) for group in self._groups)
         for group in list(self._groups):
             with self._containing(*group.sequences):
-                launched.append((group, group.launch(self._flush)))
+                launched.append((group, group.launch(self._flush_soon)))
         for group, choices in launched:
             with self._containing(*group.sequences):
                 self._take(group, choices)
@@ -341,9 +367,11 @@ class StepLoop:
         self._send(sequence.ident, delta)
 
     def _cancel(self, ident: int) -> None:
-        """Between two steps: every token that was sent has its KV computed or in flight."""
+        """Between two steps, once every token that was sent has its KV computed or in flight."""
         sequence = self._sequences.get(ident)
-        if sequence is None:
+        if sequence is not None and sequence.sent:
+            self._decode()  # its first token waits for others' prefill
+        if sequence is None or ident not in self._sequences:
             return
         sequence.finish = Finish.CANCELLED
         group = self._group_of(sequence)
@@ -431,7 +459,11 @@ class StepLoop:
     def _send(self, ident: int, event: Event | WarmKVError) -> None:
         self._outbox.append((ident, event))
 
-    def _flush(self) -> None:
+    def _flush(self, *, at_once: bool = True) -> None:
         if self._outbox:
-            self._deliver(self._outbox)
+            self._deliver(self._outbox, at_once=at_once)
             self._outbox = []
+
+    def _flush_soon(self) -> None:
+        """Deliver once this thread waits without Python's lock, instead of holding up what it is about to do."""
+        self._flush(at_once=False)

@@ -106,11 +106,12 @@ class Needs:
         layout, length = self.cache_map.layout, tokens + answer
         words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
         room = length + _GROWTH
+        logged = self.cache_map.live_bytes(min(answer, kinds.DRAIN_EVERY)) if answer else 0  # words not made yet
         logits = _LOGITS * 4 * self.vocab_size if answer else 0
         layer = max((self._layer(keys, values, room) for keys, values in _layers(self.cache_map).values()), default=0)
         return Need(
             # The words of what is reused are beside it while they are unpacked, those of what is computed to the end.
-            held=self.cache_map.live_bytes(room, self.chunk) + words * length + logits,
+            held=self.cache_map.live_bytes(room, self.chunk) + words * length + logged + logits,
             copied=_COPIED_LAYERS * layer,
             # In the end the words of all steps are joined, through a copy.
             step=max(self._chunk(min(self.chunk, length - reused), length, layer), 2 * words * (length - reused)),

@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from warmkv_server.errors import OperatorError
 
+SEED = 0
+
 _SMALL = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -102,7 +104,7 @@ def build(shape: str) -> tuple[Any, dict[str, Any]]:
         raise OperatorError(f"there is no shape {shape!r} for --model random:SHAPE; known are {', '.join(SHAPES)}")
     config = _SMALL | SHAPES[shape]
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    mx.random.seed(0)
+    mx.random.seed(SEED)
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
     model.eval()
