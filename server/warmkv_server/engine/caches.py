@@ -29,7 +29,6 @@ from warmkv_server.engine.codec import Codec, Words, join
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import PartKind
 
-
 DRAIN_EVERY = 64
 """Steps of decoding after which the words of what was logged are made, so that the log doesn't grow with the answer."""
 
