@@ -49,7 +49,7 @@ class Loader:
         self._manifests = manifests
         self._reads: dict[PartKey, asyncio.Future[Tensors]] = {}
         self._batches: set[asyncio.Task[None]] = set()
-        self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES)  # what is read at a time
+        self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self._rest: asyncio.TimerHandle | None = None
 
     async def load(self, lease: Lease) -> Reuse:

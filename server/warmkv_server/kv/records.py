@@ -49,7 +49,7 @@ class StoreSettings:
     Attributes:
         data_dir: created if missing; one server at a time.
         hot_bytes: RAM that KV at rest may take. What a running request holds, and what the disk refused, comes on top;
-            so does memory kept for reading into, at most 32 MiB for each of `io_threads`, and none after a rest.
+            so does memory kept for reading into, at most 40 MiB for each of `io_threads`, and none after a rest.
         disk_bytes: everything under data_dir; 0 for no quota.
         headroom_bytes: free space of the filesystem that commits leave alone, so that deletes always have room.
         io_threads: files read or written at once.
