@@ -14,9 +14,10 @@ from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.delivery import Delivery
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.engine.loop import Cancel, Message, StepLoop, Stop, Submit
+from warmkv_server.engine.loop import Cancel, StepLoop, Stop, Submit
 from warmkv_server.engine.model import ModelInfo
 from warmkv_server.engine.need import Needs
+from warmkv_server.engine.roster import Message
 from warmkv_server.engine.schedule import together
 from warmkv_server.engine.text import Text
 from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started

@@ -5,49 +5,34 @@ Nothing else in the process calls MLX operations. Arrays that leave this thread 
 
 from __future__ import annotations
 
-import logging
 import queue
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 
 from warmkv_server.engine import prefill
 from warmkv_server.engine.group import Group
-from warmkv_server.engine.memory import ran_out
 from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, limited, prepare_device
 from warmkv_server.engine.need import Needs
 from warmkv_server.engine.pace import Pace
+from warmkv_server.engine.roster import Deliver, Roster
 from warmkv_server.engine.sampling import Choice
 from warmkv_server.engine.schedule import Schedule, together
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.speculate import Speculator
-from warmkv_server.engine.types import EngineStats, Event, Finish, Job, Logprobs, Progress, Started
-from warmkv_server.errors import Draining, EngineError, MemoryBudget, WarmKVError
+from warmkv_server.engine.types import EngineStats, Finish, Job, Logprobs, Progress, Started
+from warmkv_server.errors import Draining
 from warmkv_server.malloc import give_back
-
-log = logging.getLogger(__name__)
-
-_RETRY_AFTER = 5.0
-"""Seconds after which a request that memory ran out for may be sent again."""
 
 REST_SECONDS = 30.0
 """Without work, after which memory that is kept for the next request goes back to the system."""
 
 _FREED = 4
 """Freed memory that is kept for the next step is at most this part of what requests may take."""
-
-Message = tuple[int, Event | WarmKVError]
-
-
-class Deliver(Protocol):
-    def __call__(self, item: list[Message], *, at_once: bool) -> None:
-        """Take events, on the MLX thread, in order; must not block. `at_once` lets the event loop run now."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +76,13 @@ class StepLoop:
         speculate_tokens: int,
     ) -> None:
         self._load = load
-        self._deliver = deliver
-        self._relieve = relieve
         self._max_batch = max_batch
         self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
-        self._groups: list[Group] = []
+        self._roster = Roster(self._schedule, deliver, relieve)
         self._speculate_tokens = speculate_tokens
         self._speculator: Speculator | None = None
-        self._sequences: dict[int, Sequence] = {}
-        self._submitted: dict[int, float] = {}
-        self._outbox: list[Message] = []
         self._prefilled = self._decoded = self._batch_size = 0
         self._stepped = self._prefill_took = 0.0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
@@ -124,7 +104,7 @@ class StepLoop:
 
     def stats(self) -> EngineStats:
         """From any thread; each figure is whole, together they may be a step apart."""
-        decoding = sum(len(group.sequences) for group in list(self._groups))
+        decoding = sum(len(group.sequences) for group in list(self._roster.groups))
         return EngineStats(
             queue_depth=len(self._schedule.waiting),
             prefilling=len(self._schedule.prefilling),
@@ -134,7 +114,7 @@ class StepLoop:
             decoded_tokens=self._decoded,
             proposed_tokens=self._speculator.proposed if self._speculator else 0,
             accepted_tokens=self._speculator.accepted if self._speculator else 0,
-            in_flight_bytes=together([sequence.need for sequence in self._running()]),
+            in_flight_bytes=together([sequence.need for sequence in self._roster.running()]),
         )
 
     def _main(self) -> None:
@@ -164,20 +144,20 @@ class StepLoop:
         while self._take_commands():
             self._admit()
             if self._schedule.prefilling:
-                self._flush()
+                self._roster.flush()
             self._prefill()
             if self._may_decode():
                 self._decode()
-            if not self._groups:
-                self._flush()  # else the next step does, once it is under way
-        for sequence in list(self._sequences.values()):
-            self._forget(sequence)
-            self._send(sequence.ident, Draining("the server is shutting down"))
-        self._flush()
+            if not self._roster.groups:
+                self._roster.flush()  # else the next step does, once it is under way
+        for sequence in list(self._roster.sequences.values()):
+            self._roster.forget(sequence)
+            self._roster.send(sequence.ident, Draining("the server is shutting down"))
+        self._roster.flush()
         mx.synchronize()
 
     def _take_commands(self) -> bool:
-        idle = not self._sequences
+        idle = not self._roster.sequences
         if idle:
             self._batch_size = 0
             mx.clear_cache()  # give the memory of what has just ended back to the system
@@ -194,10 +174,8 @@ class StepLoop:
                 case Submit(ident, job, submitted):
                     assert self.loaded is not None
                     assert self.needs is not None
-                    sequence = Sequence(ident, job, self.loaded, self.needs.of_job(job))
-                    self._sequences[ident] = sequence
-                    self._submitted[ident] = submitted
-                    self._schedule.waiting.join(job.tenant, sequence)
+                    sequence = Sequence(ident, job, self.loaded, self.needs.of_job(job), submitted=submitted)
+                    self._roster.add(sequence)
                 case Cancel(ident):
                     self._cancel(ident)
                 case Stop():
@@ -205,12 +183,12 @@ class StepLoop:
 
     def _admit(self) -> None:
         while self._schedule.waiting:
-            sequence = self._schedule.admit(self._running())
+            sequence = self._schedule.admit(self._roster.running())
             if sequence is None:
                 return
             if not sequence.rewound:
-                self._send(sequence.ident, Started(time.perf_counter() - self._submitted[sequence.ident]))
-            with self._containing(sequence):
+                self._roster.send(sequence.ident, Started(time.perf_counter() - sequence.submitted))
+            with self._roster.containing(sequence):
                 sequence.opening = sequence.open()
 
     def _may_decode(self) -> bool:
@@ -233,7 +211,7 @@ class StepLoop:
         self._prefill_took = time.perf_counter() - began
 
     def _prefill_one(self, sequence: Sequence) -> None:
-        with self._containing(sequence):
+        with self._roster.containing(sequence):
             if sequence.opening is not None and not self._open(sequence, sequence.opening):
                 return
             before = sequence.done
@@ -242,7 +220,7 @@ class StepLoop:
                 self._schedule.prefilling.remove(sequence)
                 if not sequence.wants_token:
                     self._prefilled += sequence.done - before
-                    self._finish(sequence)
+                    self._roster.finish(sequence)
                     return
                 prefill.choose_first(sequence)
             self._prefilled += sequence.done - before
@@ -254,7 +232,7 @@ class StepLoop:
         """Go on putting the reused prefix in place; at most for the gap while others decode. Whether it is done."""
         began = time.perf_counter()
         for _ in steps:
-            if self._groups and time.perf_counter() - began > self._pace.gap / 2:
+            if self._roster.groups and time.perf_counter() - began > self._pace.gap / 2:
                 return False
         sequence.opening = None
         self._report(sequence)
@@ -265,46 +243,46 @@ class StepLoop:
         done = min(sequence.done, sequence.prompt_length)
         if done > sequence.reported:
             sequence.reported = done
-            self._send(sequence.ident, Progress(done, sequence.prompt_length))
+            self._roster.send(sequence.ident, Progress(done, sequence.prompt_length))
 
     def _run_chunk(self, sequence: Sequence) -> None:
         prefix, began = sequence.done, time.perf_counter()
-        prefill.run_chunk(sequence, self._pace.tokens(prefix, decoding=bool(self._groups)))
+        prefill.run_chunk(sequence, self._pace.tokens(prefix, decoding=bool(self._roster.groups)))
         if sequence.done > prefix:
             self._pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 
     def _start_decoding(self, sequence: Sequence) -> None:
         self._emit(sequence, *sequence.sampled())
         sequence.sent = True
-        self._flush()
+        self._roster.flush()
         if sequence.finish is not None:
             prefill.feed_last(sequence)
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
-            self._finish(sequence)
+            self._roster.finish(sequence)
             return
-        group = next((g for g in self._groups if g.fits(sequence, self._max_batch)), None)
+        group = next((g for g in self._roster.groups if g.fits(sequence, self._max_batch)), None)
         if group is None:
             group = Group()
-        if not self._groups:
+        if not self._roster.groups:
             self._stepped = time.perf_counter()  # nobody has waited for a step before
-        with self._containing(sequence, *group.sequences):
+        with self._roster.containing(sequence, *group.sequences):
             group.join(sequence)
-            if group not in self._groups:
-                self._groups.append(group)
+            if group not in self._roster.groups:
+                self._roster.groups.append(group)
 
     def _decode(self) -> None:
         self._stepped = time.perf_counter()
         if self._speculator is not None and self._speculate(self._speculator):
             return
         launched = []
-        self._batch_size = sum(len(group.sequences) for group in self._groups)
-        for group in list(self._groups):
-            with self._containing(*group.sequences):
-                launched.append((group, group.launch(self._flush_soon)))
+        self._batch_size = sum(len(group.sequences) for group in self._roster.groups)
+        for group in list(self._roster.groups):
+            with self._roster.containing(*group.sequences):
+                launched.append((group, group.launch(self._roster.flush_soon)))
         for group, choices in launched:
-            with self._containing(*group.sequences):
+            with self._roster.containing(*group.sequences):
                 self._take(group, choices)
-        self._groups = [group for group in self._groups if group.sequences]
+        self._roster.drop_empty_groups()
 
     def _take(self, group: Group, choices: list[Choice | Exception]) -> None:
         """Send the tokens that the last step gave, now that the next one is under way; let go of rows that end."""
@@ -318,7 +296,7 @@ class StepLoop:
                 if sequence.finish is None and isinstance(choice, Exception):
                     raise choice
             except Exception:  # of its own text or sampling: the others' step went well
-                self._fail([sequence])
+                self._roster.fail([sequence])
                 failed.append(sequence)
                 continue
             sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
@@ -326,18 +304,18 @@ class StepLoop:
                 group.snapshot(sequence)
                 leaving.append(sequence)
         if leaving or failed:
-            self._flush()
+            self._roster.flush()
             group.leave([*leaving, *failed])
         for sequence in leaving:
-            with self._containing(sequence):
-                self._finish(sequence)
+            with self._roster.containing(sequence):
+                self._roster.finish(sequence)
 
     def _speculate(self, speculator: Speculator) -> bool:
         """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""
-        if len(self._groups) != 1 or len(self._groups[0].sequences) != 1:
+        if len(self._roster.groups) != 1 or len(self._roster.groups[0].sequences) != 1:
             return False
-        group, sequence = self._groups[0], self._groups[0].sequences[0]
-        with self._containing(sequence):
+        group, sequence = self._roster.groups[0], self._roster.groups[0].sequences[0]
+        with self._roster.containing(sequence):
             guess = speculator.propose(sequence)
             if not guess:
                 return False
@@ -345,7 +323,7 @@ class StepLoop:
             choices = group.verify(guess)
             if not sequence.sent:
                 self._emit(sequence, *sequence.sampled())
-            self._flush()
+            self._roster.flush()
             right = 0
             while sequence.finish is None and right < len(guess) and choices[right].read() == guess[right]:
                 self._emit(sequence, guess[right], choices[right].logprobs())
@@ -355,115 +333,31 @@ class StepLoop:
             choices[right].read()
             sequence.pending, sequence.sent = choices[right], False
             if sequence.finish is not None:
-                self._flush()
+                self._roster.flush()
                 group.leave([sequence])
-                self._finish(sequence)
-        self._groups = [group for group in self._groups if group.sequences]
+                self._roster.finish(sequence)
+        self._roster.drop_empty_groups()
         return True
 
     def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
         delta = sequence.emit(token, logprobs)
         self._decoded += 1
-        self._send(sequence.ident, delta)
+        self._roster.send(sequence.ident, delta)
 
     def _cancel(self, ident: int) -> None:
         """Between two steps, once every token that was sent has its KV computed or in flight."""
-        sequence = self._sequences.get(ident)
+        sequence = self._roster.sequences.get(ident)
         if sequence is not None and sequence.sent:
             self._decode()  # its first token waits for others' prefill
-        if sequence is None or ident not in self._sequences:
+        if sequence is None or ident not in self._roster.sequences:
             return
         sequence.finish = Finish.CANCELLED
-        group = self._group_of(sequence)
+        group = self._roster.group_of(sequence)
         if group is not None:
-            with self._containing(*group.sequences):
+            with self._roster.containing(*group.sequences):
                 group.snapshot(sequence)
                 group.leave([sequence])
-            self._groups = [g for g in self._groups if g.sequences]
-        if ident in self._sequences:
-            with self._containing(sequence):
-                self._finish(sequence)
-
-    def _finish(self, sequence: Sequence) -> None:
-        event = sequence.finished()
-        self._forget(sequence)
-        self._send(sequence.ident, event)
-
-    @contextmanager
-    def _containing(self, *sequences: Sequence) -> Iterator[None]:
-        """Let an exception end these sequences, and those that share a batch with them, and nothing else.
-
-        Where memory ran out they begin again, once, after everybody has let go of what can be spared.
-        """
-        try:
-            yield
-        except Exception as error:
-            shared = [group for group in self._groups if any(row in sequences for row in group.sequences)]
-            concerned = {*sequences, *(row for group in shared for row in group.sequences)}
-            self._groups = [group for group in self._groups if group not in shared]
-            running = sorted((s for s in concerned if s.ident in self._sequences), key=lambda s: s.ident, reverse=True)
-            if not ran_out(error):
-                self._fail(running)
-                return
-            log.warning("memory ran out: %s", error)
-            shared.clear()
-            error.__traceback__ = None  # its frames hold arrays
-            for sequence in running:
-                self._rewind(sequence)
-            mx.clear_cache()
-            self._relieve()
-
-    def _rewind(self, sequence: Sequence) -> None:
-        """Put it back at the head of the queue; refuse it if it has been there before."""
-        sequence.caches = []
-        try:
-            if sequence.rewound:
-                raise MemoryBudget(
-                    "memory ran out for the request, also alone; send less, or raise what the server may use",
-                    retry_after=_RETRY_AFTER,
-                )
-            sequence.rewind()
-        except MemoryBudget as refusal:
-            self._forget(sequence)
-            self._send(sequence.ident, refusal)
-        except Exception:
-            self._fail([sequence])
-        else:
-            if sequence in self._schedule.prefilling:
-                self._schedule.prefilling.remove(sequence)
-            self._schedule.waiting.go_ahead(sequence.job.tenant, sequence)
-
-    def _fail(self, sequences: Iterable[Sequence]) -> None:
-        error_id = secrets.token_hex(6)
-        log.error("engine error %s", error_id, exc_info=True)
-        for sequence in sequences:
-            if sequence.ident in self._sequences:
-                self._forget(sequence)
-                self._send(sequence.ident, EngineError(error_id))
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._sequences.pop(sequence.ident, None)
-        self._submitted.pop(sequence.ident, None)
-        self._schedule.waiting.remove(sequence)
-        if sequence in self._schedule.prefilling:
-            self._schedule.prefilling.remove(sequence)
-        sequence.caches = []
-
-    def _group_of(self, sequence: Sequence) -> Group | None:
-        return next((group for group in self._groups if sequence in group.sequences), None)
-
-    def _running(self) -> list[Sequence]:
-        waiting = set(self._schedule.waiting)
-        return [sequence for sequence in list(self._sequences.values()) if sequence not in waiting]
-
-    def _send(self, ident: int, event: Event | WarmKVError) -> None:
-        self._outbox.append((ident, event))
-
-    def _flush(self, *, at_once: bool = True) -> None:
-        if self._outbox:
-            self._deliver(self._outbox, at_once=at_once)
-            self._outbox = []
-
-    def _flush_soon(self) -> None:
-        """Deliver once this thread waits without Python's lock, instead of holding up what it is about to do."""
-        self._flush(at_once=False)
+            self._roster.drop_empty_groups()
+        if ident in self._roster.sequences:
+            with self._roster.containing(sequence):
+                self._roster.finish(sequence)

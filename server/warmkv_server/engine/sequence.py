@@ -37,6 +37,7 @@ class Sequence:
         sent: whether the pending token was sent out already.
         rewound: whether it has begun again, after memory ran out.
         reported: tokens of the prompt that its client was told of.
+        submitted: when it came, on `time.perf_counter`.
     """
 
     ident: int
@@ -52,6 +53,7 @@ class Sequence:
     sent: bool = False
     rewound: bool = False
     reported: int = -1
+    submitted: float = 0.0
     chooser: Chooser | None = None
     text: AnswerText | None = None
     _grown: list[tuple[int, Mapping[PartKind, Tensors]]] = field(default_factory=list)
