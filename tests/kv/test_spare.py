@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.kv.driver import TENANT, Driver, eventually
+from tests.kv.words import context
+from warmkv_server.kv import loader
 from warmkv_server.kv.arrays import view
 from warmkv_server.kv.spare import Part, SpareMemory
-from warmkv_server.kv.types import PartKind, TensorSpec
+from warmkv_server.kv.types import KVLayout, PartKind, TensorSpec
 
 SPEC = TensorSpec("words", PartKind.APPEND, "uint32", (16, 4, 16), 16 * 4 * 16 * 4)
 SIZE = SPEC.nbytes * 256
@@ -81,6 +85,25 @@ def test_no_more_is_kept_than_the_limit_and_nothing_after_a_rest() -> None:
     part = part_of(spare, 1)
     del part
     assert spare.nbytes == SIZE  # it is used again
+
+
+async def test_a_store_reads_into_what_left_ram_and_lets_go_of_it_after_a_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = await Driver.open(tmp_path, KVLayout((SPEC,)))
+    spare = driver.store._loader._spare
+    await driver.put("a", context(600))
+    for _ in range(2):
+        await driver.store.evict(TENANT, "a")
+        assert (await driver.reuse("a", context(600))).warm_tokens == 600  # the driver compares every word
+    await driver.store.evict(TENANT, "a")
+    assert spare.nbytes >= 2 * SIZE
+    monkeypatch.setattr(loader, "REST_SECONDS", 0.0)
+    await driver.reuse("a", context(600))
+    await eventually(lambda: spare._resting)
+    await driver.store.evict(TENANT, "a")
+    assert spare.nbytes == 0
+    await driver.close()
 
 
 def _evaluated(array: mx.array) -> mx.array:
