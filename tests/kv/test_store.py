@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound, OperatorError
 from warmkv_server.kv.records import Tier
 from warmkv_server.kv.store import Commit
-from warmkv_server.kv.types import Fallback, KVLayout, Source
+from warmkv_server.kv.types import Fallback, KVLayout, PartKind, Source
 
 
 def block_names(data_dir: Path) -> list[str]:
@@ -212,3 +213,16 @@ async def test_a_copy_of_a_block_in_another_folder_is_removed_and_the_block_stay
     assert (await driver.reuse("a", context(300))).length == 300
     await driver.close()
     assert len(block_names(tmp_path)) == 2
+
+
+async def test_a_window_that_a_deleted_agent_left_goes_with_its_row_written(tmp_path: Path) -> None:
+    driver = await Driver.open(tmp_path, LAYOUTS["small_window"])
+    await driver.put("b", context(356))
+    shared = driver.put("a", context(256))  # needs a window where b keeps none
+    await asyncio.gather(shared, driver.store.delete(TENANT, "a"), return_exceptions=True)
+    await driver.store.delete(TENANT, "a")
+    await driver.store.settled()
+    nodes = list(driver.store._core.index.nodes.values())
+    assert [list(node.parts) for node in nodes] == [[PartKind.APPEND], [PartKind.WINDOW, PartKind.APPEND]]
+    assert not any(node.dirty for node in nodes)
+    await driver.close()

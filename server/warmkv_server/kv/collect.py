@@ -100,6 +100,9 @@ class Collector:
         paths = [core.path(node, kind) for node in gone for kind in node.parts]
         paths += [core.path(node, PartKind.WINDOW) for node in slimmer]
         windows = {node: node.parts.pop(PartKind.WINDOW) for node in slimmer}
+        dirty = [node for node in slimmer if node.saved and node.dirty]
+        for node in dirty:
+            node.dirty = False  # Now, not afterwards, as in a commit.
         for node in gone:
             del core.index.nodes[node.id]
         ids = {node.id for node in (*gone, *slimmer)}
@@ -115,6 +118,8 @@ class Collector:
                 core.index.nodes.update((node.id, node) for node in gone)
                 for node, part in windows.items():
                     node.parts[PartKind.WINDOW] = part
+                for node in dirty:
+                    node.dirty = True
                 return False
             for node in gone:
                 core.hot.drop(node, unsaved_too=True)
