@@ -125,13 +125,13 @@ class Collector:
                 core.hot.drop(node, unsaved_too=True)
             for node in windows:
                 core.hot.drop(node, PartKind.WINDOW)
+            core.block_bytes -= sum(node.disk_bytes for node in gone)
+            core.block_bytes -= sum(part.nbytes for part in windows.values())
             try:
                 await core.writing(_unlink_all, core, paths)
             except Exception as error:
                 _say("the disk refuses to remove files that nobody needs", error)
                 return False
-            core.block_bytes -= sum(node.disk_bytes for node in gone)
-            core.block_bytes -= sum(part.nbytes for part in windows.values())
             return True
         finally:
             self._removing -= ids
