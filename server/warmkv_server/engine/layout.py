@@ -24,7 +24,8 @@ from warmkv_server.kv.types import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensor
 KEYS, VALUES = 0, 1
 
 CAPACITY_STEP = 256
-"""Tokens by which mlx-lm's caches grow. Fused attention on CUDA wants capacities that are multiples of it."""
+"""Tokens by which mlx-lm's caches grow: so many more than it holds may a cache have room for. Fused attention on CUDA
+wants capacities that are multiples of it."""
 
 FILL_BYTES = 64 << 20
 """Bytes of caches filled at once: many small layers together, large ones one at a time."""

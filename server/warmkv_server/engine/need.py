@@ -12,13 +12,10 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.engine import caches as kinds
-from warmkv_server.engine.layout import CacheMap, Stack
+from warmkv_server.engine.layout import CAPACITY_STEP, CacheMap, Stack
 from warmkv_server.engine.model import LoadedModel
 from warmkv_server.engine.types import Job
 from warmkv_server.kv.types import PartKind
-
-_GROWTH = 256
-"""Tokens by which mlx-lm's caches grow: so many more than it holds may a cache have room for."""
 
 _COPIED_LAYERS = 2
 """Layers that are there twice while rows join or leave a batch; the next is copied when one is done."""
@@ -105,7 +102,7 @@ class Needs:
         """
         layout, length = self.cache_map.layout, tokens + answer
         words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
-        room = length + _GROWTH
+        room = length + CAPACITY_STEP
         logged = self.cache_map.live_bytes(min(answer, kinds.DRAIN_EVERY)) if answer else 0  # words not made yet
         logits = _LOGITS * 4 * self.vocab_size if answer else 0
         layer = max((self._layer(keys, values, room) for keys, values in _layers(self.cache_map).values()), default=0)
