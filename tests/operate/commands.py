@@ -9,6 +9,9 @@ from typing import Any
 from typer.testing import CliRunner, Result
 
 from warmkv_server.cli import app
+from warmkv_server.operate.directory import look
+from warmkv_server.operate.findings import Report
+from warmkv_server.operate.verify import verify as check
 
 
 def run(*arguments: str | Path) -> Result:
@@ -30,6 +33,11 @@ def refusal(*arguments: str | Path) -> str:
     (line,) = result.stderr.splitlines()
     assert line.startswith("warmkv: ")
     return line
+
+
+def verify(data_dir: Path) -> Report:
+    """What `store verify` finds, before it is put into words."""
+    return check(lambda: look(data_dir))
 
 
 def tree(data_dir: Path) -> dict[str, bytes]:

@@ -11,28 +11,12 @@ import pytest
 
 from tests.kv.driver import TENANT, Driver
 from tests.kv.test_rebuild import lose_index, manifest_of, ruin_index
-from tests.kv.words import LAYOUTS, context
-from tests.operate.commands import run, run_json
+from tests.kv.words import LAYOUTS
+from tests.operate.commands import run, run_json, verify
 from warmkv_server.kv.manifest import decode, encode
-from warmkv_server.operate.directory import look
-from warmkv_server.operate.findings import Report, Trouble
-from warmkv_server.operate.verify import verify as check
+from warmkv_server.operate.findings import Trouble
 
 LAYOUT = LAYOUTS["everything"]
-
-
-@pytest.fixture
-async def data_dir(tmp_path: Path) -> Path:
-    """Agents a and b; no server."""
-    driver = await Driver.open(tmp_path, LAYOUT)
-    await driver.put("a", context(1000))
-    await driver.put("b", context([9] * 300))
-    await driver.close()
-    return tmp_path
-
-
-def verify(data_dir: Path) -> Report:
-    return check(lambda: look(data_dir))
 
 
 def test_good_ones_are_counted_and_listed(data_dir: Path) -> None:

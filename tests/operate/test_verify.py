@@ -11,28 +11,13 @@ import pytest
 
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
-from tests.operate.commands import refusal, run, tree
+from tests.operate.commands import refusal, run, tree, verify
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.types import Fallback
 from warmkv_server.operate.directory import look
-from warmkv_server.operate.findings import Report, Trouble
-from warmkv_server.operate.verify import verify as check
+from warmkv_server.operate.findings import Trouble
 
 LAYOUT = LAYOUTS["everything"]
-
-
-@pytest.fixture
-async def data_dir(tmp_path: Path) -> Path:
-    """Agent a of 1000 tokens in four blocks, and b of another context; no server."""
-    driver = await Driver.open(tmp_path, LAYOUT)
-    await driver.put("a", context(1000))
-    await driver.put("b", context([9] * 300))
-    await driver.close()
-    return tmp_path
-
-
-def verify(data_dir: Path) -> Report:
-    return check(lambda: look(data_dir))
 
 
 def file_of(data_dir: Path, agent: str, start: int) -> Path:
