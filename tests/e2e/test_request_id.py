@@ -116,6 +116,7 @@ def test_a_cancelled_one_replays_its_tokens_and_ends_so(client: Client, agent: s
     stream = client.stream(agent, content, **fields)
     tokens = read_deltas(stream, 3)
     stream.cancel()
+    await_that(lambda: is_idle(client, agent))  # a call that came before would join it and keep it going
     replays = []
     for _ in range(2):
         with refused(*CANCELLED):
