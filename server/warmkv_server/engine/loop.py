@@ -15,16 +15,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from warmkv_server.engine import prefill
-from warmkv_server.engine.group import Group
+from warmkv_server.engine.decode import Decoder
 from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, limited, prepare_device
 from warmkv_server.engine.need import Needs
 from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.roster import Deliver, Roster
-from warmkv_server.engine.sampling import Choice
 from warmkv_server.engine.schedule import Schedule, together
 from warmkv_server.engine.sequence import Sequence
 from warmkv_server.engine.speculate import Speculator
-from warmkv_server.engine.types import EngineStats, Finish, Job, Logprobs, Progress, Started
+from warmkv_server.engine.types import EngineStats, Finish, Job, Progress, Started
 from warmkv_server.errors import Draining
 from warmkv_server.malloc import give_back
 
@@ -76,15 +75,14 @@ class StepLoop:
         speculate_tokens: int,
     ) -> None:
         self._load = load
-        self._max_batch = max_batch
         self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
         self._roster = Roster(self._schedule, deliver, relieve)
+        self._decoder = Decoder(self._roster, max_batch)
         self._speculate_tokens = speculate_tokens
-        self._speculator: Speculator | None = None
-        self._prefilled = self._decoded = self._batch_size = 0
-        self._stepped = self._prefill_took = 0.0
+        self._prefilled = 0
+        self._prefill_took = 0.0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self.loaded: LoadedModel | None = None
         self.needs: Needs | None = None
@@ -104,16 +102,16 @@ class StepLoop:
 
     def stats(self) -> EngineStats:
         """From any thread; each figure is whole, together they may be a step apart."""
-        decoding = sum(len(group.sequences) for group in list(self._roster.groups))
+        speculator = self._decoder.speculator
         return EngineStats(
             queue_depth=len(self._schedule.waiting),
             prefilling=len(self._schedule.prefilling),
-            decoding=decoding,
-            batch_size=self._batch_size,
+            decoding=sum(len(group.sequences) for group in list(self._roster.groups)),
+            batch_size=self._decoder.rows,
             prefilled_tokens=self._prefilled,
-            decoded_tokens=self._decoded,
-            proposed_tokens=self._speculator.proposed if self._speculator else 0,
-            accepted_tokens=self._speculator.accepted if self._speculator else 0,
+            decoded_tokens=self._decoder.decoded,
+            proposed_tokens=speculator.proposed if speculator else 0,
+            accepted_tokens=speculator.accepted if speculator else 0,
             in_flight_bytes=together([sequence.need for sequence in self._roster.running()]),
         )
 
@@ -132,7 +130,7 @@ class StepLoop:
             self.loaded = self._load()
             self.needs = Needs.on(self.loaded, self._pace.chunk)
             if self._speculate_tokens:
-                self._speculator = Speculator(self._speculate_tokens, self.loaded)
+                self._decoder.speculator = Speculator(self._speculate_tokens, self.loaded)
         except BaseException as error:
             self.failure = error
             return False
@@ -147,7 +145,7 @@ class StepLoop:
                 self._roster.flush()
             self._prefill()
             if self._may_decode():
-                self._decode()
+                self._decoder.step()
             if not self._roster.groups:
                 self._roster.flush()  # else the next step does, once it is under way
         for sequence in list(self._roster.sequences.values()):
@@ -159,7 +157,7 @@ class StepLoop:
     def _take_commands(self) -> bool:
         idle = not self._roster.sequences
         if idle:
-            self._batch_size = 0
+            self._decoder.rows = 0
             mx.clear_cache()  # give the memory of what has just ended back to the system
         while True:
             try:
@@ -200,7 +198,7 @@ class StepLoop:
         chunk = self._pace.chunk
         if not any(waiting.prefill_end - waiting.done <= chunk for waiting in self._schedule.prefilling):
             return True
-        return time.perf_counter() - self._stepped + self._prefill_took > self._pace.gap
+        return time.perf_counter() - self._decoder.stepped + self._prefill_took > self._pace.gap
 
     def _prefill(self) -> None:
         sequence = self._schedule.pick()
@@ -226,7 +224,7 @@ class StepLoop:
             self._prefilled += sequence.done - before
             self._report(sequence)
             if sequence.pending is not None:
-                self._start_decoding(sequence)
+                self._decoder.begin(sequence)
 
     def _open(self, sequence: Sequence, steps: Iterator[None]) -> bool:
         """Go on putting the reused prefix in place; at most for the gap while others decode. Whether it is done."""
@@ -251,113 +249,15 @@ class StepLoop:
         if sequence.done > prefix:
             self._pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 
-    def _start_decoding(self, sequence: Sequence) -> None:
-        self._emit(sequence, *sequence.sampled())
-        sequence.sent = True
-        self._roster.flush()
-        if sequence.finish is not None:
-            prefill.feed_last(sequence)
-            sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
-            self._roster.finish(sequence)
-            return
-        group = next((g for g in self._roster.groups if g.fits(sequence, self._max_batch)), None)
-        if group is None:
-            group = Group()
-        if not self._roster.groups:
-            self._stepped = time.perf_counter()  # nobody has waited for a step before
-        with self._roster.containing(sequence, *group.sequences):
-            group.join(sequence)
-            if group not in self._roster.groups:
-                self._roster.groups.append(group)
-
-    def _decode(self) -> None:
-        self._stepped = time.perf_counter()
-        if self._speculator is not None and self._speculate(self._speculator):
-            return
-        launched = []
-        self._batch_size = sum(len(group.sequences) for group in self._roster.groups)
-        for group in list(self._roster.groups):
-            with self._roster.containing(*group.sequences):
-                launched.append((group, group.launch(self._roster.flush_soon)))
-        for group, choices in launched:
-            with self._roster.containing(*group.sequences):
-                self._take(group, choices)
-        self._roster.drop_empty_groups()
-
-    def _take(self, group: Group, choices: list[Choice | Exception]) -> None:
-        """Send the tokens that the last step gave, now that the next one is under way; let go of rows that end."""
-        leaving: list[Sequence] = []
-        failed: list[Sequence] = []
-        for sequence, choice in zip(group.sequences, choices, strict=True):
-            sampled = None if sequence.sent else sequence.sampled()
-            try:
-                if sampled is not None:
-                    self._emit(sequence, *sampled)
-                if sequence.finish is None and isinstance(choice, Exception):
-                    raise choice
-            except Exception:  # of its own text or sampling: the others' step went well
-                self._roster.fail([sequence])
-                failed.append(sequence)
-                continue
-            sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
-            if sequence.finish is not None:
-                group.snapshot(sequence)
-                leaving.append(sequence)
-        if leaving or failed:
-            self._roster.flush()
-            group.leave([*leaving, *failed])
-        for sequence in leaving:
-            with self._roster.containing(sequence):
-                self._roster.finish(sequence)
-
-    def _speculate(self, speculator: Speculator) -> bool:
-        """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""
-        if len(self._roster.groups) != 1 or len(self._roster.groups[0].sequences) != 1:
-            return False
-        group, sequence = self._roster.groups[0], self._roster.groups[0].sequences[0]
-        with self._roster.containing(sequence):
-            guess = speculator.propose(sequence)
-            if not guess:
-                return False
-            self._batch_size = 1
-            choices = group.verify(guess)
-            if not sequence.sent:
-                self._emit(sequence, *sequence.sampled())
-            self._roster.flush()
-            right = 0
-            while sequence.finish is None and right < len(guess) and choices[right].read() == guess[right]:
-                self._emit(sequence, guess[right], choices[right].logprobs())
-                right += 1
-            group.cut(len(guess) - right)
-            speculator.learn(sequence, len(guess), right)
-            choices[right].read()
-            sequence.pending, sequence.sent = choices[right], False
-            if sequence.finish is not None:
-                self._roster.flush()
-                group.leave([sequence])
-                self._roster.finish(sequence)
-        self._roster.drop_empty_groups()
-        return True
-
-    def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
-        delta = sequence.emit(token, logprobs)
-        self._decoded += 1
-        self._roster.send(sequence.ident, delta)
-
     def _cancel(self, ident: int) -> None:
         """Between two steps, once every token that was sent has its KV computed or in flight."""
         sequence = self._roster.sequences.get(ident)
         if sequence is not None and sequence.sent:
-            self._decode()  # its first token waits for others' prefill
+            self._decoder.step()  # its first token waits for others' prefill
         if sequence is None or ident not in self._roster.sequences:
             return
         sequence.finish = Finish.CANCELLED
-        group = self._roster.group_of(sequence)
-        if group is not None:
-            with self._roster.containing(*group.sequences):
-                group.snapshot(sequence)
-                group.leave([sequence])
-            self._roster.drop_empty_groups()
+        self._decoder.release(sequence)
         if ident in self._roster.sequences:
             with self._roster.containing(sequence):
                 self._roster.finish(sequence)

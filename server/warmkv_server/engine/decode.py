@@ -1,0 +1,139 @@
+"""Decoding: a step of the model for each group, and what is done with the tokens that it gives."""
+
+from __future__ import annotations
+
+import time
+
+from warmkv_server.engine import prefill
+from warmkv_server.engine.group import Group
+from warmkv_server.engine.roster import Roster
+from warmkv_server.engine.sampling import Choice
+from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.speculate import Speculator
+from warmkv_server.engine.types import Logprobs
+
+
+class Decoder:
+    """Used on the MLX thread.
+
+    Args:
+        roster: has the groups.
+        max_rows: sequences of a group.
+
+    Attributes:
+        speculator: guesses for a sequence that decodes alone, if that is wanted.
+        decoded: tokens that were sampled and sent.
+        rows: of the last step.
+        stepped: when it began, on `time.perf_counter`, or when there was somebody to step for.
+    """
+
+    def __init__(self, roster: Roster, max_rows: int) -> None:
+        self._roster = roster
+        self._max_rows = max_rows
+        self.speculator: Speculator | None = None
+        self.decoded = self.rows = 0
+        self.stepped = 0.0
+
+    def begin(self, sequence: Sequence) -> None:
+        """Send the first token of a sequence, which is pending, and have it decode with others of its length."""
+        self._emit(sequence, *sequence.sampled())
+        sequence.sent = True
+        self._roster.flush()
+        if sequence.finish is not None:
+            prefill.feed_last(sequence)
+            sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
+            self._roster.finish(sequence)
+            return
+        group = next((g for g in self._roster.groups if g.fits(sequence, self._max_rows)), None)
+        if group is None:
+            group = Group()
+        if not self._roster.groups:
+            self.stepped = time.perf_counter()  # nobody has waited for a step before
+        with self._roster.containing(sequence, *group.sequences):
+            group.join(sequence)
+            if group not in self._roster.groups:
+                self._roster.groups.append(group)
+
+    def step(self) -> None:
+        """Give each sequence a token, or one that is alone several."""
+        self.stepped = time.perf_counter()
+        if self.speculator is not None and self._speculate(self.speculator):
+            return
+        launched = []
+        self.rows = sum(len(group.sequences) for group in self._roster.groups)
+        for group in list(self._roster.groups):
+            with self._roster.containing(*group.sequences):
+                launched.append((group, group.launch(self._roster.flush_soon)))
+        for group, choices in launched:
+            with self._roster.containing(*group.sequences):
+                self._take(group, choices)
+        self._roster.drop_empty_groups()
+
+    def release(self, sequence: Sequence) -> None:
+        """Let it leave its group, if it is in one, between two steps; its KV is its own then."""
+        group = self._roster.group_of(sequence)
+        if group is not None:
+            with self._roster.containing(*group.sequences):
+                group.snapshot(sequence)
+                group.leave([sequence])
+            self._roster.drop_empty_groups()
+
+    def _take(self, group: Group, choices: list[Choice | Exception]) -> None:
+        """Send the tokens that the last step gave, now that the next one is under way; let go of rows that end."""
+        leaving: list[Sequence] = []
+        failed: list[Sequence] = []
+        for sequence, choice in zip(group.sequences, choices, strict=True):
+            sampled = None if sequence.sent else sequence.sampled()
+            try:
+                if sampled is not None:
+                    self._emit(sequence, *sampled)
+                if sequence.finish is None and isinstance(choice, Exception):
+                    raise choice
+            except Exception:  # of its own text or sampling: the others' step went well
+                self._roster.fail([sequence])
+                failed.append(sequence)
+                continue
+            sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
+            if sequence.finish is not None:
+                group.snapshot(sequence)
+                leaving.append(sequence)
+        if leaving or failed:
+            self._roster.flush()
+            group.leave([*leaving, *failed])
+        for sequence in leaving:
+            with self._roster.containing(sequence):
+                self._roster.finish(sequence)
+
+    def _speculate(self, speculator: Speculator) -> bool:
+        """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""
+        if len(self._roster.groups) != 1 or len(self._roster.groups[0].sequences) != 1:
+            return False
+        group, sequence = self._roster.groups[0], self._roster.groups[0].sequences[0]
+        with self._roster.containing(sequence):
+            guess = speculator.propose(sequence)
+            if not guess:
+                return False
+            self.rows = 1
+            choices = group.verify(guess)
+            if not sequence.sent:
+                self._emit(sequence, *sequence.sampled())
+            self._roster.flush()
+            right = 0
+            while sequence.finish is None and right < len(guess) and choices[right].read() == guess[right]:
+                self._emit(sequence, guess[right], choices[right].logprobs())
+                right += 1
+            group.cut(len(guess) - right)
+            speculator.learn(sequence, len(guess), right)
+            choices[right].read()
+            sequence.pending, sequence.sent = choices[right], False
+            if sequence.finish is not None:
+                self._roster.flush()
+                group.leave([sequence])
+                self._roster.finish(sequence)
+        self._roster.drop_empty_groups()
+        return True
+
+    def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
+        delta = sequence.emit(token, logprobs)
+        self.decoded += 1
+        self._roster.send(sequence.ident, delta)
