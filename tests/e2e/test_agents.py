@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import grpc
@@ -10,6 +9,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
+from tests.e2e.test_order import await_that, found
 from warmkv import v1
 
 NOT_FOUND = (grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND")
@@ -127,10 +127,7 @@ def test_get_does_not_count_as_use(client: Client, agent: str, seed: int) -> Non
 
 def test_an_agent_is_gone_when_its_time_to_live_is_over(client: Client, agent: str, seed: int) -> None:
     client.prime(agent, token_ids(some_tokens(20, seed)), ttl=Duration(nanos=200_000_000))
-    give_up = time.monotonic() + 20
-    while any(each.agent_id == agent for each in client.list(page_size=1000).agents):
-        assert time.monotonic() < give_up, "still listed"
-        time.sleep(0.05)
+    await_that(lambda: not found(client, agent))
     with refused(*NOT_FOUND):
         client.get(agent)
 

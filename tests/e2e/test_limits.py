@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
+from tests.e2e.test_order import await_that
 from warmkv import v1
 
 TOO_LONG = (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_TOO_LONG")
@@ -81,11 +82,10 @@ def test_more_waiting_than_the_queue_holds_is_refused_with_a_time_to_come_back(
 ) -> None:
     data = tmp_path_factory.mktemp("queue") / "data"
     with serving(data, "--max-queue", "2") as (_, client):
-        running = client.stream("a", token_ids(some_tokens(20)), max_tokens=5000, ignore_eos=True)
+        running = client.stream("a", token_ids(some_tokens(20)), max_tokens=20_000, ignore_eos=True)
         assert next(running).WhichOneof("event") == "started"
         waiting = [client.agents.Prime.future(v1.PrimeRequest(agent_id="a", content=text("x"))) for _ in range(2)]
-        while client.stats().gauges.queue_depth < 2:
-            pass
+        await_that(lambda: client.stats().gauges.queue_depth == 2)
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL") as refusals:
             client.prime("a", text("one too many"))
         assert refusals[0].retry_seconds == 1.0

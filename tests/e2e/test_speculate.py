@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
 import urllib.request
 from pathlib import Path
 
-from tests.e2e.harness import Client, serving, text
+from tests.e2e.harness import Client, free_port, serving, text
 from warmkv import v1
 
 SONG = "Red leaves fall, and the wind sings. " * 6
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def counted(port: int, name: str) -> float:
