@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import LayerNorm, RMSNorm
 from mlx.nn.layers.positional_encoding import RoPE
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from warmkv_server.engine import random_model
-from warmkv_server.engine.cpu_modules import RowRMSNorm, TableRoPE, exchange_modules
+from warmkv_server.engine.cpu_modules import RowEmbedding, RowLinear, RowRMSNorm, TableRoPE, exchange_modules
 
 POSITIONS = 4096
 
@@ -75,15 +78,48 @@ def test_a_row_is_normalised_as_by_the_stock_way(size: float) -> None:
     assert mx.array_equal(ours(chunk), stock(chunk))
 
 
+SHAPES = [(1, 1, 96), (3, 1, 96), (1, 5, 96), (96, 1, 96), (1, 96), (96,), (1, 1, 1, 96)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_has_the_bits_of_the_stock_one(shape: tuple[int, ...], bias: bool) -> None:
+    stock = Linear(96, 160, bias=bias)
+    ours = exchanged(stock)
+    assert isinstance(ours, RowLinear)
+    x = mx.random.normal(shape, key=mx.random.key(2))
+    assert ours(x).shape == stock(x).shape
+    assert mx.array_equal(ours(x), stock(x))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_embedding_is_looked_up_and_multiplied_as_before(shape: tuple[int, ...]) -> None:
+    stock = Embedding(160, 96)
+    ours: Any = exchanged(stock)
+    assert isinstance(ours, RowEmbedding)
+    assert mx.array_equal(ours(mx.array([[3, 159]])), stock(mx.array([[3, 159]])))
+    x = mx.random.normal(shape, key=mx.random.key(2))
+    assert mx.array_equal(ours.as_linear(x), stock.as_linear(x))
+
+
+def test_a_rotation_of_one_place_serves_heads_of_any_number() -> None:
+    stock: Any = RoPE(64)
+    ours = exchanged(stock)
+    for offset in (7, 7, 8):
+        for shape in ((1, 4, 1, 64), (1, 2, 1, 64), (1, 2, 3, 64)):
+            x = mx.random.normal(shape, key=mx.random.key(offset))
+            assert mx.array_equal(ours(x, offset=offset), stock(x, offset=offset))
+
+
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_the_models_logits_stay_what_they_are(shape: str) -> None:
     model, _ = random_model.build(shape)
     model.set_dtype(mx.float32)
     tokens = mx.random.randint(0, 4096, (1, 40), key=mx.random.key(1))
     before = logits(model, tokens)
-    parameters = dict(model.parameters())
+    parameters = named(model)
     exchange_modules(model, POSITIONS)
-    assert set(dict(model.parameters())) == set(parameters)
+    assert named(model) == parameters
     assert mx.allclose(logits(model, tokens), before, rtol=0, atol=1e-4)
 
 
@@ -93,3 +129,9 @@ def logits(model: Module, tokens: mx.array) -> mx.array:
     first = model(tokens[:, :32], cache=cache)
     rest = [model(tokens[:, at : at + 1], cache=cache) for at in range(32, 40)]
     return mx.concatenate([first, *rest], axis=1)
+
+
+def named(model: Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's parameters."""
+    parameters: Any = tree_flatten(model.parameters())
+    return {name: array.shape for name, array in parameters}

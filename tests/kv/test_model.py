@@ -21,6 +21,7 @@ from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.errors import MemoryBudget, NotDurable, OperatorError, StorageUnavailable
+from warmkv_server.kv import reader
 from warmkv_server.kv.index import common_length
 from warmkv_server.kv.records import TokenIds
 from warmkv_server.kv.types import KVLayout, PartKind
@@ -64,6 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.index_refuses = False
         self.refused = False
         self.fingerprint = FINGERPRINT
+        self.small = reader.SMALL_BYTES
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
@@ -81,11 +83,13 @@ class StoreMachine(RuleBasedStateMachine):
             Driver.open(self.data, self.layout, self.fingerprint, self.files, hot_bytes=400_000, retry_seconds=3600.0)
         )
 
-    @initialize()
-    def open(self) -> None:
+    @initialize(small=st.sampled_from([0, reader.SMALL_BYTES]))
+    def open(self, small: int) -> None:
+        self.small, reader.SMALL_BYTES = reader.SMALL_BYTES, small  # files are read in one of two ways
         self.start()
 
     def teardown(self) -> None:
+        reader.SMALL_BYTES = self.small
         if self.driver is not None:
             self.run(self.driver.close())
         self.loop.close()

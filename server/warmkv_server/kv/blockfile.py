@@ -29,7 +29,8 @@ LENGTH_BYTES = 8
 DIGEST_AT = LENGTH_BYTES + len('{"__metadata__":{"xxh3_128":"')
 DIGEST_HEX = 32
 _NO_DIGEST = b"0" * DIGEST_HEX
-_HEADER_LIMIT = 1 << 20
+HEADER_LIMIT = 1 << 20
+"""Bytes before the payload at most."""
 _ALIGN = 64
 
 _SAFETENSORS_DTYPES = {
@@ -178,7 +179,7 @@ def header_size(first: bytes, file_size: int) -> int:
     if len(first) < LENGTH_BYTES:
         raise BadFile(Fallback.FORMAT, "shorter than a safetensors header")
     size = int.from_bytes(first[:LENGTH_BYTES], "little") + LENGTH_BYTES
-    if size > min(file_size, _HEADER_LIMIT):
+    if size > min(file_size, HEADER_LIMIT):
         raise BadFile(Fallback.FORMAT, f"header of {size} bytes in a file of {file_size}")
     return size
 

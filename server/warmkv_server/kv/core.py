@@ -173,7 +173,7 @@ class Core:
 
 def block_path(data_dir: Path, node: str, kind: PartKind) -> Path:
     """Where a node's file is; `node` in hex. Spread over 256 folders."""
-    return data_dir / BLOCKS / node[:2] / blockfile.file_name(node, kind)
+    return data_dir.joinpath(BLOCKS, node[:2], blockfile.file_name(node, kind))
 
 
 def block_info(node: Node, kind: PartKind) -> BlockInfo:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 32 << 20
 """Files that one thread reads before it reports: enough to make the way there and back, and a turn of MLX's, cheap."""
+BATCH_FILES = 32
+"""So many at most: a batch's files are open at the same time."""
 REST_SECONDS = 30.0
 """Without a read, after which memory kept for the next is let go of."""
 
@@ -286,8 +288,8 @@ def _contiguous(nodes: list[Node]) -> int:
 
 
 def _batches(reads: Sequence[_Read], threads: int) -> Iterator[list[_Read]]:
-    """Cut into batches: no fewer than there are threads, where there is work for them, and none of many bytes."""
-    most = -(-len(reads) // threads)
+    """Cut into batches: no fewer than there are threads, where there is work for them; none of many bytes or files."""
+    most = min(-(-len(reads) // threads), BATCH_FILES)
     batch: list[_Read] = []
     nbytes = 0
     for read in reads:

@@ -1,28 +1,39 @@
 """Reading block files into arrays, checked before anything is made of them. Blocking.
 
-A file is read into the memory of its arrays piece by piece, and each piece hashed while the processor's cache has it.
-The arrays are nobody's until the checksum is right. `mx.load` has no place for a checksum (a file object in Python
-deadlocks with any MLX call that waits for a stream while it holds the interpreter's lock), and an I/O error on a plain
-path ends the process, as it would behind a mapping of the file.
+A large file is read into the memory of its arrays piece by piece, and each piece hashed while the processor's cache has
+it. The arrays are nobody's until the checksum is right. A small one is read whole, as the cache has room for it, and
+its tensors are copied into arrays, which takes fewer steps.
+
+`mx.load` has no place for a checksum (a file object in Python deadlocks with any MLX call that waits for a stream while
+it holds the interpreter's lock), and an I/O error on a plain path ends the process, as it would behind a mapping of the
+file.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
+
 from warmkv_server.kv import blockfile
-from warmkv_server.kv.arrays import view
+from warmkv_server.kv.arrays import stored_shape, view
 from warmkv_server.kv.blockfile import BadFile, BlockInfo
 from warmkv_server.kv.spare import Part, SpareMemory
-from warmkv_server.kv.types import Fallback, TensorSpec
+from warmkv_server.kv.types import Fallback, Tensors, TensorSpec
 
 _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
 PIECE_BYTES = 1 << 20
 """Read and hashed at a time: few turns of the interpreter's lock, and still in a cache when it is hashed."""
+SMALL_BYTES = 512 << 10
+"""The most tensors of a small file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,39 +45,91 @@ class PartOrder:
     specs: Sequence[TensorSpec]
     digest: str
 
+    @property
+    def payload(self) -> int:
+        """Bytes of its tensors."""
+        return blockfile.payload_size(self.specs, self.info.count)
 
-def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Part | BadFile | OSError]:
-    """Read block files one after another.
 
-    The system is not told what comes: its own reading ahead of the pieces is faster on a disk than having whole files
-    fetched, and to tell it of pages that it has takes time.
+def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Tensors | BadFile | OSError]:
+    """Read block files one after another. All of them are open meanwhile.
+
+    The system is asked for the small ones beforehand. Not for the large: its own reading ahead of the pieces is faster
+    on a disk than having whole files fetched.
 
     Returns:
         For each its evaluated arrays; BadFile if it is missing, damaged, or another one; OSError if it can't be read
         now.
     """
-    parts = spare.parts((order.specs, order.info.count) for order in orders)
-    return [_read_part(order, part) for order, part in zip(orders, parts, strict=True)]
+    small = [order.payload <= SMALL_BYTES for order in orders]
+    with ExitStack() as files:
+        opened = [_opened(order.path, files, ahead=ahead) for order, ahead in zip(orders, small, strict=True)]
+        large = [order for order, is_small in zip(orders, small, strict=True) if not is_small]
+        parts = iter(spare.parts((order.specs, order.info.count) for order in large))
+        ways = [_read_small if is_small else partial(_read_large, part=next(parts)) for is_small in small]
+        return [
+            _read(fd, order, way) if isinstance(fd, int) else fd
+            for fd, order, way in zip(opened, orders, ways, strict=True)
+        ]
 
 
-def _read_part(order: PartOrder, part: Part) -> Part | BadFile | OSError:
+def _opened(path: Path, files: ExitStack, *, ahead: bool) -> int | BadFile | OSError:
+    """
+    Args:
+        files: will close it.
+        ahead: have the system fetch it before it is read.
+    """
     try:
-        fd = _open(order.path)
+        fd = _open(path)
     except (BadFile, OSError) as error:
         return error
+    files.callback(os.close, fd)
+    if ahead and hasattr(os, "posix_fadvise"):  # macOS has none
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+    return fd
+
+
+def _read(fd: int, order: PartOrder, way: Callable[[int, PartOrder], Tensors]) -> Tensors | BadFile | OSError:
     try:
-        head = _expected_head(fd, order.info, order.specs, order.digest)
-        _fill(fd, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
-        return part
-    except BadFile as bad:
         try:
+            return way(fd, order)
+        except BadFile as bad:
             return bad if _is_whole(fd) else BadFile(Fallback.CHECKSUM, f"damaged: {bad}")
-        except OSError as error:
-            return error
     except OSError as error:
         return error
-    finally:
-        os.close(fd)
+
+
+def _read_large(fd: int, order: PartOrder, *, part: Part) -> Part:
+    size = os.fstat(fd).st_size
+    first = os.pread(fd, _FIRST_READ, 0)
+    start = blockfile.header_size(first, size)
+    head = first[:start] if start <= len(first) else os.pread(fd, start, 0)
+    parsed = blockfile.parse(head)
+    if start + parsed.payload != size:
+        raise BadFile(Fallback.FORMAT, f"{size} bytes instead of {start + parsed.payload}")
+    _expect(parsed, order)
+    _fill(fd, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
+    return part
+
+
+def _read_small(fd: int, order: PartOrder) -> Tensors:
+    content = os.pread(fd, min(os.fstat(fd).st_size, blockfile.HEADER_LIMIT + order.payload), 0)
+    parsed = blockfile.verify(content)
+    _expect(parsed, order)
+    at = len(content) - parsed.payload
+    arrays = {}
+    for spec in order.specs:
+        shape, dtype = stored_shape(spec, order.info.count), np.dtype(spec.dtype)
+        values = np.frombuffer(content, dtype, math.prod(shape), at).reshape(shape)
+        arrays[spec.name] = mx.array(values)
+        at += values.nbytes
+    return arrays
+
+
+def _expect(parsed: blockfile.Parsed, order: PartOrder) -> None:
+    blockfile.expect(parsed, order.info, order.specs)
+    if parsed.digest != order.digest:
+        raise BadFile(Fallback.FORMAT, "another version of the node than the index has")
 
 
 def verify_file(path: Path) -> blockfile.Parsed:
@@ -104,21 +167,6 @@ def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> N
             at += got
     if hasher.hexdigest() != digest:
         raise BadFile(Fallback.CHECKSUM, "the checksum is another")
-
-
-def _expected_head(fd: int, info: BlockInfo, specs: Sequence[TensorSpec], digest: str) -> bytes:
-    """The header's bytes, if the header and the file's size are what they have to be."""
-    size = os.fstat(fd).st_size
-    first = os.pread(fd, _FIRST_READ, 0)
-    start = blockfile.header_size(first, size)
-    head = first[:start] if start <= len(first) else os.pread(fd, start, 0)
-    parsed = blockfile.parse(head)
-    blockfile.expect(parsed, info, specs)
-    if start + parsed.payload != size:
-        raise BadFile(Fallback.FORMAT, f"{size} bytes instead of {start + parsed.payload}")
-    if parsed.digest != digest:
-        raise BadFile(Fallback.FORMAT, "another version of the node than the index has")
-    return head
 
 
 def _open(path: Path) -> int:
