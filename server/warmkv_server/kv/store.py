@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
-from warmkv_server.errors import NotDurable
 from warmkv_server.kv.changes import Changes
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
 from warmkv_server.kv.core import Core
+from warmkv_server.kv.eviction import Eviction
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.index import Node
 from warmkv_server.kv.journal import Journal
@@ -43,7 +43,6 @@ from warmkv_server.kv.records import (
     TokenIds,
     Unset,
 )
-from warmkv_server.kv.residency import drop_pages, resident_bytes
 from warmkv_server.kv.startup import open_directory
 from warmkv_server.kv.types import KVLayout, Reuse
 from warmkv_server.kv.upkeep import Upkeep
@@ -84,6 +83,7 @@ class Store:
         self._changes = Changes(
             core, self._committer, self._collector, self._manifests, changed=lambda: self._upkeep.wake()
         )
+        self._eviction = Eviction(core)
         self._upkeep = Upkeep(core, self._committer, self._manifests, self.delete)
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -173,9 +173,8 @@ class Store:
 
     def stats(self) -> StoreStats:
         core = self._core
-        agents = core.index.agents.values()
-        tiers = Counter(core.tier(agent).value for agent in agents)
-        self._note_cooled()
+        tiers = Counter(core.tier(agent).value for agent in core.index.agents.values())
+        self._eviction.note_cooled()
         counters = core.counters
         return StoreStats(
             loads_by_source=dict(counters.loads_by_source),
@@ -237,9 +236,7 @@ class Store:
         reuse = await self._loader.load(lease)
         agent = self._core.index.agents.get((lease.tenant, lease.agent_id))
         if agent is not None:
-            if reuse.warm_tokens and agent in self._core.was_hot:
-                self._core.counters.evictions += 1
-            self._core.was_hot.add(agent)
+            self._eviction.note_loaded(agent, reuse)
         return reuse
 
     async def commit(self, commit: Commit) -> Committed:
@@ -309,29 +306,11 @@ class Store:
             AgentNotFound
             NotDurable: RAM holds the only copy.
         """
-        core = self._core
-        agent = self._core.existing(tenant, agent_id)
-        if not agent.durable:
-            raise NotDurable(
-                f"the last commit of agent {agent_id!r} is in RAM only, because the disk refused it; "
-                "free disk space, and it is written by itself"
-            )
-        nodes = list(agent.all_nodes())
-        paths = [core.path(node, kind) for node in nodes for kind in node.parts]
-        before = await core.reading(resident_bytes, paths)
-        freed = sum(core.hot.drop(node) for node in nodes)
-        core.counters.evictions += bool(freed)
-        self._core.was_hot.discard(agent)
-        if drop_page_cache:
-            await core.reading(drop_pages, paths)
-        after = await core.reading(resident_bytes, paths) if drop_page_cache else before
-        return Evicted(core.record(agent), freed, before, after)
+        return await self._eviction.evict(tenant, agent_id, drop_page_cache)
 
     def relieve(self) -> int:
         """Let go of half of the RAM copies, least recently used first, as the machine has too little memory; bytes."""
-        before = self._core.hot.nbytes
-        self._core.hot.shrink(before // 2)
-        return before - self._core.hot.nbytes
+        return self._eviction.relieve()
 
     async def delete(self, tenant: str, agent_id: str) -> bool:
         """Remove an agent, durably, without reading any of its files. False if there was none.
@@ -349,9 +328,3 @@ class Store:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
-
-    def _note_cooled(self) -> None:
-        """Count the agents that the memory budget has put out of RAM."""
-        cooled = {agent for agent in self._core.was_hot if self._core.tier(agent) is Tier.WARM}
-        self._core.counters.evictions += len(cooled)
-        self._core.was_hot -= cooled
