@@ -41,7 +41,8 @@ class PartWriter:
 
     async def write(self, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
         """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
-        effort = Effort()
+        parts = list(parts)
+        effort = Effort(self._perhaps_not_synced(parts))
         wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, words.reuse.length)]
         async with self._room(wanted, effort):
             await self._write_all(wanted, words, effort)
@@ -70,16 +71,24 @@ class PartWriter:
 
     async def write_unsaved(self, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
         """Try once more what the disk has refused."""
-        effort = Effort()
+        parts = list(parts)
+        effort = Effort(self._perhaps_not_synced(parts))
         hot = self._core.hot
         wanted = [(node, kind) for node, kind in parts if kind not in node.parts and hot.has(node, kind)]
         async with self._room(wanted, effort):
             for node, kind in wanted:
-                tensors = hot.get(node, kind)
-                if tensors is not None:
-                    await self._save(node, kind, tensors, effort)
+                async with self._alone(node, kind):
+                    tensors = hot.get(node, kind)
+                    if tensors is not None and kind not in node.parts:
+                        await self._save(node, kind, tensors, effort)
             await self._sync(effort)
         return effort
+
+    def _perhaps_not_synced(self, parts: Iterable[tuple[Node, PartKind]]) -> set[Path]:
+        """Folders of files that no transaction counts on yet: whoever made them may still be about to sync their names,
+        or was refused before."""
+        known = ((node, kind) for node, kind in parts if kind in node.parts and (node.dirty or not node.saved))
+        return {self._core.path(node, kind).parent for node, kind in known}
 
     @contextlib.asynccontextmanager
     async def _room(self, parts: list[tuple[Node, PartKind]], effort: Effort) -> AsyncIterator[None]:
@@ -104,21 +113,27 @@ class PartWriter:
 
     async def _write(self, node: Node, kind: PartKind, words: Words, effort: Effort) -> None:
         core = self._core
-        key = node.id, kind
-        while (other := self._making.get(key)) is not None:
-            await asyncio.shield(other)
-        if kind in node.parts:
-            # Somebody was first with this context: their bytes are the ones to go on with.
-            effort.folders.add(core.path(node, kind).parent)
-            if not core.specs[kind] or core.hot.has(node, kind) or await self._readable(node, kind):
-                return
-        making = self._making[key] = asyncio.get_running_loop().create_future()
-        try:
+        async with self._alone(node, kind):
+            if kind in node.parts:
+                # Somebody was first with this context: their bytes are the ones to go on with.
+                effort.folders.add(core.path(node, kind).parent)
+                if not core.specs[kind] or core.hot.has(node, kind) or await self._readable(node, kind):
+                    return
             tensors = core.hot.get(node, kind)
             if tensors is None:
                 tensors = await core.writing(words.copy, kind, node.start, node.end, core.specs[kind])
                 core.hot.put(node, kind, tensors, unsaved=True)
             await self._save(node, kind, tensors, effort)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, node: Node, kind: PartKind) -> AsyncIterator[None]:
+        """Nobody else makes this part during the block."""
+        key = node.id, kind
+        while (other := self._making.get(key)) is not None:
+            await asyncio.shield(other)
+        making = self._making[key] = asyncio.get_running_loop().create_future()
+        try:
+            yield
         finally:
             del self._making[key]
             making.set_result(None)
