@@ -100,15 +100,7 @@ class Committer:
                 return False
             statements = [rows.put_node(node) for node in nodes]
             statements += [*rows.delete_agent(agent.incarnation), *rows.insert_agent(agent)]
-            lost = [key for key, kept in core.outcomes.items() if not kept.saved]
-            statements += [
-                rows.insert_outcome(key[0], core.outcomes[key].outcome, core.outcomes[key].time) for key in lost
-            ]
-            if not await self._apply(agent, statements, nodes, []):
-                return False
-            for key in lost:
-                core.outcomes[key].saved = True
-            return True
+            return await self._apply(agent, statements, nodes, [])
         finally:
             self._let_go(nodes)
             self._return_ticket(agent.key, ticket)
@@ -186,7 +178,8 @@ class Committer:
         if gone:
             raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
         if outcome is not None:
-            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, agent.last_used, agent.durable)
+            owed_by = None if agent.durable else agent
+            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, agent.last_used, owed_by)
         return Committed(core.record(agent), agent.durable, time.perf_counter() - began, effort.bytes_written)
 
     async def _write_down(
@@ -280,7 +273,14 @@ class Committer:
     async def _apply(
         self, agent: Agent, statements: list[Statement], nodes: Iterable[Node], replaced: Iterable[Node]
     ) -> bool:
-        """One transaction; `replaced` is what the agent referenced before."""
+        """One transaction, with the outcomes of earlier commits that the journal doesn't have.
+
+        Args:
+            replaced: what the agent referenced before.
+        """
+        outcomes = self._core.outcomes.items() if agent in self.not_durable else ()
+        owed = [(tenant, kept) for (tenant, _), kept in outcomes if kept.owed_by is agent]
+        statements += [rows.insert_outcome(tenant, kept.outcome, kept.time) for tenant, kept in owed]
         dirty = [node for node in nodes if node.dirty]
         for node in dirty:
             node.dirty = False  # Now, not afterwards: what changes meanwhile is for the next commit to write.
@@ -295,6 +295,8 @@ class Committer:
             return False
         for node in nodes:
             node.saved = True
+        for _, kept in owed:
+            kept.owed_by = None
         agent.saved = agent.durable = True
         self._manifests.note(agent, [*replaced, *self.not_durable.get(agent, [])])
         self.forget(agent)

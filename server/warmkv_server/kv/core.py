@@ -50,9 +50,15 @@ class Counters:
 
 @dataclass
 class KeptOutcome:
+    """
+    Attributes:
+        time: of the commit, in seconds since 1970.
+        owed_by: the agent whose commit it belongs to, if the journal has neither.
+    """
+
     outcome: RequestOutcome
     time: float
-    saved: bool
+    owed_by: Agent | None = None
 
 
 class Core:

@@ -74,7 +74,7 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
             database.apply([rows.insert_fingerprint(fingerprint)])
             files.sync_folders([settings.data_dir])
             outcomes = {
-                (tenant, outcome.request_id): KeptOutcome(outcome, time, saved=True)
+                (tenant, outcome.request_id): KeptOutcome(outcome, time)
                 for tenant, outcome, time in rows.read_outcomes(database)
             }
         except BaseException:
