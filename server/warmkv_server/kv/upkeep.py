@@ -13,6 +13,7 @@ from warmkv_server.errors import StorageUnavailable
 from warmkv_server.kv import rows
 from warmkv_server.kv.commit import Committer
 from warmkv_server.kv.core import Core
+from warmkv_server.kv.index import Agent
 from warmkv_server.kv.manifests import Manifests
 
 log = logging.getLogger(__name__)
@@ -87,16 +88,20 @@ class Upkeep:
             self._retry_at = now + self._core.settings.retry_seconds
 
     async def _expire(self) -> None:
-        now = time.time()
-        due = [a for a in self._core.index.agents.values() if a.expires is not None and a.expires <= now]
-        for agent in due:
-            if agent.leases or agent.key in self._committer.tickets:
+        for agent in [agent for agent in self._core.index.agents.values() if self._is_due(agent)]:
+            if not self._is_due(agent):  # used, or deleted and made anew, while others were deleted
                 continue
             try:
                 await self._delete(agent.tenant, agent.agent_id)
             except StorageUnavailable as error:
                 log.warning("agent %r has expired but can't be deleted: %s", agent.agent_id, error)
                 return
+
+    def _is_due(self, agent: Agent) -> bool:
+        if agent.expires is None or agent.expires > time.time():
+            return False
+        at_work = agent.leases or agent.key in self._committer.tickets
+        return self._core.index.agents.get(agent.key) is agent and not at_work
 
     async def _note_use(self) -> None:
         """Requests that commit nothing use an agent too: a restart must not take it for one that nobody needs."""
@@ -106,9 +111,11 @@ class Upkeep:
         if statements:
             try:
                 await self._core.journal.apply(statements)
-            except OSError as error:
-                log.warning("when agents were used can't be written down: %s", error)
+            except BaseException as error:
                 self._core.used |= used
+                if not isinstance(error, OSError):
+                    raise
+                log.warning("when agents were used can't be written down: %s", error)
 
     async def _forget(self) -> None:
         before = time.time() - self._core.settings.outcome_seconds
