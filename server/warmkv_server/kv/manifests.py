@@ -143,6 +143,7 @@ class Manifests:
             log.exception("writing manifests failed; %d are tried again later", len(self._owed))
         finally:
             self._task = None
+            self._end_batch()  # Also where there was none: what was owed may have been removed.
 
     async def _write_batch(self, keys: Iterable[AgentKey]) -> None:
         core = self._core
@@ -155,13 +156,16 @@ class Manifests:
             raise
         finally:
             self._batch = {}
-            self._batch_over.set()
-            self._batch_over.clear()
+            self._end_batch()
         for key, owed in batch.items():
             core.manifest_bytes -= core.manifest_sizes.get(key, 0)  # The new one was counted when it was noted.
             core.manifest_sizes[key] = len(owed.content)
             core.counters.manifest_bytes_written += len(owed.content)
             self._let_go(owed.held)
+
+    def _end_batch(self) -> None:
+        self._batch_over.set()
+        self._batch_over.clear()
 
     def _owe_again(self, batch: Mapping[AgentKey, _Owed]) -> None:
         for key, owed in batch.items():
