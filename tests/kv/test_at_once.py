@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.kv.disk import RefusingFiles
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.test_limits import damage_all
-from tests.kv.words import context, grow
-from warmkv_server.kv.records import Commit, Committed, Durability, TokenIds
+from tests.kv.words import LAYOUTS, context, grow
+from warmkv_server.kv.files import Files
+from warmkv_server.kv.records import Commit, Committed, Durability, RequestOutcome, TokenIds
 from warmkv_server.kv.types import Reuse
 
 TOKENS = context(1000)
 WAIT_SECONDS = 10.0
+ENDLESS = 3600.0
 
 
-class NamedFiles(RefusingFiles):
+class NamedFiles(Files):
     """Real files; knows which names of blocks a power cut could take back.
 
     Attributes:
-        hold: while it is clear, the first folder to be synced waits.
-        good: blocks until the disk is full.
+        hold: while it is clear, the first folder of blocks to be synced waits, and the removal of a manifest.
+        held: somebody has come to wait.
+        good: blocks until the disk is full; None for no end.
     """
 
     def __init__(self) -> None:
@@ -35,13 +40,13 @@ class NamedFiles(RefusingFiles):
         self.good: int | None = None
         self._lock = threading.Lock()
 
-    def fill(self, fd: int, buffers: Sequence[memoryview]) -> None:
+    def write(self, path: Path, buffers: Sequence[memoryview]) -> int:
         with self._lock:
-            if self.good is not None:
+            if "blocks" in path.parts and self.good is not None:
                 self.good -= 1
                 if self.good < 0:
-                    self.refusal = 28  # ENOSPC
-        super().fill(fd, buffers)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return super().write(path, buffers)
 
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
@@ -50,14 +55,23 @@ class NamedFiles(RefusingFiles):
                 self.unsynced.add(target)
 
     def sync_folder(self, folder: Path) -> None:
-        if "blocks" in folder.parts and not self.held.is_set() and not self.hold.is_set():
-            self.held.set()
-            self.hold.wait(WAIT_SECONDS)
+        if "blocks" in folder.parts and not self.held.is_set():
+            self._wait()
         with self._lock:
             before = {path for path in self.unsynced if path.parent == folder}
         super().sync_folder(folder)
         with self._lock:
             self.unsynced -= before
+
+    def unlink(self, path: Path) -> None:
+        if "agents" in path.parts and not self.held.is_set():
+            self._wait()
+        super().unlink(path)
+
+    def _wait(self) -> None:
+        if not self.hold.is_set():
+            self.held.set()
+            self.hold.wait(WAIT_SECONDS)
 
 
 async def compute(driver: Driver, agent: str, tokens: TokenIds) -> Committed:
@@ -102,7 +116,106 @@ async def test_what_is_durable_after_all_has_every_name_synced(tmp_path: Path) -
     _, committed = await driver.put("a", TOKENS)
     assert not committed.persisted
     assert files.unsynced
-    files.good = files.refusal = None
+    files.good = None
     await eventually(lambda: not driver.store.stats().not_durable)
     assert not files.unsynced
+    await driver.close()
+
+
+def outcome(name: str) -> RequestOutcome:
+    return RequestOutcome(name, b"h", b"answer")
+
+
+async def test_an_outcome_that_the_disk_refused_is_written_with_the_next_commit_of_its_agent(tmp_path: Path) -> None:
+    files = NamedFiles()
+    driver = await Driver.open(tmp_path, files=files, retry_seconds=ENDLESS)
+    files.good = 0
+    await driver.put("a", context(300), request=outcome("first"))
+    files.good = None
+    _, committed = await driver.put("a", context(400), request=outcome("second"))
+    assert committed.persisted
+    await driver.close()
+    driver = await Driver.open(tmp_path)
+    assert [driver.store.outcome(TENANT, name) for name in ("first", "second")] == [outcome("first"), outcome("second")]
+    await driver.close()
+
+
+async def test_an_outcome_is_never_written_before_its_commit(tmp_path: Path) -> None:
+    files = NamedFiles()
+    driver = await Driver.open(tmp_path, files=files, retry_seconds=ENDLESS)
+    files.good = 0
+    await driver.put("a", context(300), request=outcome("of a"))
+    await driver.put("b", context([1] * 300), request=outcome("of b"))
+    files.good = 2  # as many as the first agent has
+    assert not await driver.store.flush()
+    assert driver.store.stats().not_durable == 1
+    await driver.close()
+    driver = await Driver.open(tmp_path)
+    assert [record.agent_id for record in driver.store.agents(TENANT)] == ["a"]
+    assert driver.store.outcome(TENANT, "of a") == outcome("of a")
+    assert driver.store.outcome(TENANT, "of b") is None
+    await driver.close()
+
+
+async def test_who_is_wanted_after_all_while_others_expire_lives_on(tmp_path: Path) -> None:
+    files = NamedFiles()
+    driver = await Driver.open(tmp_path, files=files)
+    await driver.put("d", context([0] * 300))
+    with contextlib.ExitStack() as leases:
+        for agent in "abc":
+            tokens = context([ord(agent)] * 300)
+            await driver.put(agent, tokens, ttl=1e-6)
+            leases.enter_context(driver.store.resolve(TENANT, agent, tokens, 300))
+        await driver.store.settled()
+        files.hold.clear()
+    await asyncio.to_thread(files.held.wait, WAIT_SECONDS)  # one is being deleted, and the others are due
+    await driver.store.update(TENANT, "b", ttl=None)
+    await driver.store.delete(TENANT, "c")
+    await driver.put("c", context([1] * 300))
+    files.hold.set()
+    await eventually(lambda: driver.store.agent(TENANT, "a") is None)
+    await driver.put("d", context([0] * 400))
+    await driver.store.settled()
+    assert [record.agent_id for record in driver.store.agents(TENANT)] == ["b", "c", "d"]
+    await driver.close()
+
+
+async def test_uses_whose_writing_is_cut_short_are_written_at_the_end(tmp_path: Path) -> None:
+    driver = await Driver.open(tmp_path)
+    await driver.put("a", context(300))
+    await driver.reuse("a", context(300))
+    used = [record.last_used_time for record in driver.store.agents(TENANT)]
+    free = threading.Event()
+    driver.store._core.journal._thread.submit(free.wait, WAIT_SECONDS)  # the index is busy with something else
+    writing = asyncio.create_task(driver.store._upkeep._note_use())
+    await asyncio.sleep(0)
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    free.set()
+    await driver.close()
+    driver = await Driver.open(tmp_path)
+    assert [record.last_used_time for record in driver.store.agents(TENANT)] == used
+    await driver.close()
+
+
+async def test_whoever_waits_for_a_manifest_is_told_when_its_agent_is_deleted_instead(tmp_path: Path) -> None:
+    driver = await Driver.open(tmp_path, manifest_seconds=ENDLESS)
+    await driver.put("a", context(300))
+    await eventually(lambda: (TENANT, "a") in driver.store._core.manifest_sizes)
+    await driver.put("a", context(400))  # its manifest has to wait for the pause to be over
+    manifests, agent = driver.store._manifests, driver.store._core.existing(TENANT, "a")
+    agent.deleting = True
+    async with asyncio.timeout(WAIT_SECONDS):
+        await asyncio.gather(manifests.flush(), manifests.remove(agent))
+    agent.deleting = False
+    await driver.store.delete(TENANT, "a")
+    await driver.close()
+
+
+async def test_a_fork_of_a_fork_keeps_a_length_once(tmp_path: Path) -> None:
+    driver = await Driver.open(tmp_path, LAYOUTS["window"])
+    await driver.put("0", context(300), keep=[299, 300])
+    for number in range(4):
+        await driver.store.fork(TENANT, str(number), str(number + 1))
+    assert driver.store._core.existing(TENANT, "4").kept == (299, 300)
     await driver.close()

@@ -73,7 +73,7 @@ class Changes:
             raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
         self._manifests.note(agent)
         if outcome is not None:
-            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, agent.create_time, saved=True)
+            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, agent.create_time)
         self._changed()
         return core.record(agent)
 
@@ -161,7 +161,7 @@ def _copy(source: Agent, agent_id: str, incarnation: int) -> Agent:
     agent = Agent(source.tenant, agent_id, incarnation, source.fingerprint, tokens=source.tokens)
     agent.nodes, agent.snapshots = list(source.nodes), dict(source.snapshots)
     agent.windowed = set(source.windowed)
-    agent.kept, agent.previous = (*source.kept, head) if head else (), source.previous
+    agent.kept, agent.previous = tuple(sorted({*source.kept, head} - {0})), source.previous
     agent.ttl, agent.labels, agent.ending = source.ttl, dict(source.labels), source.ending
     agent.create_time = agent.update_time = agent.last_used = now
     agent.parent_agent_id = source.agent_id
