@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Self
 
-import xxhash
-
 from warmkv_server.kv.index import Agent
+from warmkv_server.kv.sealed import Damaged, seal, unseal
 from warmkv_server.kv.types import BLOCK_TOKENS
 
 FORMAT = "warmkv-agent"
 VERSION = 1
 FOLDER = "agents"
 SUFFIX = ".json"
-
-_HEAD = b'{"xxh3_128":"'
-_DIGEST_HEX = 32
-_NO_DIGEST = b"0" * _DIGEST_HEX
 
 
 class BadManifest(Exception):
@@ -122,8 +116,7 @@ def encode(manifest: Manifest) -> bytes:
     for name in Manifest.__dataclass_fields__:
         described[name] = getattr(manifest, name)
     described["tokens"] = {node: base64.b64encode(tokens).decode() for node, tokens in manifest.tokens.items()}
-    rest = b'",' + json.dumps(described, separators=(",", ":")).encode()[1:]
-    return _HEAD + _checksum(rest) + rest
+    return seal(described)
 
 
 def decode(content: bytes) -> Manifest:
@@ -131,12 +124,8 @@ def decode(content: bytes) -> Manifest:
     Raises:
         BadManifest: damaged, of another version, or not a manifest.
     """
-    at = len(_HEAD) + _DIGEST_HEX
-    if not content.startswith(_HEAD) or content[len(_HEAD) : at] != _checksum(content[at:]):
-        raise BadManifest("damaged: the checksum is another, or there is none")
     try:
-        described = json.loads(content)
-        del described["xxh3_128"]
+        described = unseal(content)
         form, version = described.pop("format"), described.pop("version")
         if (form, version) != (FORMAT, VERSION):
             raise BadManifest(f"format {form} {version}, not {FORMAT} {VERSION}")
@@ -147,12 +136,7 @@ def decode(content: bytes) -> Manifest:
             node: base64.b64decode(tokens, validate=True) for node, tokens in described["tokens"].items()
         }
         return Manifest(**described)
+    except Damaged as error:
+        raise BadManifest(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
         raise BadManifest(f"unreadable: {error!r}") from error
-
-
-def _checksum(rest: bytes) -> bytes:
-    """xxh3-128 of the whole file with zeros in the checksum's place, in hex."""
-    hasher = xxhash.xxh3_128(_HEAD + _NO_DIGEST)
-    hasher.update(rest)
-    return hasher.hexdigest().encode()

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Self
 
-import xxhash
-
 from warmkv_server.kv.blockfile import BadFile, Parsed, file_name, verify
 from warmkv_server.kv.index import Agent, Node, Part
 from warmkv_server.kv.records import Fingerprint
+from warmkv_server.kv.sealed import Damaged, seal, unseal
 from warmkv_server.kv.types import Fallback, PartKind
 
 FORMAT = "warmkv-agent-archive"
 VERSION = 1
 MANIFEST = "manifest.json"
 _FOLDER = "blocks/"
-_HEAD = b'{"xxh3_128":"'
-_DIGEST_HEX = 32
 _MANIFEST_LIMIT = 1 << 30
 
 
@@ -79,8 +75,7 @@ class Manifest:
             "nodes": [_describe(node) for node in self.nodes],
             "snapshots": [_describe(node) for node in self.snapshots],
         }
-        rest = b'",' + json.dumps(described, separators=(",", ":")).encode()[1:]
-        return _HEAD + _checksum(rest) + rest
+        return seal(described)
 
     @classmethod
     def decode(cls, content: bytes) -> Self:
@@ -88,11 +83,8 @@ class Manifest:
         Raises:
             BadArchive
         """
-        at = len(_HEAD) + _DIGEST_HEX
-        if not content.startswith(_HEAD) or content[len(_HEAD) : at] != _checksum(content[at:]):
-            raise BadArchive("its manifest is damaged: the checksum is another, or there is none")
         try:
-            told = json.loads(content)
+            told = unseal(content)
             if told["format"] != FORMAT or told["version"] != VERSION:
                 raise BadArchive(f"it is of format {told['format']} {told['version']}, not {FORMAT} {VERSION}")
             fingerprint = Fingerprint({str(name): str(value) for name, value in told["fingerprint"].items()})
@@ -105,6 +97,8 @@ class Manifest:
             agent.parent_agent_id, agent.ending = str(told["parent_agent_id"]), str(told["ending"])
             nodes = tuple(_read_node(told["tenant"], fingerprint.digest, node) for node in told["nodes"])
             snapshots = tuple(_read_node(told["tenant"], fingerprint.digest, node) for node in told["snapshots"])
+        except Damaged as error:
+            raise BadArchive(f"its manifest is {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
             raise BadArchive(f"its manifest is unreadable: {error!r}") from error
         return cls(fingerprint, agent, nodes, snapshots)
@@ -200,10 +194,3 @@ def _read_node(tenant: str, fingerprint: str, told: Mapping[str, Any]) -> Node:
     node.parts = {PartKind(kind): Part(int(size), str(digest)) for kind, (size, digest) in told["parts"].items()}
     node.lost = Fallback(told["lost"]) if told["lost"] else None
     return node
-
-
-def _checksum(rest: bytes) -> bytes:
-    """xxh3-128 of the whole manifest with zeros in the checksum's place, in hex."""
-    hasher = xxhash.xxh3_128(_HEAD + b"0" * _DIGEST_HEX)
-    hasher.update(rest)
-    return hasher.hexdigest().encode()
