@@ -15,6 +15,7 @@ from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.errors import MemoryBudget, NotDurable, StorageUnavailable
+from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.records import RequestOutcome
 from warmkv_server.kv.types import Source
 
@@ -195,3 +196,8 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
+
+
+def test_a_full_disk_keeps_nobody_from_taking_a_directory(small_disk: Path) -> None:
+    fill(small_disk / "somebody else's")
+    DirectoryLock(small_disk).release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -38,8 +39,9 @@ class DirectoryLock:
                 f"the data directory {data_dir} is in use by {holder}; stop that one, or give another with --data-dir"
             ) from error
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}, started {now}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # For people only: a full disk doesn't keep a server out.
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}, started {now}\n".encode(), 0)
 
     def release(self) -> None:
         os.close(self._fd)
