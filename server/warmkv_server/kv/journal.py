@@ -127,12 +127,12 @@ class Database:
         try:
             self._db = sqlite3.connect(path, _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise OperatorError(f"the index {path} can't be opened: {error}") from error
+            raise _unusable(path, error) from error
         try:
             self._prepare(durability, create)
         except sqlite3.OperationalError as error:
             self._db.close()
-            raise OperatorError(f"the index {path} can't be used: {error}") from error
+            raise _unusable(path, error) from error
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise JournalDamaged(str(error)) from error
@@ -265,6 +265,13 @@ class Journal:
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.database.close)
         self._thread.shutdown()
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> OperatorError:
+    return OperatorError(
+        f"the index {path} can't be used ({error}); see that the disk has room, that the folder and the file can be "
+        "written, and that no other program has it open"
+    )
 
 
 def _has_room(folder: Path, nbytes: int) -> bool:

@@ -54,14 +54,17 @@ class ReadOnlyDatabase:
             if mode == "mode=ro" and not self._log_bytes():
                 # A folder that can't be written, where SQLite can't keep its books. Nobody else writes there either.
                 return self._connect("immutable=1")
-            raise OperatorError(f"the index {self._path} can't be read: {error}") from error
+            raise OperatorError(
+                f"the index {self._path} can't be read ({error}); see that this user may read the folder and the file"
+            ) from error
         except BaseException:
             db.close()
             raise
         if version != SCHEMA_VERSION:
             db.close()
             raise OperatorError(
-                f"the index {self._path} has format {version}, and this version of WarmKV reads {SCHEMA_VERSION}"
+                f"the index {self._path} has format {version}, and this version of WarmKV reads {SCHEMA_VERSION}; "
+                "use the version that wrote it"
             )
         return db
 
