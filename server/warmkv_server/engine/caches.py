@@ -77,7 +77,8 @@ class QuantiseFirst:
     def cut(self, tokens: int) -> None:
         """Forget the last tokens of the last update, which had more of them. For caches that keep every token."""
         stock: Any = super()
-        assert stock.trim(tokens) == tokens
+        trimmed = stock.trim(tokens)
+        assert trimmed == tokens
         self.log[-1] = tuple(component[..., :-tokens, :] for component in self.log[-1])
 
     def take(self) -> tuple[Words, Words]:

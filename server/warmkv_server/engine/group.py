@@ -68,7 +68,7 @@ class Group:
         self._note_lengths()
 
     def leave(self, leaving: list[Sequence]) -> None:
-        """Let finished or cancelled sequences go; `collect` first, if their KV is wanted."""
+        """Let finished or cancelled sequences go, with their words; `snapshot` first, if recurrent state is wanted."""
         self.drain()
         keep = [row for row, sequence in enumerate(self.sequences) if sequence not in leaving]
         self.sequences = [self.sequences[row] for row in keep]

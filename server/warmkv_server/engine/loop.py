@@ -101,7 +101,7 @@ class StepLoop:
         self._thread.join()
 
     def stats(self) -> EngineStats:
-        """From any thread; each figure is whole, together they may be a step apart."""
+        """From any thread."""
         speculator = self._decoder.speculator
         return EngineStats(
             queue_depth=len(self._schedule.waiting),

@@ -134,7 +134,7 @@ Event = Started | Progress | Delta | Finished
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges and counters of the engine, consistent at one step."""
+    """Gauges and counters of the engine. Each is whole; together they may be a step apart."""
 
     queue_depth: int
     prefilling: int

@@ -29,9 +29,10 @@ some milliseconds, unless it is left free now and then: the event loop, which se
 
 
 class Files:
-    """Thread-safe: it has no state but a counter.
+    """Thread-safe.
 
     Attributes:
+        headroom_bytes: free space of the filesystem that new files leave alone.
         busy: whether somebody decodes: then content is written in pieces, with pauses. Called from any thread.
     """
 

@@ -47,10 +47,6 @@ class HotTier:
     def has(self, node: Node, kind: PartKind) -> bool:
         return (node.id, kind) in self._parts
 
-    def unsaved(self, node: Node, kind: PartKind) -> bool:
-        part = self._parts.get((node.id, kind))
-        return part is not None and part.unsaved
-
     def put(self, node: Node, kind: PartKind, tensors: Tensors, *, unsaved: bool = False) -> None:
         """Keep a part. What is there already stays: the first copy of a node is the one that everybody uses."""
         key = (node.id, kind)

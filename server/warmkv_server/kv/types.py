@@ -89,10 +89,6 @@ class Span:
     def end(self) -> int:
         return self.start + self.count
 
-    @property
-    def nbytes(self) -> int:
-        return sum(int(a.nbytes) for tensors in self.parts.values() for a in tensors.values())
-
 
 @dataclass(frozen=True)
 class Growth:
