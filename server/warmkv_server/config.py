@@ -55,14 +55,15 @@ class Settings(BaseSettings):
     )
     durability: Literal["full", "fsync", "none"] = Field(
         "full",
-        description="What a commit waits for: full survives power loss, fsync a crash of the system.",
+        description="What a commit waits for: full is safe from a power cut; so is fsync, but on macOS from a crash of "
+        "the system only; none waits for nothing, and no answer says persisted.",
     )
     max_batch: int = Field(32, ge=1, description="Requests computed at once.")
     max_queue: int = Field(
         256,
         ge=1,
-        description="Requests that wait for the engine, and as many for their turn. When it is full, a tenant that has "
-        "less than its equal share of it there is still let in.",
+        description="Requests that wait for the engine, as many that wait for memory, and as many for their agent's "
+        "turn. Where that is full, a tenant that has less than its equal share is still let in.",
     )
     prefill_chunk: int = Field(
         0, ge=0, multiple_of=256, description="Tokens of one prefill step; 0 takes what suits the device."
