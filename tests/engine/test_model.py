@@ -134,6 +134,8 @@ def test_sampling_defaults_are_what_the_author_recommends(folder: Path) -> None:
     assert load(folder).info.sampling_defaults == Sampling()
     rewrite(folder / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.95, top_k=20, min_p=None)
     assert load(folder).info.sampling_defaults == Sampling(temperature=0.6, top_p=0.95, top_k=20)
+    rewrite(folder / "generation_config.json", do_sample=True, temperature=None, top_p=None, top_k=None)
+    assert load(folder).info.sampling_defaults == Sampling(temperature=1.0)
     rewrite(folder / "generation_config.json", do_sample=False)
     assert load(folder).info.sampling_defaults == Sampling()
 

@@ -287,12 +287,17 @@ def _sampling_defaults(folder: Path | None) -> Sampling:
         raise OperatorError(f"{path} is not valid JSON: {error}") from error
     if not config.get("do_sample", False):
         return Sampling()
+
+    def said(name: str, default: float) -> float:
+        value = config.get(name)
+        return default if value is None else float(value)
+
     return Sampling(
-        temperature=float(config.get("temperature", 1.0)),
-        top_p=float(config.get("top_p", 1.0)),
-        top_k=int(config.get("top_k", 0) or 0),
-        min_p=float(config.get("min_p", 0.0) or 0.0),
-        repetition_penalty=float(config.get("repetition_penalty", 1.0) or 1.0),
+        temperature=said("temperature", 1.0),
+        top_p=said("top_p", 1.0),
+        top_k=int(said("top_k", 0)),
+        min_p=said("min_p", 0.0),
+        repetition_penalty=said("repetition_penalty", 1.0) or 1.0,
     )
 
 
