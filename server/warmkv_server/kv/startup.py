@@ -77,6 +77,9 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
                 (tenant, outcome.request_id): KeptOutcome(outcome, time)
                 for tenant, outcome, time in rows.read_outcomes(database)
             }
+            kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
+            blocks = sum(n.disk_bytes for n in index.nodes.values())
+            aside = sum(path.stat().st_size for path in aside_files(settings.data_dir))
         except BaseException:
             database.close()
             raise
@@ -96,9 +99,6 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
         manifests.written,
         manifests.removed,
     )
-    kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
-    blocks = sum(n.disk_bytes for n in index.nodes.values())
-    aside = sum(path.stat().st_size for path in aside_files(settings.data_dir))
     return Opened(lock, database, index, outcomes, blocks, kept, aside, manifests)
 
 
