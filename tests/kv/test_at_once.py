@@ -15,7 +15,7 @@ from tests.kv.test_limits import damage_all
 from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.records import Commit, Committed, Durability, RequestOutcome, TokenIds
-from warmkv_server.kv.types import Reuse
+from warmkv_server.kv.types import Reuse, Source
 
 TOKENS = context(1000)
 WAIT_SECONDS = 10.0
@@ -218,4 +218,25 @@ async def test_a_fork_of_a_fork_keeps_a_length_once(tmp_path: Path) -> None:
     for number in range(4):
         await driver.store.fork(TENANT, str(number), str(number + 1))
     assert driver.store._core.existing(TENANT, "4").kept == (299, 300)
+    await driver.close()
+
+
+async def test_a_ram_copy_whose_file_is_gone_stays_where_the_disk_refuses_a_new_one(tmp_path: Path) -> None:
+    files, tokens = NamedFiles(), context([0] * 1000)
+    driver = await Driver.open(tmp_path, files=files, disk_bytes=3_000_000, retry_seconds=ENDLESS)
+    await driver.put("0", tokens)
+    first = driver.store._core.existing(TENANT, "0").nodes[0]
+    for number in range(1, 40):
+        await driver.put(str(number), context([number] * 1000))
+        if not first.parts:  # the quota has taken its files
+            break
+    assert not first.parts
+    files.good = 0
+    _, committed = await driver.put("0", context(tokens.tolist(), [5] * 10))
+    assert not committed.persisted
+    for _ in range(20):
+        driver.store.relieve()
+    reuse = await driver.reuse("0", context(tokens.tolist(), [5] * 10))
+    assert (reuse.source, reuse.length) == (Source.HOT, 1010)
+    files.good = None
     await driver.close()

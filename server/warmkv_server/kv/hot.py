@@ -48,14 +48,20 @@ class HotTier:
         return (node.id, kind) in self._parts
 
     def put(self, node: Node, kind: PartKind, tensors: Tensors, *, unsaved: bool = False) -> None:
-        """Keep a part. What is there already stays: the first copy of a node is the one that everybody uses."""
-        key = (node.id, kind)
-        if key not in self._parts:
+        """Keep a part. What is there already stays: the first copy of a node is the one that everybody uses.
+
+        Args:
+            unsaved: there is no file of it, perhaps not any more.
+        """
+        part = self._parts.get((node.id, kind))
+        if part is None:
             nbytes = sum(int(array.nbytes) for array in tensors.values())
-            self._parts[key] = HotPart(node, kind, tensors, nbytes, unsaved)
+            part = self._parts[node.id, kind] = HotPart(node, kind, tensors, nbytes, unsaved=False)
             self.nbytes += nbytes
-            self.unsaved_bytes += nbytes * unsaved
-        self._parts.move_to_end(key)
+        if unsaved and not part.unsaved:
+            part.unsaved = True
+            self.unsaved_bytes += part.nbytes
+        self._parts.move_to_end((node.id, kind))
 
     def saved(self, node: Node, kind: PartKind) -> None:
         """The disk has it now."""

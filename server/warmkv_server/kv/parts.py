@@ -122,7 +122,7 @@ class PartWriter:
             tensors = core.hot.get(node, kind)
             if tensors is None:
                 tensors = await core.writing(words.copy, kind, node.start, node.end, core.specs[kind])
-                core.hot.put(node, kind, tensors, unsaved=True)
+            core.hot.put(node, kind, tensors, unsaved=True)
             await self._save(node, kind, tensors, effort)
 
     @contextlib.asynccontextmanager
