@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_another_version_of_a_block_is_a_mismatch(data_dir: Path) -> None:
     path.write_bytes(head + payload)
     (problem, _) = verify(data_dir).problems
     assert (problem.trouble, problem.detail) == (Trouble.MISMATCH, "the index has another checksum")
+
+
+def test_a_header_that_says_what_can_not_be_is_damage(data_dir: Path) -> None:
+    """With a right checksum, as somebody else's program might write it."""
+    path = file_of(data_dir, "a", 256)
+    content = path.read_bytes()
+    info = dataclasses.replace(blockfile.verify(content).info, start=-256)
+    head, payload, _ = blockfile.renamed(content, info)
+    path.write_bytes(bytes(head) + payload)
+    problem = verify(data_dir).problems[0]
+    assert (problem.trouble, problem.detail) == (Trouble.DAMAGED, "no context has a token -256")
 
 
 def test_leftovers_are_notes_and_a_copy_elsewhere_is_a_problem(data_dir: Path) -> None:

@@ -217,6 +217,8 @@ def parse(head: bytes) -> Parsed:
             fingerprint=meta["fingerprint"],
             tenant=meta["tenant"],
         )
+        if not 0 <= info.start < 1 << 63:
+            raise BadFile(Fallback.FORMAT, f"no context has a token {info.start}")
         if int(meta["count"]) != info.count:
             raise BadFile(Fallback.FORMAT, "the count doesn't fit the tokens")
         tensors = {name: (t["dtype"], tuple(t["shape"]), *map(int, t["data_offsets"])) for name, t in described.items()}
