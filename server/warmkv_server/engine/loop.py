@@ -1,6 +1,7 @@
-"""The one thread that owns MLX: it loads the model, prefills, decodes, and sends events back.
+"""The one thread that computes with MLX: it loads the model, prefills, decodes, and sends events back.
 
-Nothing else in the process calls MLX operations. Arrays that leave this thread are evaluated.
+Elsewhere MLX is memory: the store's threads make arrays out of files, and look into them. Arrays that pass from one
+thread to another are evaluated.
 """
 
 from __future__ import annotations

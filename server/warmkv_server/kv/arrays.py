@@ -1,4 +1,4 @@
-"""Where the store touches MLX: memory for arrays, and arrays as memory.
+"""What MLX is to the store: memory for arrays, and arrays as memory.
 
 An evaluated array's memory can be seen and filled from any thread; nothing lazy is made here that outlives a call.
 """
