@@ -53,16 +53,17 @@ class SpareMemory:
         self._lock = threading.Lock()
 
     def parts(self, wanted: Iterable[tuple[Sequence[TensorSpec], int]]) -> list[Part]:
-        """Evaluated arrays for so many tokens of these tensors (or for snapshots), to be written to through a view.
+        """Arrays for so many tokens of these tensors (or for snapshots), to be written to through a view.
 
-        What is in them is anything. Nothing that was there before refers to their memory.
+        What is in them is anything. Nothing that was there before refers to their memory. They are being evaluated, by
+        a thread of MLX's: looking at their memory waits for that, and until then the caller has better to do.
         """
         self._resting = False
         parts = [
             Part({spec.name: self._array(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}, self)
             for specs, count in wanted
         ]
-        mx.eval([list(part.values()) for part in parts])
+        mx.async_eval([list(part.values()) for part in parts])
         return parts
 
     def give(self, arrays: Iterable[mx.array]) -> None:
