@@ -8,12 +8,14 @@ import errno
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.test_limits import damage_all
 from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.kv.files import Files
+from warmkv_server.kv.quarantine import quarantine
 from warmkv_server.kv.records import Commit, Committed, Durability, RequestOutcome, TokenIds
 from warmkv_server.kv.types import Reuse, Source
 
@@ -240,3 +242,16 @@ async def test_a_ram_copy_whose_file_is_gone_stays_where_the_disk_refuses_a_new_
     assert (reuse.source, reuse.length) == (Source.HOT, 1010)
     files.good = None
     await driver.close()
+
+
+def test_many_bad_files_at_once_find_the_quarantine_full(tmp_path: Path) -> None:
+    folder, files = tmp_path / "quarantine", Files(Durability.NONE)
+    folder.mkdir()
+    bad = [tmp_path / str(number) for number in range(400)]
+    for path in bad:
+        path.write_bytes(bytes(10))
+    with ThreadPoolExecutor(4) as threads:
+        kept = list(threads.map(lambda path: quarantine(files, path, folder, 50), bad))
+    assert max(kept) <= 50
+    assert len(list(folder.iterdir())) <= 5
+    assert not any(path.exists() for path in bad)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from warmkv_server.kv.files import Files
 
 
 def quarantine(files: Files, path: Path, folder: Path, limit: int) -> int:
-    """Move a file there. Blocking. Returns the bytes that the folder holds afterwards."""
+    """Move a file there. Blocking, from any thread. Returns the bytes that the folder holds afterwards."""
     target = folder / path.name
     number = 0
     while target.exists():
@@ -17,11 +19,20 @@ def quarantine(files: Files, path: Path, folder: Path, limit: int) -> int:
         target = folder / f"{path.name}.{number}"
     with contextlib.suppress(FileNotFoundError):  # Somebody else may have moved it.
         files.rename(path, target)
-    kept = sorted(((e.stat(), e) for e in folder.iterdir() if e.is_file()), key=lambda pair: pair[0].st_mtime)
-    total = sum(stat.st_size for stat, _ in kept)
-    for stat, entry in kept:
+    kept = sorted(_files(folder), key=lambda found: found[1].st_mtime)
+    total = sum(stat.st_size for _, stat in kept)
+    for entry, stat in kept:
         if total <= limit:
             break
         files.unlink(entry)
         total -= stat.st_size
     return total
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Those that are there; other threads take away too what is too much."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    yield Path(entry.path), entry.stat()
