@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -72,12 +73,10 @@ def internal(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
 
 def once(real: Callable[..., Any], concerned: Callable[..., bool]) -> Callable[..., Any]:
     """Raises instead, the first time that it is concerned."""
-    broken = False
+    whole = threading.Semaphore(1)  # taken once, whichever of several threads comes first
 
     def call(*arguments: Any) -> Any:
-        nonlocal broken
-        if not broken and concerned(*arguments):
-            broken = True
+        if concerned(*arguments) and whole.acquire(blocking=False):
             raise Bug
         return real(*arguments)
 

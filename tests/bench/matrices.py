@@ -18,7 +18,7 @@ SMALL = MatrixConfig(
     modes=(Mode.STREAMING,),
     runs=1,
     output_tokens=8,
-    request_timeout_s=20.0,
+    request_timeout_s=120.0,
 )
 
 

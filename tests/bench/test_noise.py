@@ -44,7 +44,7 @@ async def test_a_workload_says_so_too(
 ) -> None:
     async with serving(server(kind)) as address:
         choice = ServerChoice(address, None)
-        async with choice.connected(20.0) as target:
+        async with choice.connected(120.0) as target:
             workload = Replay([TraceRequest(0.0, 20, 2, (1, 2, 3), block_tokens=8)], context_limit=100)
             result = await run_workload("test", workload, {}, target, choice, 0)
     write(result, tmp_path)

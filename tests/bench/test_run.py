@@ -113,9 +113,10 @@ async def test_fork_and_strict_isolation_are_compared(tmp_path: Path) -> None:
 
 
 async def test_the_prediction_is_near_the_actual_time(tmp_path: Path) -> None:
-    servicer = ScriptedServer(seconds_per_token=2e-4)
-    _, results = await measured(tmp_path, servicer=servicer, contexts=(256, 1024, 2048), runs=2)
-    assert results.predictions["error"] == pytest.approx(0, abs=0.25)
+    """As near as it can be where the machine may be busy now and idle then: what is left out or counted twice shows."""
+    servicer = ScriptedServer(seconds_per_token=5e-4)
+    _, results = await measured(tmp_path, servicer=servicer, contexts=(256, 2048), runs=2)
+    assert results.predictions["error"] == pytest.approx(0, abs=0.45)
 
 
 async def test_a_dry_run_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +127,8 @@ async def test_a_dry_run_measures_nothing(tmp_path: Path, capsys: pytest.Capture
 
 
 async def test_a_run_stops_before_its_time_is_passed(tmp_path: Path) -> None:
-    servicer = ScriptedServer(seconds_per_token=1e-3)
-    good, results = await measured(tmp_path, servicer=servicer, contexts=(64, 4096), max_time_s=1.0)
+    servicer = ScriptedServer(seconds_per_token=1e-3)  # four seconds for the longer context
+    good, results = await measured(tmp_path, servicer=servicer, contexts=(64, 4096), max_time_s=3.0)
     assert good
     assert results.status == "out of time"
     assert {sample.context_tokens for sample in results.samples} == {64}
@@ -139,7 +140,7 @@ async def test_an_interrupted_run_leaves_a_valid_report_and_can_be_resumed(tmp_p
     async with serving(servicer) as address:
         terminal = Watched()
         task = asyncio.create_task(run(address, tmp_path, config, terminal))
-        await asyncio.wait_for(terminal.round_ended.wait(), 30)
+        await asyncio.wait_for(terminal.round_ended.wait(), 120)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

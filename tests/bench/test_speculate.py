@@ -25,8 +25,8 @@ async def test_both_servers_are_asked_the_same() -> None:
     async with (
         serving(ScriptedServer()) as one,
         serving(ScriptedServer()) as two,
-        Client(one, 20.0) as plain,
-        Client(two, 20.0) as guessing,
+        Client(one, 120.0) as plain,
+        Client(two, 120.0) as guessing,
     ):
         pairs = await measure(plain, guessing, PROMPTS, 2 * PASSAGE, 6, 2)
         asked = [(await client.stats()).counters.prefilled_tokens for client in (plain, guessing)]

@@ -30,7 +30,7 @@ def request(tokens: int, *hash_ids: int, due_ms: float = 0.0) -> TraceRequest:
 async def run(workload: Workload, bug: Bug = Bug.NONE) -> WorkloadResult:
     async with serving(ScriptedServer(bug)) as address:
         server = ServerChoice(address, None)
-        async with server.connected(20.0) as target:
+        async with server.connected(120.0) as target:
             return await run_workload("test", workload, {}, target, server, 0)
 
 

@@ -34,7 +34,7 @@ async def test_what_can_wait_arrives_while_the_sender_waits() -> None:
         over.wait()
 
     sender = asyncio.create_task(asyncio.to_thread(send))
-    await asyncio.wait_for(here.wait(), 10)
+    await asyncio.wait_for(here.wait(), 60)
     over.set()
     await sender
     await asyncio.to_thread(delivery.close)

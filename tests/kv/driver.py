@@ -37,7 +37,7 @@ def settings(data_dir: Path, **changes: Any) -> StoreSettings:
 
 async def eventually(condition: Callable[[], object]) -> None:
     """Wait for something that the store does by itself, in its own time."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110 - there is no event to wait for: nobody but tests ever does
             await asyncio.sleep(0.01)
 

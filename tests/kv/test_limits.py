@@ -75,12 +75,10 @@ async def test_a_context_larger_than_the_quota_stays_in_ram(tmp_path: Path) -> N
 
 async def test_an_agent_goes_when_its_time_is_up(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path)
-    await driver.put("short", context(300), ttl=0.3)
-    await driver.put("long", context(300), ttl=100.0)
-    record = driver.store.agent(TENANT, "short")
-    assert record is not None
-    assert record.expire_time is not None
-    assert abs(record.expire_time - record.last_used_time - 0.3) < 1e-6
+    _, committed = await driver.put("short", context(300), ttl=0.3)
+    assert committed.agent.expire_time is not None
+    assert abs(committed.agent.expire_time - committed.agent.last_used_time - 0.3) < 1e-6
+    await driver.put("long", context(300), ttl=1000.0)
     await eventually(lambda: driver.store.agent(TENANT, "short") is None)
     assert driver.store.agent(TENANT, "long") is not None
     await driver.close()

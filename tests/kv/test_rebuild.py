@@ -309,7 +309,7 @@ class SlowFiles(Files):
 
     def rename(self, source: Path, target: Path) -> None:
         if target.parent.name == "agents":
-            self.may_rename.wait(10)
+            self.may_rename.wait(120)
         super().rename(source, target)
 
     def unlink(self, path: Path) -> None:

@@ -5,6 +5,7 @@ other, and whatever was acknowledged before and after it is there, also after a 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,12 +39,14 @@ class BuggyFiles(Files):
     def __init__(self) -> None:
         super().__init__(Durability.FSYNC)
         self.step, self.at = "", 0
+        self._lock = threading.Lock()
 
     def _count(self, step: str) -> None:
         if step == self.step:
-            self.at -= 1
-            if self.at == 0:
-                raise Bug(step)
+            with self._lock:  # several threads write
+                self.at -= 1
+                if self.at == 0:
+                    raise Bug(step)
 
     def write(self, path: Path, buffers: Sequence[memoryview]) -> int:
         kind = "block" if "blocks" in path.parts else "manifest"

@@ -17,7 +17,7 @@ from tests.kv.words import context
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.records import Durability
 
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0
 SUFFIX = ".safetensors"
 
 
