@@ -58,6 +58,13 @@ class _State:
 
 
 class Committer:
+    """Used on the event loop's thread. One commit of an agent at a time; those of others don't wait for it.
+
+    Attributes:
+        tickets: of the commits in flight, by agent.
+        not_durable: agents whose last commit is in RAM only, and the pinned nodes of the state that the journal has.
+    """
+
     def __init__(self, core: Core, writer: PartWriter, collector: Collector, manifests: Manifests) -> None:
         self._core = core
         self._writer = writer
@@ -66,7 +73,6 @@ class Committer:
         self._planner = Planner(core.index, core.layout, core.fingerprint, core.has)
         self.tickets: dict[AgentKey, Ticket] = {}
         self.not_durable: dict[Agent, list[Node]] = {}
-        """Agents whose last commit is in RAM only, and the pinned nodes of the state that the journal has of them."""
 
     async def commit(self, commit: Commit) -> Committed:
         """See `Store.commit`. The caller keeps the lease's nodes pinned for as long as this runs."""

@@ -23,6 +23,7 @@ class Effort:
     """What one commit has written so far.
 
     Attributes:
+        folders: with names that are to be synced.
         refusal: the disk's, once it has refused; nothing more is tried then.
     """
 
@@ -32,6 +33,8 @@ class Effort:
 
 
 class PartWriter:
+    """Used on the event loop's thread. Each part is made once, whoever else makes the same at that moment."""
+
     def __init__(self, core: Core, loader: Loader, quota: Quota) -> None:
         self._core = core
         self._loader = loader
