@@ -47,7 +47,7 @@ class QuantiseFirst:
     log: list[tuple[mx.array, ...]]
     """Of each update: its words, as `Codec.encode_both` gives them.
 
-    Of an update of one token, keys and values as they were computed: `take` makes the words of many of them at once,
+    Of an update of one token, what `Codec.read_back` says was computed: `take` makes the words of many of them at once,
     because what a step of decoding costs is the count of its operations.
     """
 
@@ -65,8 +65,8 @@ class QuantiseFirst:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if keys.shape[-2] == 1 and self.codec.bits:
-            self.log.append((keys, values))
-            keys, values = self.codec.read_back(keys, values)
+            computed, keys, values = self.codec.read_back(keys, values)
+            self.log.append(computed)
         else:
             words = self.codec.encode_both(keys, values)
             self.log.append(words)
@@ -86,7 +86,9 @@ class QuantiseFirst:
         runs: list[tuple[mx.array, ...]] = []
         for computed, run in itertools.groupby(self.log, key=self._is_computed):
             joined = tuple(join(column, -2) for column in zip(*run, strict=True))
-            runs.append(self.codec.encode_both(*joined) if computed else joined)
+            if computed:
+                joined = self.codec.encode(*joined) if len(joined) == 1 else self.codec.encode_both(*joined)
+            runs.append(joined)
         self.log = []
         return self.codec.apart(tuple(join(column, -2) for column in zip(*runs, strict=True)))
 

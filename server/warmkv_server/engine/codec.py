@@ -58,7 +58,7 @@ class Codec:
     def encode_both(self, keys: mx.array, values: mx.array) -> Words:
         """Components of both, side by side along the axis of heads; or of keys and then of values if shapes differ."""
         if self.bits and keys.shape == values.shape:
-            return self.encode(mx.concatenate([keys, values], axis=1))  # half the operations
+            return self.encode(side_by_side(keys, values))  # half the operations
         return self.encode(keys) + self.encode(values)
 
     def apart(self, words: Words) -> tuple[Words, Words]:
@@ -78,11 +78,23 @@ class Codec:
         key_words, value_words = self.apart(words)
         return self.decode(key_words, dtype), self.decode(value_words, dtype)
 
-    def read_back(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What attention reads of them, where their words can wait: in as few operations as the device allows."""
-        if keys.shape == values.shape and kernel_reads_back(self, keys.dtype):
-            return cuda_codec.read_back(keys, values, bits=self.bits, group_size=self.group_size)
-        return self.decode_both(self.encode_both(keys, values), keys.dtype)
+    def read_back(self, keys: mx.array, values: mx.array) -> tuple[Words, mx.array, mx.array]:
+        """What attention reads of them, where their words can wait: in as few operations as the device allows.
+
+        Returns what was computed, for the words of many steps to be made of at once, and the keys and values to read.
+        The former is one array of both, `side_by_side`, or each of them, for `encode_both`.
+        """
+        if keys.shape != values.shape:
+            return (keys, values), *self.decode_both(self.encode_both(keys, values), keys.dtype)
+        if kernel_reads_back(self, keys.dtype):
+            return (keys, values), *cuda_codec.read_back(keys, values, bits=self.bits, group_size=self.group_size)
+        both = side_by_side(keys, values)
+        return (both,), *self.decode_both(self.encode(both), keys.dtype)
+
+
+def side_by_side(keys: mx.array, values: mx.array) -> mx.array:
+    """Of one shape, along the axis of heads."""
+    return mx.concatenate([keys, values], axis=1)
 
 
 @cache
