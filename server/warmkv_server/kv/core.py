@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -35,11 +34,6 @@ T = TypeVar("T")
 class Counters:
     """Since the store was opened."""
 
-    loads_by_source: Counter[str] = field(default_factory=Counter)
-    fallbacks_by_reason: Counter[str] = field(default_factory=Counter)
-    hot_tokens_reused: int = 0
-    warm_tokens_reused: int = 0
-    shared_tokens_reused: int = 0
     bytes_loaded: int = 0
     kv_bytes_written: int = 0
     manifest_bytes_written: int = 0

@@ -254,7 +254,7 @@ class Loader:
                 hot += tokens
         if lease.snapshot is not None:
             spans.append(Span(lease.length, 0, {PartKind.STATE: held[lease.snapshot.id, PartKind.STATE]}))
-        reuse = Reuse(
+        return Reuse(
             length=lease.length,
             spans=tuple(spans),
             hot_tokens=hot,
@@ -264,17 +264,6 @@ class Loader:
             fallback=lease.fallback,
             seconds=seconds,
         )
-        self._count(reuse)
-        return reuse
-
-    def _count(self, reuse: Reuse) -> None:
-        counters = self._core.counters
-        counters.loads_by_source[reuse.source] += 1
-        if reuse.fallback is not None:
-            counters.fallbacks_by_reason[reuse.fallback] += 1
-        counters.hot_tokens_reused += reuse.hot_tokens
-        counters.warm_tokens_reused += reuse.warm_tokens
-        counters.shared_tokens_reused += reuse.shared_tokens
 
 
 def _contiguous(nodes: list[Node]) -> int:

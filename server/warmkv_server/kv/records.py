@@ -230,11 +230,6 @@ class Evicted:
 class StoreStats:
     """Counters since the store was opened, and gauges of this moment. Bytes unless named otherwise."""
 
-    loads_by_source: Mapping[str, int] = field(default_factory=dict)
-    fallbacks_by_reason: Mapping[str, int] = field(default_factory=dict)
-    hot_tokens_reused: int = 0
-    warm_tokens_reused: int = 0
-    shared_tokens_reused: int = 0
     bytes_loaded: int = 0
     kv_bytes_written: int = 0
     metadata_bytes_written: int = 0

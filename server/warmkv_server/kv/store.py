@@ -177,11 +177,6 @@ class Store:
         self._eviction.note_cooled()
         counters = core.counters
         return StoreStats(
-            loads_by_source=dict(counters.loads_by_source),
-            fallbacks_by_reason=dict(counters.fallbacks_by_reason),
-            hot_tokens_reused=counters.hot_tokens_reused,
-            warm_tokens_reused=counters.warm_tokens_reused,
-            shared_tokens_reused=counters.shared_tokens_reused,
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
             metadata_bytes_written=core.journal.database.bytes_written + counters.manifest_bytes_written,
