@@ -177,4 +177,6 @@ class RowProduct:
         return x.ndim == 3 and x.size == self._inputs
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self._weight if self._bias is None else mx.addmm(self._bias, x, self._weight)
+        # Not addmm: of a row and a bias it gives now these last bits and now those.
+        product = x @ self._weight
+        return product if self._bias is None else product + self._bias
