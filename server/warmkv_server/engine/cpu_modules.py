@@ -115,23 +115,24 @@ def _each(offset: mx.array, tokens: int) -> mx.array:
 class RowRMSNorm(Module):
     """In place of an `nn.RMSNorm`, for steps of one token a row; longer ones go the stock way.
 
-    The mean of the squares is a product of the row with itself, so that bits differ from the stock way's: as they do
-    for any product that BLAS computes for one row or for many.
+    The sum of the squares is a product of the row with itself, so that bits differ from the stock way's: as they do
+    for any product that BLAS computes for one row or for many. That it is no mean is made up for in the other factors.
     """
 
     def __init__(self, weight: mx.array, eps: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.weight = weight
         self.eps = eps
-        self._row_weight = weight[None, None]
-        self._eps = mx.array([[[eps]]], dtype=mx.float32)
-        mx.eval(self._row_weight, self._eps)
+        dims = weight.size
+        self._row_weight = (weight * math.sqrt(dims))[None, None]
+        self._row_eps = mx.array([[[eps * dims]]], dtype=mx.float32)
+        mx.eval(self._row_weight, self._row_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.shape[-2] != 1 or x.dtype != mx.float32:
             return mx.fast.rms_norm(x, self.weight, self.eps)
-        mean = mx.addmm(self._eps, x, x.swapaxes(-1, -2), alpha=1 / x.shape[-1])
-        return x * mx.rsqrt(mean) * self._row_weight
+        squares = x @ x.swapaxes(-1, -2)
+        return x * mx.rsqrt(squares + self._row_eps) * self._row_weight
 
 
 class RowLinear(Linear):
@@ -177,6 +178,6 @@ class RowProduct:
         return x.ndim == 3 and x.size == self._inputs
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Not addmm: of a row and a bias it gives now these last bits and now those.
+        # Not addmm: of the same row and bias it gave other last bits now and then, in the middle of a model.
         product = x @ self._weight
         return product if self._bias is None else product + self._bias
