@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ def test_a_run_that_is_cut_off_leaves_the_sizes_that_it_has(tmp_path: Path) -> N
     command = [sys.executable, "-m", "warmkv_bench", "tiers", "--contexts", ",".join(sizes), "--pairs", "1"]
     command += ["--dropped", "0", "--output", str(tmp_path)]
     unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=unbuffered, text=True) as bench:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests themselves are to ignore it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=unbuffered, text=True, preexec_fn=heard) as bench:
         assert bench.stdout is not None
         said = next(line for line in bench.stdout if line.startswith("301 tokens"))  # 300 is written by now
         bench.send_signal(signal.SIGINT)
