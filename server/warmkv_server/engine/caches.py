@@ -86,9 +86,7 @@ class QuantiseFirst:
         runs: list[tuple[mx.array, ...]] = []
         for computed, run in itertools.groupby(self.log, key=self._is_computed):
             joined = tuple(join(column, -2) for column in zip(*run, strict=True))
-            if computed:
-                joined = self.codec.encode(*joined) if len(joined) == 1 else self.codec.encode_both(*joined)
-            runs.append(joined)
+            runs.append(self.codec.encode_computed(joined) if computed else joined)
         self.log = []
         return self.codec.apart(tuple(join(column, -2) for column in zip(*runs, strict=True)))
 

@@ -81,8 +81,7 @@ class Codec:
     def read_back(self, keys: mx.array, values: mx.array) -> tuple[Words, mx.array, mx.array]:
         """What attention reads of them, where their words can wait: in as few operations as the device allows.
 
-        Returns what was computed, for the words of many steps to be made of at once, and the keys and values to read.
-        The former is one array of both, `side_by_side`, or each of them, for `encode_both`.
+        Returns what was computed, for `encode_computed`, and the keys and values to read.
         """
         if keys.shape != values.shape:
             return (keys, values), *self.decode_both(self.encode_both(keys, values), keys.dtype)
@@ -90,6 +89,10 @@ class Codec:
             return (keys, values), *cuda_codec.read_back(keys, values, bits=self.bits, group_size=self.group_size)
         both = side_by_side(keys, values)
         return (both,), *self.decode_both(self.encode(both), keys.dtype)
+
+    def encode_computed(self, computed: Words) -> Words:
+        """Components, as of `encode_both`, of what `read_back` says was computed, of one step or of several joined."""
+        return self.encode(*computed) if len(computed) == 1 else self.encode_both(*computed)
 
 
 def side_by_side(keys: mx.array, values: mx.array) -> mx.array:
