@@ -45,11 +45,6 @@ class PartOrder:
     specs: Sequence[TensorSpec]
     digest: str
 
-    @property
-    def payload(self) -> int:
-        """Bytes of its tensors."""
-        return blockfile.payload_size(self.specs, self.info.count)
-
 
 def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Tensors | BadFile | OSError]:
     """Read block files one after another. All of them are open meanwhile.
@@ -61,7 +56,7 @@ def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Tensors 
         For each its evaluated arrays; BadFile if it is missing, damaged, or another one; OSError if it can't be read
         now.
     """
-    small = [order.payload <= SMALL_BYTES for order in orders]
+    small = [blockfile.payload_size(order.specs, order.info.count) <= SMALL_BYTES for order in orders]
     with ExitStack() as files:
         opened = [_opened(order.path, files, ahead=ahead) for order, ahead in zip(orders, small, strict=True)]
         large = [order for order, is_small in zip(orders, small, strict=True) if not is_small]
@@ -113,7 +108,7 @@ def _read_large(fd: int, order: PartOrder, *, part: Part) -> Part:
 
 
 def _read_small(fd: int, order: PartOrder) -> Tensors:
-    content = os.pread(fd, min(os.fstat(fd).st_size, blockfile.HEADER_LIMIT + order.payload), 0)
+    content = os.pread(fd, min(os.fstat(fd).st_size, blockfile.HEADER_LIMIT + SMALL_BYTES), 0)
     parsed = blockfile.verify(content)
     _expect(parsed, order)
     at = len(content) - parsed.payload
