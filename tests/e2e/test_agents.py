@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
-from tests.e2e.test_order import await_that, found
+from tests.e2e.waiting import await_that, found
 from warmkv import v1
 
 NOT_FOUND = (grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND")

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from tests.e2e.harness import Client, free_port, refused, serving, some_tokens, token_ids
-from tests.e2e.test_order import await_that, read_deltas
+from tests.e2e.waiting import await_that, read_deltas
 
 NOT_FOUND = (grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND")
 Computed = Callable[[], int]

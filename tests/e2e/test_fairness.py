@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from tests.e2e.harness import Client, refused, serving, some_tokens, token_ids
-from tests.e2e.test_order import await_that, read_deltas
+from tests.e2e.waiting import await_that, read_deltas
 from warmkv import v1
 
 FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")

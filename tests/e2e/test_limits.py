@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
-from tests.e2e.test_order import await_that
+from tests.e2e.waiting import await_that
 from warmkv import v1
 
 TOO_LONG = (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_TOO_LONG")

@@ -32,7 +32,7 @@ from tests.e2e.harness import (
     token_ids,
 )
 from tests.e2e.test_adapter import write_adapter
-from tests.e2e.test_order import await_that, read_deltas
+from tests.e2e.waiting import await_that, read_deltas
 from warmkv import v1
 
 STORAGE = "warmkv.v1.storage"

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from tests.e2e.harness import Answer, Client, refused, serving, some_tokens, text, token_ids
-from tests.e2e.test_order import await_that, is_idle, read_deltas
+from tests.e2e.waiting import await_that, is_idle, read_deltas
 from warmkv import v1
 
 REUSED = (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
