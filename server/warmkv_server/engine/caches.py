@@ -10,6 +10,7 @@ Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be c
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
@@ -72,7 +73,10 @@ class QuantiseFirst:
             self.log.append(words)
             keys, values = self.codec.decode_both(words, keys.dtype)
         stock: StockCache = super()  # type: ignore[assignment]
-        return stock.update_and_fetch(keys, values)
+        fetched = stock.update_and_fetch(keys, values)
+        if _starts_early():
+            mx.async_eval(fetched)
+        return fetched
 
     def cut(self, tokens: int) -> None:
         """Forget the last tokens of the last update, which had more of them. For caches that keep every token."""
@@ -204,6 +208,16 @@ def quantise_first(cache: Any, codec: Codec) -> Any:
             "use a model with another kind of attention"
         )
     return kept
+
+
+@functools.cache
+def _starts_early() -> bool:
+    """Whether each layer is computed while Python describes the next one.
+
+    MLX hands few operations to a CPU beyond the one that it works on; without this it would stand still while a step,
+    of one token above all, is described. On a GPU the host is ahead anyway.
+    """
+    return bool(mx.default_device() == mx.cpu)
 
 
 def leaves(caches: Sequence[Any]) -> Iterator[Any]:
