@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 )
 
 from warmkv_server.engine.codec import Codec, Words, join
+from warmkv_server.engine.shapes import FewShapes, make_room
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import PartKind
 
@@ -65,18 +66,21 @@ class QuantiseFirst:
         return batch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if keys.shape[-2] == 1 and self.codec.bits:
-            computed, keys, values = self.codec.read_back(keys, values)
-            self.log.append(computed)
-        else:
-            words = self.codec.encode_both(keys, values)
-            self.log.append(words)
-            keys, values = self.codec.decode_both(words, keys.dtype)
+        keys, values = self.quantised(keys, values, keys.shape[-2])
         stock: StockCache = super()  # type: ignore[assignment]
-        fetched = stock.update_and_fetch(keys, values)
-        if _starts_early():
-            mx.async_eval(fetched)
-        return fetched
+        return stock.update_and_fetch(keys, values)
+
+    def quantised(self, keys: mx.array, values: mx.array, kept: int) -> tuple[mx.array, mx.array]:
+        """What attention reads of them. The first `kept` tokens are logged."""
+        if kept == 1 and self.codec.bits:
+            computed, keys, values = self.codec.read_back(keys, values)
+        else:
+            computed = self.codec.encode_both(keys, values)
+            keys, values = self.codec.decode_both(computed, keys.dtype)
+        if kept < keys.shape[-2]:
+            computed = tuple(part[..., :kept, :] for part in computed)
+        self.log.append(computed)
+        return keys, values
 
     def cut(self, tokens: int) -> None:
         """Forget the last tokens of the last update, which had more of them. For caches that keep every token."""
@@ -100,14 +104,37 @@ class QuantiseFirst:
 
 
 class AppendCache(QuantiseFirst, KVCache):
-    """Full attention: every token is kept."""
+    """Full attention: every token is kept.
+
+    Args:
+        shapes: those that attention is to be given; None where any will do.
+    """
 
     kind = PartKind.APPEND
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, shapes: FewShapes | None = None) -> None:
         stock: Any = super()
         stock.__init__()
         self.record_with(codec)
+        self.shapes = shapes
+
+    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
+        if N > 1 and self.shapes is not None and (mask := self.shapes.mask(self.offset, N)) is not None:
+            return mask
+        stock: Any = super()
+        return stock.make_mask(N, return_array=return_array, **kwargs)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.shapes is None:
+            return super().update_and_fetch(keys, values)
+        tokens = keys.shape[-2]
+        length = self.shapes.length(self.offset + tokens)
+        make_room(self, self.shapes.step, self.offset, length, keys, values)
+        read = super().update_and_fetch(keys, values)
+        if tokens == 1:
+            return read
+        stock: Any = self
+        return stock.keys[..., :length, :], stock.values[..., :length, :]
 
     @classmethod
     def merge(cls, caches: Sequence[AppendCache]) -> BatchAppendCache:
@@ -123,12 +150,43 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
 
     Attributes:
         even: whether all rows have the same length, so that none is padded.
+        shapes: those that attention is to be given; None where any will do.
     """
 
     kind = PartKind.APPEND
     even = False
+    shapes: FewShapes | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Any]) -> Self:
+        batch = super().of(rows)
+        batch.shapes = rows[0].shapes
+        return batch
+
+    @property
+    def wants_two(self) -> bool:
+        """Whether a step is to feed two tokens a row, the second of which is padding and forgotten at once."""
+        return self.shapes is not None and not self.even and self._idx >= self.shapes.long
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.shapes is None or self._idx < self.shapes.long:
+            return super().update_and_fetch(keys, values)
+        start, tokens = self._idx, keys.shape[-2]
+        length = self.shapes.length(start + tokens)
+        make_room(self, self.shapes.step, start, length, keys, values)
+        if tokens == 1:
+            return super().update_and_fetch(keys, values)
+        keys, values = self.quantised(keys, values, kept=1)
+        stock: Any = self
+        stock.keys[..., start : start + tokens, :] = keys
+        stock.values[..., start : start + tokens, :] = values
+        self._idx += 1
+        self.offset = self.offset + 1
+        return stock.keys[..., :length, :], stock.values[..., :length, :]
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
+        if N > 1 and self.shapes is not None and self.wants_two:
+            return self.shapes.row_mask(self._idx, N, self.left_padding)
         if N == 1 and self.even and not return_array and kwargs.get("window_size") is None:
             return None  # fused kernels for one token take no mask
         stock: Any = super()
@@ -185,15 +243,18 @@ class ChunkCache(QuantiseFirst, ChunkedKVCache):
         self.offset, self.start_position = length, length - keep
 
 
-def quantise_first(cache: Any, codec: Codec) -> Any:
+def quantise_first(cache: Any, codec: Codec, shapes: FewShapes | None = None) -> Any:
     """The counterpart of one empty cache that a model's `make_cache` gave.
+
+    Args:
+        shapes: for caches of full attention, those that attention is to be given.
 
     Raises:
         OperatorError: for a kind of cache whose content can't be kept.
     """
     kept: Any
     if type(cache) is KVCache:
-        kept = AppendCache(codec)
+        kept = AppendCache(codec, shapes)
     elif type(cache) is RotatingKVCache and cache.keep == 0:
         kept = WindowCache(codec, cache.max_size)
     elif type(cache) is ChunkedKVCache:

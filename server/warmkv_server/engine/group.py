@@ -91,8 +91,10 @@ class Group:
         """
         self._settle()
         tokens = [row.pending.token for row in self.sequences if row.pending is not None]
-        inputs = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
-        logits = self.sequences[0].loaded.model(inputs[:, None], cache=self.caches)[:, -1]
+        inputs = (tokens[0] if len(tokens) == 1 else mx.concatenate(tokens))[:, None]
+        if getattr(self.caches[0], "wants_two", False):
+            inputs = mx.repeat(inputs, 2, axis=1)
+        logits = self.sequences[0].loaded.model(inputs, cache=self.caches)[:, 0]
         choices = self._choose(logits, tokens)
         meanwhile()
         mx.async_eval([choice.arrays for choice in choices if isinstance(choice, Choice)])

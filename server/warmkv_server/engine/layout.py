@@ -18,6 +18,8 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.codec import Codec, join, kernel_reads_back, restored, storable
+from warmkv_server.engine.fitting import few_shapes
+from warmkv_server.engine.shapes import FewShapes
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors, TensorSpec
 
@@ -64,6 +66,16 @@ class CacheMap:
     states: Mapping[tuple[int, int], mx.Dtype]
     """(leaf, index) of the arrays of recurrent leaves."""
     layout: KVLayout
+    shapes: FewShapes | None = None
+    """Those that attention is to be given; None where any will do."""
+
+    def empty_caches(self, model: Any) -> list[Any]:
+        """Empty caches of one sequence."""
+        return empty_caches(model, self.codec, self.shapes)
+
+    def capacity(self, tokens: int) -> int:
+        """The most tokens for which caches that keep every token have room, when they hold so many."""
+        return tokens + CAPACITY_STEP if self.shapes is None else self.shapes.room(tokens)
 
     @property
     def can_be_cut(self) -> bool:
@@ -155,9 +167,10 @@ class CacheMap:
         for component, dtype in zip(self.codec.components, stack.stored, strict=True):
             pieces = [span.parts[stack.kind][stack.tensor(component)] for span in spans]
             pieces[-1] = pieces[-1][:, :, : reuse.length - spans[-1].start]
-            if room:
+            step = self.shapes.step if self.shapes is not None else CAPACITY_STEP
+            behind = room + -(wanted + room) % step if room else 0
+            if behind:
                 streams, heads, _, width = pieces[0].shape
-                behind = room + -(wanted + room) % CAPACITY_STEP
                 pieces.append(mx.zeros((streams, heads, behind, width), pieces[0].dtype))
             joined = join(pieces, TOKEN_AXIS)
             assert joined.shape[TOKEN_AXIS] >= wanted + room
@@ -201,12 +214,13 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         kernel_reads_back(codec, dtype)  # compiled before the first request needs it
         for component, piece in zip(codec.components, probe, strict=True):
             specs.append(_token_spec(stack, component, storable(piece)))
-    return CacheMap(codec, tuple(made), states, KVLayout(tuple(specs), window))
+    layout = KVLayout(tuple(specs), window)
+    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, codec, plain))
 
 
-def empty_caches(model: Any, codec: Codec) -> list[Any]:
+def empty_caches(model: Any, codec: Codec, shapes: FewShapes | None = None) -> list[Any]:
     """Empty caches for one sequence, as the model makes them, quantising first."""
-    return [kinds.quantise_first(cache, codec) for cache in make_prompt_cache(model)]
+    return [kinds.quantise_first(cache, codec, shapes) for cache in make_prompt_cache(model)]
 
 
 def _check_group(codec: Codec, leaf: int, head_dim: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from warmkv_server.engine import prefill
+from warmkv_server.engine import cuda_codec, prefill
 from warmkv_server.engine.decode import Decoder
 from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, limited, prepare_device
 from warmkv_server.engine.need import Needs
@@ -76,12 +76,15 @@ class StepLoop:
         speculate_tokens: int,
     ) -> None:
         self._load = load
-        self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap)
+        # On a GPU of this kind reading the weights takes as long as some 250 tokens' products with them.
+        smallest = 256 if cuda_codec.is_available() else 16
+        self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap, smallest)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
         self._roster = Roster(self._schedule, deliver, relieve)
         self._decoder = Decoder(self._roster, max_batch)
         self._speculate_tokens = speculate_tokens
+        self._planned: set[tuple[int, int]] = set()
         self._prefilled = 0
         self._prefill_took = 0.0
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
@@ -247,8 +250,16 @@ class StepLoop:
     def _run_chunk(self, sequence: Sequence) -> None:
         prefix, began = sequence.done, time.perf_counter()
         prefill.run_chunk(sequence, self._pace.tokens(prefix, decoding=bool(self._roster.groups)))
-        if sequence.done > prefix:
+        if sequence.done > prefix and not self._is_new_shape(sequence, prefix):
             self._pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
+
+    def _is_new_shape(self, sequence: Sequence, prefix: int) -> bool:
+        """Whether attention was planned for the chunk behind this prefix: what that took says nothing of the next."""
+        shapes = sequence.loaded.cache_map.shapes
+        if shapes is None or (shape := shapes.chunk(prefix, sequence.done)) in self._planned:
+            return False
+        self._planned.add(shape)
+        return True
 
     def _cancel(self, ident: int) -> None:
         """Between two steps, once every token that was sent has its KV computed or in flight."""

@@ -88,7 +88,7 @@ class LoadedModel:
     info: ModelInfo
 
     def empty_caches(self) -> list[Any]:
-        return empty_caches(self.model, self.cache_map.codec)
+        return self.cache_map.empty_caches(self.model)
 
 
 def prepare_device() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.engine import caches as kinds
-from warmkv_server.engine.layout import CAPACITY_STEP, CacheMap, Stack
+from warmkv_server.engine.layout import CacheMap, Stack
 from warmkv_server.engine.model import LoadedModel
 from warmkv_server.engine.types import Job
 from warmkv_server.kv.types import PartKind
@@ -102,7 +102,7 @@ class Needs:
         """
         layout, length = self.cache_map.layout, tokens + answer
         words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
-        room = length + CAPACITY_STEP
+        room = self.cache_map.capacity(length)
         logged = self.cache_map.live_bytes(min(answer, kinds.DRAIN_EVERY)) if answer else 0  # words not made yet
         logits = _LOGITS * 4 * self.vocab_size if answer else 0
         layer = max((self._layer(keys, values, room) for keys, values in _layers(self.cache_map).values()), default=0)
@@ -141,7 +141,7 @@ def _layers(cache_map: CacheMap) -> dict[int, tuple[Stack, Stack]]:
 
 def _temporary(loaded: LoadedModel, tokens: int, prefix: int) -> int:
     """Bytes that a chunk of so many tokens behind a prefix takes besides what was there before."""
-    caches = _zeros(loaded, prefix)
+    caches = _zeros(loaded, prefix, tokens)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
@@ -149,13 +149,18 @@ def _temporary(loaded: LoadedModel, tokens: int, prefix: int) -> int:
     return max(0, mx.get_peak_memory() - before)
 
 
-def _zeros(loaded: LoadedModel, length: int) -> list[Any]:
-    """Caches of a context whose keys and values are zeros. Recurrent state begins there."""
-    caches = loaded.empty_caches()
+def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:
+    """Caches of a context whose keys and values are zeros. Recurrent state begins there.
+
+    Args:
+        more: tokens that will follow. Of few shapes, caches have room for them, so that no growth is measured.
+    """
+    caches, shapes = loaded.empty_caches(), loaded.cache_map.shapes
+    room = shapes.length(length + shapes.tokens(more)) - length if shapes is not None else 0
     if length:
         members = list(kinds.leaves(caches))
         for leaf, (keys, values) in _layers(loaded.cache_map).items():
-            kept = loaded.cache_map.kept(keys.kind, length)
+            kept = loaded.cache_map.kept(keys.kind, length) + room
             zeros = [mx.zeros((1, stack.heads, kept, stack.head_dim), stack.dtype) for stack in (keys, values)]
             mx.eval(zeros)
             members[leaf].fill(*zeros, length)

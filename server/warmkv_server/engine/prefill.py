@@ -23,8 +23,13 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
     """Compute one chunk. Its logits are never asked for, so they are never computed."""
     end = next_boundary(sequence, chunk)
     if end > sequence.done:
-        tokens = mx.array(list(sequence.to_prefill[sequence.done : end]))
-        sequence.loaded.model(tokens[None], cache=sequence.caches)
+        tokens = list(sequence.to_prefill[sequence.done : end])
+        shapes = sequence.loaded.cache_map.shapes
+        padding = 0 if shapes is None else shapes.tokens(len(tokens)) - len(tokens)
+        sequence.loaded.model(mx.array([tokens + padding * tokens[-1:]]), cache=sequence.caches)
+        if padding:
+            for leaf in kinds.leaves(sequence.caches):
+                leaf.cut(padding)
         mx.eval(kinds.arrays(sequence.caches))
         sequence.done = end
         sequence.collect()

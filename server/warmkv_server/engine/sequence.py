@@ -85,7 +85,7 @@ class Sequence:
         self.caches = self.loaded.empty_caches()
         job = self.job
         if self._reuse.length:
-            yield from self.loaded.cache_map.fill(self.caches, self._reuse, room=_room(job))
+            yield from self.loaded.cache_map.fill(self.caches, self._reuse, room=self._room())
             self.done = self._reuse.length
         if self.rewound:
             return
@@ -94,6 +94,16 @@ class Sequence:
             info = self.loaded.info
             self.chooser = Chooser(job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs)
             self.text = AnswerText(self.loaded.tokenizer, job.tokens[-1], info.eos_token_ids, job.answer.stop)
+
+    def _room(self) -> int:
+        """Tokens to make room for behind a reused prefix: the new prompt and a first stretch of the answer.
+
+        Of few shapes, the capacity must be what it would be without reuse: what the next chunk needs, at most.
+        """
+        new = len(self.job.tokens) - self.job.reuse.length
+        if (shapes := self.loaded.cache_map.shapes) is not None:
+            return min(new, shapes.step)
+        return new + (min(self.job.answer.max_tokens, 256) if self.job.answer is not None else 0)
 
     def rewind(self) -> None:
         """Drop everything but the words, after a step of it has failed: it can begin again from them.
@@ -201,12 +211,6 @@ class Sequence:
         snapshots = {length: state for length, state in self._snapshots.items() if length <= end}
         mx.eval([list(t.values()) for t in tensors.values()], [list(s.values()) for s in snapshots.values()])
         return Growth(start, max(wanted, 0), tensors, snapshots)
-
-
-def _room(job: Job) -> int:
-    """Tokens to make room for behind a reused prefix: the new prompt and a first stretch of the answer."""
-    answer = min(job.answer.max_tokens, 256) if job.answer is not None else 0
-    return len(job.tokens) - job.reuse.length + answer
 
 
 def _cut(span: Span, end: int) -> Span:

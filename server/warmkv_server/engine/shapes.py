@@ -1,0 +1,88 @@
+"""Few shapes of attention, for a device whose fused kernels are planned for each.
+
+MLX has cuDNN plan attention anew, for 40 to 70 ms, for every new pair of chunk length and context length. Where chunks
+are padded behind their end, and read keys and values up to a round length under a mask, few pairs are left. What is
+masked has no weight at all, so the values are the same but for the rounding of another order.
+
+Nothing here looks at where a context came from: lengths are functions of positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class FewShapes:
+    """The lengths that attention is given.
+
+    Attributes:
+        dtype: of queries, and so of masks: one of truth values would be turned into numbers in every layer.
+        step: contexts are read, and have memory, up to a multiple of this many tokens.
+        fine: chunks longer than this are padded to a multiple of it, shorter ones to a power of two.
+        smallest: chunks are padded at least to this.
+        long: from so many tokens on, reading them is what a step of several rows costs: then rows of one length have
+            capacities that let the faster kernel for one token serve them, and padded rows are computed by the fused
+            kernel for several tokens, the second of which is padding. There is none for one token under a mask.
+    """
+
+    dtype: mx.Dtype
+    step: int = 1024
+    fine: int = 256
+    smallest: int = 32
+    long: int = 8192
+
+    def tokens(self, count: int) -> int:
+        """Of a chunk with so many tokens, when it is padded."""
+        if count > self.fine:
+            return -(-count // self.fine) * self.fine
+        return max(self.smallest, 1 << (count - 1).bit_length())
+
+    def length(self, end: int) -> int:
+        """How far a context of so many tokens is read, and the least capacity of its caches."""
+        return -(-end // self.step) * self.step
+
+    def room(self, end: int) -> int:
+        """The most tokens that caches have room for once a context of so many tokens is computed."""
+        return self.length(end + max(self.fine, self.smallest))
+
+    def chunk(self, start: int, end: int) -> tuple[int, int]:
+        """The pair that attention is planned for, of a chunk that is padded: its tokens, and how far it reads."""
+        tokens = self.tokens(end - start)
+        return tokens, self.length(start + tokens)
+
+    def mask(self, start: int, tokens: int) -> mx.array | None:
+        """What a chunk's tokens must not see, (tokens, length); None where the causal mask says it all."""
+        length = self.length(start + tokens)
+        if length == start + tokens:
+            return None
+        return self._numbers(mx.arange(start, start + tokens)[:, None] >= mx.arange(length))
+
+    def row_mask(self, start: int, tokens: int, left_padding: mx.array) -> mx.array:
+        """The same for rows that are padded on their left, (rows, 1, tokens, length)."""
+        at = mx.arange(self.length(start + tokens))
+        seen = mx.arange(start, start + tokens)[:, None] >= at
+        return self._numbers(seen & (left_padding[:, None, None, None] <= at))
+
+    def _numbers(self, seen: mx.array) -> mx.array:
+        return mx.where(seen, mx.array(0, self.dtype), mx.array(-mx.inf, self.dtype))
+
+
+def make_room(cache: Any, step: int, held: int, length: int, keys: mx.array, values: mx.array) -> None:
+    """Give a cache that holds so many tokens a capacity of `length` at least, and of a multiple of `step` anyway.
+
+    Args:
+        keys, values: of the shape, but for their length, and the type of what the cache holds.
+    """
+    capacity = 0 if cache.keys is None else cache.keys.shape[-2]
+    if capacity < length or capacity % step:
+        cache.keys = _longer(cache.keys, held, length, keys)
+        cache.values = _longer(cache.values, held, length, values)
+
+
+def _longer(held: mx.array | None, tokens: int, length: int, like: mx.array) -> mx.array:
+    behind = mx.zeros((*like.shape[:-2], length - tokens, like.shape[-1]), like.dtype)
+    return behind if held is None else mx.concatenate([held[..., :tokens, :], behind], axis=-2)
