@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768])
     parser.add_argument("--rows-up-to", type=int, default=16384, help="largest context for eight at once")
+    parser.add_argument("--runs-of-eight", type=int, default=2)
     options = parser.parse_args()
     model, config = random_model.build(options.shape)
     mx.random.seed(1)
@@ -57,12 +58,16 @@ def main() -> None:
         for run in (1, 2):  # the first compiles kernels and attention plans for these shapes
             first, gap = alone(model, prompts[0])
             print(
-                f"{context:6} alone, run {run}: first token {1e3 * first:7.1f} ms, then one every {1e3 * gap:6.2f} ms"
+                f"{context:6} alone, run {run}: first token {1e3 * first:7.1f} ms, then one every {1e3 * gap:6.2f} ms",
+                flush=True,
             )
         if context <= options.rows_up_to:
-            for run in (1, 2):
+            for run in range(1, options.runs_of_eight + 1):
                 step, rate = together(model, cast(list[list[int]], prompts[1:].tolist()))
-                print(f"{context:6} eight, run {run}: a step every {1e3 * step:6.2f} ms, {rate:6.1f} tokens/s in all")
+                print(
+                    f"{context:6} eight, run {run}: a step every {1e3 * step:6.2f} ms, {rate:6.1f} tokens/s in all",
+                    flush=True,
+                )
         mx.clear_cache()
 
 

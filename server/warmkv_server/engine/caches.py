@@ -129,7 +129,7 @@ class AppendCache(QuantiseFirst, KVCache):
             return super().update_and_fetch(keys, values)
         tokens = keys.shape[-2]
         length = self.shapes.length(self.offset + tokens)
-        make_room(self, self.shapes.step, self.offset, length, keys, values)
+        make_room(self, self.offset, length, keys, values)
         read = super().update_and_fetch(keys, values)
         if tokens == 1:
             return read
@@ -173,7 +173,7 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
             return super().update_and_fetch(keys, values)
         start, tokens = self._idx, keys.shape[-2]
         length = self.shapes.length(start + tokens)
-        make_room(self, self.shapes.step, start, length, keys, values)
+        make_room(self, start, length, keys, values)
         if tokens == 1:
             return super().update_and_fetch(keys, values)
         keys, values = self.quantised(keys, values, kept=1)

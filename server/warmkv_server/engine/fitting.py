@@ -21,10 +21,10 @@ _LONGER, _SHORTER = 7, 4
 """Tokens of the two sequences that are tried."""
 
 _NOISE = 0.1
-"""Of the spread of the logits: another order of 16-bit sums moves them by a hundredth, a wrong mask by all of it."""
+"""Of the spread of the logits: another order of 16-bit sums moved them by a hundredth, a wrong mask by all of it."""
 
 
-def few_shapes(model: Any, codec: Codec, caches: Sequence[Any]) -> FewShapes | None:
+def few_shapes(model: Any, caches: Sequence[Any]) -> FewShapes | None:
     """Those that this model's attention is to be given on this device; None where any will do.
 
     Args:
@@ -33,31 +33,28 @@ def few_shapes(model: Any, codec: Codec, caches: Sequence[Any]) -> FewShapes | N
     if not cuda_codec.is_available() or not all(isinstance(leaf, kinds.AppendCache) for leaf in caches):
         return None
     shapes = FewShapes(caches[0].keys.dtype)
-    return shapes if takes(model, codec, shapes) else None
+    return shapes if takes(model, shapes) else None
 
 
-def takes(model: Any, codec: Codec, shapes: FewShapes) -> bool:
+def takes(model: Any, shapes: FewShapes) -> bool:
     """Whether the model gives with these shapes what it gives without, in a padded chunk and in padded rows.
 
-    For models all of whose caches keep every token. On the MLX thread.
+    For models all of whose caches keep every token. On the MLX thread. Nothing is quantised here: rounding turns words,
+    and each of them moves what follows.
     """
     try:
-        return all(
-            _close(mine, stock)
-            for mine, stock in zip(
-                _tried(model, codec, replace(shapes, long=0)), _tried(model, codec, None), strict=True
-            )
-        )
+        tried = zip(_tried(model, replace(shapes, long=0)), _tried(model, None), strict=True)
+        return all(_close(mine, stock) for mine, stock in tried)
     except Exception:
         log.info("the model's attention doesn't take masks of few shapes", exc_info=True)
         return False
 
 
-def _tried(model: Any, codec: Codec, shapes: FewShapes | None) -> tuple[mx.array, mx.array]:
+def _tried(model: Any, shapes: FewShapes | None) -> tuple[mx.array, mx.array]:
     """Logits of a chunk and of a step of two rows."""
     own = []
     for tokens in (_LONGER, _SHORTER):
-        caches = [kinds.quantise_first(cache, codec, shapes) for cache in make_prompt_cache(model)]
+        caches = [kinds.quantise_first(cache, Codec(bits=0), shapes) for cache in make_prompt_cache(model)]
         padding = 0 if shapes is None else shapes.tokens(tokens) - tokens
         chunk = mx.arange(1, tokens + padding + 1)[None]
         logits = model(chunk, cache=caches)[:, :tokens]

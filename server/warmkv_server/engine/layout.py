@@ -158,6 +158,12 @@ class CacheMap:
             for (leaf, index), dtype in self.states.items():
                 members[leaf].cache[index] = restored(state[_state_name(leaf, index)], dtype)
 
+    def _behind(self, held: int, room: int) -> int:
+        """Tokens of memory behind those that are held, for so many that follow at least."""
+        if self.shapes is not None:
+            return self.shapes.capacity(self.shapes.length(held + room)) - held
+        return room + -(held + room) % CAPACITY_STEP
+
     def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> list[mx.array]:
         spans = [span for span in reuse.spans if stack.kind in span.parts]
         needed = 0 if stack.kind is PartKind.APPEND else max(0, reuse.length - self.layout.window)
@@ -167,8 +173,7 @@ class CacheMap:
         for component, dtype in zip(self.codec.components, stack.stored, strict=True):
             pieces = [span.parts[stack.kind][stack.tensor(component)] for span in spans]
             pieces[-1] = pieces[-1][:, :, : reuse.length - spans[-1].start]
-            step = self.shapes.step if self.shapes is not None else CAPACITY_STEP
-            behind = room + -(wanted + room) % step if room else 0
+            behind = self._behind(wanted, room) if room else 0
             if behind:
                 streams, heads, _, width = pieces[0].shape
                 pieces.append(mx.zeros((streams, heads, behind, width), pieces[0].dtype))
@@ -215,7 +220,7 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         for component, piece in zip(codec.components, probe, strict=True):
             specs.append(_token_spec(stack, component, storable(piece)))
     layout = KVLayout(tuple(specs), window)
-    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, codec, plain))
+    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
 
 
 def empty_caches(model: Any, codec: Codec, shapes: FewShapes | None = None) -> list[Any]:

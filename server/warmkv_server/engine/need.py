@@ -27,6 +27,9 @@ _PROBE_TOKENS = 256
 _PROBE_PREFIX = 1024
 """What is measured: a chunk of so many tokens, behind half of this prefix and behind all of it."""
 
+_MASK = 4
+"""Bytes of a mask, for each token of the chunk and of the context, while it is made."""
+
 _SMALLEST = 32
 """A chunk of fewer tokens takes about as much as one of these: operations have a price of their own."""
 
@@ -63,10 +66,21 @@ class Probe:
     def of(cls, loaded: LoadedModel, chunk: int) -> Probe:
         """Measure. On the MLX thread."""
         limit = loaded.info.context_limit
+        if loaded.cache_map.shapes is not None:
+            return cls._of_fused(loaded, min(chunk, limit))
         tokens = min(chunk, _PROBE_TOKENS, limit)
         longer = min(_PROBE_PREFIX, limit - tokens)
         shorter = longer // 2
         return cls(tokens, shorter, longer, _temporary(loaded, tokens, shorter), _temporary(loaded, tokens, longer))
+
+    @classmethod
+    def _of_fused(cls, loaded: LoadedModel, tokens: int) -> Probe:
+        """Where attention is fused, it keeps no scores, and all that grows with the prefix is the mask.
+
+        So a whole chunk is measured: what is under way at once on such a device grows faster than its tokens.
+        """
+        bytes_ = _temporary(loaded, tokens, 0)
+        return cls(tokens, 0, _PROBE_PREFIX, bytes_, bytes_ + _MASK * tokens * _PROBE_PREFIX)
 
     def at(self, length: int) -> float:
         """Bytes of such a chunk at the end of a context of this length.
@@ -157,7 +171,7 @@ def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:
     """
     caches, shapes = loaded.empty_caches(), loaded.cache_map.shapes
     room = shapes.length(length + shapes.tokens(more)) - length if shapes is not None else 0
-    if length:
+    if length + room:
         members = list(kinds.leaves(caches))
         for leaf, (keys, values) in _layers(loaded.cache_map).items():
             kept = loaded.cache_map.kept(keys.kind, length) + room

@@ -14,6 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
+_ODD = 8
+"""Tokens that keep a capacity from being a multiple of 256, and rows aligned."""
+
 
 @dataclass(frozen=True)
 class FewShapes:
@@ -24,9 +27,9 @@ class FewShapes:
         step: contexts are read, and have memory, up to a multiple of this many tokens.
         fine: chunks longer than this are padded to a multiple of it, shorter ones to a power of two.
         smallest: chunks are padded at least to this.
-        long: from so many tokens on, reading them is what a step of several rows costs: then rows of one length have
-            capacities that let the faster kernel for one token serve them, and padded rows are computed by the fused
-            kernel for several tokens, the second of which is padding. There is none for one token under a mask.
+        long: from so many tokens on, a step costs what reading them takes, and not the host's part of it. Then the
+            kernel for one token is to be cuDNN's, and padded rows are computed by the one for several tokens, the
+            second of which is padding: there is none for one token under a mask.
     """
 
     dtype: mx.Dtype
@@ -42,12 +45,20 @@ class FewShapes:
         return max(self.smallest, 1 << (count - 1).bit_length())
 
     def length(self, end: int) -> int:
-        """How far a context of so many tokens is read, and the least capacity of its caches."""
+        """How far a context of so many tokens is read."""
         return -(-end // self.step) * self.step
+
+    def capacity(self, length: int) -> int:
+        """Tokens for which caches that are read so far have room.
+
+        MLX lets cuDNN compute one token where this is a multiple of 256, and a kernel of its own elsewhere, which
+        needs no plan and less of the host.
+        """
+        return length if length > self.long else length + _ODD
 
     def room(self, end: int) -> int:
         """The most tokens that caches have room for once a context of so many tokens is computed."""
-        return self.length(end + max(self.fine, self.smallest))
+        return self.length(end + max(self.fine, self.smallest)) + _ODD
 
     def chunk(self, start: int, end: int) -> tuple[int, int]:
         """The pair that attention is planned for, of a chunk that is padded: its tokens, and how far it reads."""
@@ -71,18 +82,20 @@ class FewShapes:
         return mx.where(seen, mx.array(0, self.dtype), mx.array(-mx.inf, self.dtype))
 
 
-def make_room(cache: Any, step: int, held: int, length: int, keys: mx.array, values: mx.array) -> None:
-    """Give a cache that holds so many tokens a capacity of `length` at least, and of a multiple of `step` anyway.
+def make_room(cache: Any, held: int, length: int, keys: mx.array, values: mx.array) -> None:
+    """Give a cache that holds so many tokens room for being read up to `length`, which is one of its shapes.
 
     Args:
         keys, values: of the shape, but for their length, and the type of what the cache holds.
     """
-    capacity = 0 if cache.keys is None else cache.keys.shape[-2]
-    if capacity < length or capacity % step:
-        cache.keys = _longer(cache.keys, held, length, keys)
-        cache.values = _longer(cache.values, held, length, values)
+    shapes: FewShapes = cache.shapes
+    there = 0 if cache.keys is None else cache.keys.shape[-2]
+    if there < length or there != shapes.capacity(there // shapes.step * shapes.step):
+        behind = shapes.capacity(length) - held
+        cache.keys = _longer(cache.keys, held, behind, keys)
+        cache.values = _longer(cache.values, held, behind, values)
 
 
-def _longer(held: mx.array | None, tokens: int, length: int, like: mx.array) -> mx.array:
-    behind = mx.zeros((*like.shape[:-2], length - tokens, like.shape[-1]), like.dtype)
+def _longer(held: mx.array | None, tokens: int, more: int, like: mx.array) -> mx.array:
+    behind = mx.zeros((*like.shape[:-2], more, like.shape[-1]), like.dtype)
     return behind if held is None else mx.concatenate([held[..., :tokens, :], behind], axis=-2)
