@@ -138,6 +138,11 @@ class AppendCache(QuantiseFirst, KVCache):
 
     @classmethod
     def merge(cls, caches: Sequence[AppendCache]) -> BatchAppendCache:
+        if not any(cache.offset for cache in caches):  # of which mlx-lm makes one of its own class
+            batch = BatchAppendCache([0] * len(caches))
+            batch.record_with(caches[0].codec)
+            batch.shapes = caches[0].shapes
+            return batch
         return BatchAppendCache.of(caches)
 
     def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
@@ -149,7 +154,7 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
     """Rows of full attention.
 
     Attributes:
-        even: whether all rows have the same length, so that none is padded.
+        even: whether all rows have the same length, so that none is padded on its left.
         shapes: those that attention is to be given; None where any will do.
     """
 
@@ -187,8 +192,8 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
         if N > 1 and self.shapes is not None and self.wants_two:
             return self.shapes.row_mask(self._idx, N, self.left_padding)
-        if N == 1 and self.even and not return_array and kwargs.get("window_size") is None:
-            return None  # fused kernels for one token take no mask
+        if self.even and not return_array and kwargs.get("window_size") is None:
+            return None if N == 1 else "causal"  # fused kernels want no array
         stock: Any = super()
         return stock.make_mask(N, return_array=return_array, **kwargs)
 

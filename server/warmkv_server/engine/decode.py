@@ -44,15 +44,44 @@ class Decoder:
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
             self._roster.finish(sequence)
             return
-        group = next((g for g in self._roster.groups if g.fits(sequence, self._max_rows)), None)
-        if group is None:
-            group = Group()
+        group = self._group_for([sequence]) or Group()
         if not self._roster.groups:
             self.stepped = time.perf_counter()  # nobody has waited for a step before
         with self._roster.containing(sequence, *group.sequences):
             group.join(sequence)
             if group not in self._roster.groups:
                 self._roster.groups.append(group)
+
+    def begin_together(self, group: Group, choices: list[Choice | Exception]) -> None:
+        """Send the first tokens of a new group, and have it decode with others of its length.
+
+        Args:
+            choices: as `Group.prefill` gave them.
+        """
+        self._take(group, choices)
+        failed = []
+        for sequence in group.sequences:
+            sampled = sequence.sampled()
+            try:
+                self._emit(sequence, *sampled)
+                sequence.sent = True
+            except Exception:
+                self._roster.fail([sequence])
+                failed.append(sequence)
+        self._roster.flush()
+        if failed:
+            group.leave(failed)
+        if not self._roster.groups:
+            self.stepped = time.perf_counter()
+        other = self._group_for(group.sequences)
+        if other is None:
+            self._roster.groups.append(group)  # the next step lets go of it if it is empty
+            return
+        with self._roster.containing(*other.sequences, *group.sequences):
+            other.absorb(group)
+
+    def _group_for(self, sequences: list[Sequence]) -> Group | None:
+        return next((group for group in self._roster.groups if group.fits(sequences, self._max_rows)), None)
 
     def step(self) -> None:
         """Give each sequence a token, or one that is alone several."""

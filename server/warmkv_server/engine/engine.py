@@ -45,6 +45,8 @@ class EngineSettings:
         tenants: that share the engine. Where it is full, one that holds less than its equal share isn't refused.
         inflight_bytes: bytes that running sequences take, with all that is computed for them.
         prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
+        short_prompt: tokens of new agents' prompts up to which several are prefilled in one chunk; 0 for none, None for
+            what suits the device.
         max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
         speculate_tokens: most tokens guessed and checked in one step of a sequence that decodes alone; 0 for none.
     """
@@ -59,6 +61,7 @@ class EngineSettings:
     tenants: int = 1
     inflight_bytes: int = 8 << 30
     prefill_chunk: int = 0
+    short_prompt: int | None = None
     max_decode_gap_ms: int = 200
     speculate_tokens: int = 0
 
@@ -161,6 +164,7 @@ class Engine:
             self._relieve_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
+            short_prompt=settings.short_prompt,
             max_decode_gap=settings.max_decode_gap_ms / 1000,
             speculate_tokens=settings.speculate_tokens,
             inflight_bytes=settings.inflight_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 
 from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.sampling import Choice
-from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.sequence import Sequence, first_tokens
 
 PADDING = 0.25
 """The largest share of a group's rows times length that may be padding."""
@@ -27,15 +28,14 @@ class Group:
     _batched: bool = False
     _steps: int = 0
 
-    def fits(self, sequence: Sequence, max_rows: int) -> bool:
-        """Whether joining keeps the group within its rows and its padding."""
+    def fits(self, joining: Sequences[Sequence], max_rows: int) -> bool:
+        """Whether these can join and the group stays within its rows and its padding."""
+        rows = [*self.sequences, *joining]
         if not self.sequences:
             return True
-        if len(self.sequences) >= max_rows or not kinds.can_batch(sequence.caches):
+        if len(rows) > max_rows or not all(kinds.can_batch(sequence.caches) for sequence in joining):
             return False
-        lengths = [row.done for row in self.sequences] + [sequence.done]
-        longest = max(lengths)
-        return sum(longest - length for length in lengths) <= PADDING * longest * len(lengths)
+        return little_padding([row.done for row in rows])
 
     def join(self, sequence: Sequence) -> None:
         """Take a sequence over, with its caches and its first token, not yet fed. Nothing is quantised again.
@@ -46,6 +46,47 @@ class Group:
         self.sequences.append(sequence)
         if len(self.sequences) == 1:
             self._settle()
+
+    def absorb(self, other: Group) -> None:
+        """Take over all rows of another group that has just begun."""
+        for group in (self, other):
+            group.drain()
+            if not group._batched:
+                group.caches, group._batched = _merged([group.caches]), True
+        for mine, theirs in zip(self.caches, other.caches, strict=True):
+            mine.extend(theirs)
+        self.sequences += other.sequences
+        self._note_lengths()
+
+    def prefill(self, meanwhile: Callable[[], None]) -> list[Choice | Exception]:
+        """Compute what is left of every row's prompt in one chunk, and start choosing first tokens, as `launch` does.
+
+        For models all of whose caches can be cut: rows with fewer tokens left are padded behind their end.
+        """
+        self._settle()
+        loaded = self.sequences[0].loaded
+        prompts = [row.to_prefill[row.done : row.prefill_end] for row in self.sequences]
+        most = max(map(len, prompts))
+        if most:
+            shapes = loaded.cache_map.shapes
+            width = most if shapes is None else shapes.tokens(most)
+            loaded.model(mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]), cache=self.caches)
+            for leaf in kinds.leaves(self.caches):
+                if width > most:
+                    leaf.cut(width - most)
+                leaf.prepare(right_padding=[most - len(prompt) for prompt in prompts])
+                leaf.finalize()
+            pieces = loaded.cache_map.drain(self.caches, len(self.sequences))
+            words = [first_tokens(piece, len(prompt)) for piece, prompt in zip(pieces, prompts, strict=True)]
+            mx.eval(kinds.arrays(self.caches), [list(tensors.values()) for row in words for tensors in row.values()])
+            for row, grown in zip(self.sequences, words, strict=True):
+                if row.done < row.prefill_end:
+                    row.add_grown(grown)
+                    row.done = row.prefill_end
+            self._note_lengths()
+        for row in self.sequences:
+            row.pending, row.sent = Choice(mx.array([row.to_prefill[-1]])), True
+        return self.launch(meanwhile)
 
     def _settle(self) -> None:
         """Put the caches of those who joined to the others'."""
@@ -167,10 +208,17 @@ class Group:
         for row, sequence in enumerate(self.sequences):
             assert sequence.chooser is not None
             try:
-                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, fed[row]))
+                last = fed[row] if sequence.completion else None  # of the answer
+                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, last))
             except Exception as error:  # this row's alone: the step itself went well
                 choices.append(error)
         return choices
+
+
+def little_padding(lengths: Sequences[int]) -> bool:
+    """Whether a batch of rows of these lengths has no more padding than a group may have."""
+    longest = max(lengths)
+    return sum(longest - length for length in lengths) <= PADDING * longest * len(lengths)
 
 
 def _merged(rows: list[list[Any]]) -> list[Any]:

@@ -6,6 +6,7 @@ thread to another are evaluated.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -15,9 +16,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from warmkv_server.engine import cuda_codec, prefill
+from warmkv_server.engine import prefill
 from warmkv_server.engine.decode import Decoder
-from warmkv_server.engine.model import LoadedModel, default_prefill_chunk, limited, prepare_device
+from warmkv_server.engine.group import Group
+from warmkv_server.engine.memory import ran_out
+from warmkv_server.engine.model import (
+    LoadedModel,
+    default_prefill_chunk,
+    default_short_prompt,
+    default_smallest_chunk,
+    limited,
+    prepare_device,
+)
 from warmkv_server.engine.need import Needs
 from warmkv_server.engine.pace import Pace
 from warmkv_server.engine.roster import Deliver, Roster
@@ -27,6 +37,8 @@ from warmkv_server.engine.speculate import Speculator
 from warmkv_server.engine.types import EngineStats, Finish, Job, Progress, Started
 from warmkv_server.errors import Draining
 from warmkv_server.malloc import give_back
+
+log = logging.getLogger(__name__)
 
 REST_SECONDS = 30.0
 """Without work, after which memory that is kept for the next request goes back to the system."""
@@ -71,14 +83,14 @@ class StepLoop:
         *,
         max_batch: int,
         prefill_chunk: int,
+        short_prompt: int | None,
         max_decode_gap: float,
         inflight_bytes: int,
         speculate_tokens: int,
     ) -> None:
         self._load = load
-        # On a GPU of this kind reading the weights takes as long as some 250 tokens' products with them.
-        smallest = 256 if cuda_codec.is_available() else 16
-        self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap, smallest)
+        self._pace = Pace(prefill_chunk or default_prefill_chunk(), max_decode_gap, default_smallest_chunk())
+        self._short_prompt = default_short_prompt() if short_prompt is None else short_prompt
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._schedule = Schedule(max_batch, inflight_bytes)
         self._roster = Roster(self._schedule, deliver, relieve)
@@ -200,7 +212,7 @@ class StepLoop:
         run one after the other, and sequences of one length that came together decode together, without padding.
         """
         chunk = self._pace.chunk
-        if not any(waiting.prefill_end - waiting.done <= chunk for waiting in self._schedule.prefilling):
+        if not any(waiting.left <= chunk for waiting in self._schedule.prefilling):
             return True
         return time.perf_counter() - self._decoder.stepped + self._prefill_took > self._pace.gap
 
@@ -209,7 +221,12 @@ class StepLoop:
         if sequence is None:
             return
         began = time.perf_counter()
-        self._prefill_one(sequence)
+        tokens = self._pace.tokens(sequence.prefill_end, decoding=bool(self._roster.groups))
+        mates = self._schedule.mates(sequence, self._roster.running(), self._short_prompt, tokens)
+        if len(mates) == 1:
+            self._prefill_one(sequence)
+        else:
+            self._prefill_together(mates)
         self._prefill_took = time.perf_counter() - began
 
     def _prefill_one(self, sequence: Sequence) -> None:
@@ -229,6 +246,33 @@ class StepLoop:
             self._report(sequence)
             if sequence.pending is not None:
                 self._decoder.begin(sequence)
+
+    def _prefill_together(self, mates: list[Sequence]) -> None:
+        """Run the only chunk of these. If it fails, whosever fault that is, each is prefilled alone."""
+        for sequence in mates:
+            if sequence.opening is not None:
+                with self._roster.containing(sequence):
+                    self._open(sequence, sequence.opening)
+        if any(sequence.opening is not None for sequence in mates):
+            return  # one that can't begin; the others wait
+        with self._roster.containing(*mates):
+            group = Group()
+            for sequence in mates:
+                group.join(sequence)
+            try:
+                choices = group.prefill(self._roster.flush_soon)
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                log.warning("%d prompts can't be prefilled together (%s)", len(mates), type(error).__name__)
+                for sequence in mates:
+                    sequence.begin_apart()
+                return
+            for sequence in mates:
+                self._prefilled += sequence.done
+                self._schedule.prefilling.remove(sequence)
+                self._report(sequence)
+            self._decoder.begin_together(group, choices)
 
     def _open(self, sequence: Sequence, steps: Iterator[None]) -> bool:
         """Go on putting the reused prefix in place; at most for the gap while others decode. Whether it is done."""

@@ -6,20 +6,25 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 
 from warmkv_server.engine.fairness import FairLine
-from warmkv_server.engine.group import PADDING
+from warmkv_server.engine.group import PADDING, little_padding
 from warmkv_server.engine.need import Need
 from warmkv_server.engine.sequence import Sequence
 
 
-def together(needs: Sequences[Need]) -> int:
-    """Bytes that requests take at most while they run beside each other. Rows of a batch are padded to one length."""
+def together(needs: Sequences[Need], sharing: Sequences[Need] = ()) -> int:
+    """Bytes that requests take at most while they run beside each other. Rows of a batch are padded to one length.
+
+    Args:
+        sharing: of those among them whose prompts are prefilled in one chunk, for which they become a batch.
+    """
     if not needs:
         return 0
     alone = len(needs) == 1
     share = 1.0 if alone else 1 - PADDING
     copied = 0 if alone else sum(need.copied for need in needs)
     steps = max(need.step for need in needs)
-    return int(sum(need.held for need in needs) / share + max(copied / share, steps))
+    chunk = sum(need.step for need in sharing)
+    return int(sum(need.held for need in needs) / share + max(copied / share + chunk, steps))
 
 
 @dataclass
@@ -50,6 +55,31 @@ class Schedule:
         self.prefilling.append(self.waiting.take())
         return first
 
+    def mates(self, first: Sequence, running: Sequences[Sequence], most: int, tokens: int) -> list[Sequence]:
+        """`first`, and those whose prompts can be prefilled in one chunk with its own: new agents' short ones.
+
+        Args:
+            running: all that wait no longer.
+            most: tokens that each may have.
+            tokens: that the chunk may have, padding included.
+        """
+        found = [first]
+        if not _is_short(first, most):
+            return found
+        needs = [sequence.need for sequence in running]
+        for sequence in self.prefilling:
+            rows = [*found, sequence]
+            lengths = [row.prefill_end for row in rows]
+            if (
+                sequence is not first
+                and _is_short(sequence, most)
+                and len(rows) * max(lengths) <= tokens
+                and little_padding(lengths)
+                and together(needs, [row.need for row in rows]) <= self.budget
+            ):
+                found = rows
+        return found
+
     def pick(self) -> Sequence | None:
         """Whose prefill gets the next chunk.
 
@@ -61,4 +91,14 @@ class Schedule:
         self._turn += 1
         if self._turn % 2 == 0:
             return self.prefilling[0]
-        return min(self.prefilling, key=lambda sequence: sequence.prefill_end - sequence.done)
+        return min(self.prefilling, key=lambda sequence: sequence.left)
+
+
+def _is_short(sequence: Sequence, most: int) -> bool:
+    """Whether it has not begun, has so few tokens, and its caches can all be cut, and so padded."""
+    return (
+        sequence.wants_token
+        and sequence.left == sequence.prefill_end <= most
+        and not (sequence.apart or sequence.rewound)
+        and sequence.loaded.cache_map.can_be_cut
+    )

@@ -36,6 +36,7 @@ class Sequence:
         opening: what is left to do before the first chunk.
         sent: whether the pending token was sent out already.
         rewound: whether it has begun again, after memory ran out.
+        apart: whether it is prefilled alone, after a chunk failed that others had a part in.
         reported: tokens of the prompt that its client was told of.
         submitted: when it came, on `time.perf_counter`.
     """
@@ -52,6 +53,7 @@ class Sequence:
     pending: Choice | None = None
     sent: bool = False
     rewound: bool = False
+    apart: bool = False
     reported: int = -1
     submitted: float = 0.0
     chooser: Chooser | None = None
@@ -79,6 +81,11 @@ class Sequence:
     def prefill_end(self) -> int:
         """Tokens to prefill in chunks: all, or all but the last, whose logits choose the next token."""
         return len(self.to_prefill) - self.wants_token
+
+    @property
+    def left(self) -> int:
+        """Tokens to prefill in chunks that are neither computed nor reused."""
+        return self.prefill_end - (self.done if self.opening is None else self._reuse.length)
 
     def open(self) -> Iterator[None]:
         """Take memory and put what is there already in place, in steps."""
@@ -132,6 +139,12 @@ class Sequence:
         self._reuse, self.done = Reuse(end, tuple(spans)), end
         if self.chooser is not None:
             self.chooser.rewind(self.completion)
+
+    def begin_apart(self) -> None:
+        """Begin again, after a chunk failed that others had a part in."""
+        self.apart, self.caches, self.done, self.pending, self.sent = True, [], 0, None, False
+        self._grown = []
+        self.opening = self.open()
 
     def collect(self) -> None:
         """Take over what its own caches have logged. Lazy."""
@@ -216,9 +229,13 @@ class Sequence:
 def _cut(span: Span, end: int) -> Span:
     """The span up to a length of the context."""
     count = end - span.start
-    parts: dict[PartKind, Tensors] = {
+    return Span(span.start, count, first_tokens(span.parts, count))
+
+
+def first_tokens(parts: Mapping[PartKind, Tensors], count: int) -> dict[PartKind, Tensors]:
+    """Words of the first tokens; recurrent state is left out, since it can't be cut."""
+    return {
         kind: {name: array[:, :, :count] for name, array in tensors.items()}
-        for kind, tensors in span.parts.items()
+        for kind, tensors in parts.items()
         if kind is not PartKind.STATE
     }
-    return Span(span.start, count, parts)
