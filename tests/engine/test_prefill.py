@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
+import mlx.core as mx
 import pytest
 import pytest_asyncio
 
 from tests.engine.conftest import FolderOf
-from tests.engine.runs import CHUNK, after, become, counting, job_of, outcome, prompt_of, running
+from tests.engine.runs import CHUNK, Solo, after, become, counting, job_of, outcome, prompt_of, running
 from tests.engine.spans import grown
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.types import Answer, Job
@@ -71,3 +73,21 @@ async def test_rows_of_like_length_share_a_call(bench: Bench) -> None:
         await outcome(handle)
     rows = [rows for rows, tokens in bench.calls if tokens == 1]
     assert max(rows) == 3
+
+
+async def test_on_a_cpu_each_layer_is_under_way_while_the_next_is_described(
+    folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the device would wait for the whole description."""
+    loaded = Solo(folder_of("llama")).loaded
+    caches, begun = loaded.empty_caches(), []
+    begin: Any = mx.async_eval
+
+    def noted(*arrays: Any) -> None:
+        begun.append(arrays)
+        begin(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", noted)
+    logits = loaded.model(mx.array([[1, 2, 3]]), cache=caches)
+    assert len(begun) == len(caches)
+    mx.eval(logits)

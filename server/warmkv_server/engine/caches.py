@@ -68,7 +68,10 @@ class QuantiseFirst:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys, values = self.quantised(keys, values, keys.shape[-2])
         stock: StockCache = super()  # type: ignore[assignment]
-        return stock.update_and_fetch(keys, values)
+        fetched = stock.update_and_fetch(keys, values)
+        if _starts_early():
+            mx.async_eval(fetched)
+        return fetched
 
     def quantised(self, keys: mx.array, values: mx.array, kept: int) -> tuple[mx.array, mx.array]:
         """What attention reads of them. The first `kept` tokens are logged."""
