@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from typing import Any, cast
@@ -27,9 +28,13 @@ def alone(model: Any, prompt: mx.array) -> tuple[float, float]:
     return times[1] - times[0], statistics.median(gaps)
 
 
-def together(model: Any, prompts: list[list[int]]) -> tuple[float, float]:
-    """Median seconds of a step once all decode, and tokens a second of all from the first request to the last token."""
-    generator = BatchGenerator(model, max_tokens=TOKENS)
+def together(model: Any, prompts: list[list[int]], prefilled: int) -> tuple[float, float]:
+    """Median seconds of a step while all decode, if they ever do, and tokens a second of all, request to last token.
+
+    Args:
+        prefilled: prompts that are prefilled together, at most.
+    """
+    generator = BatchGenerator(model, max_tokens=TOKENS, prefill_batch_size=prefilled)
     began = time.perf_counter()
     generator.insert(prompts)
     steps: list[float] = []
@@ -41,7 +46,7 @@ def together(model: Any, prompts: list[list[int]]) -> tuple[float, float]:
             steps.append(time.perf_counter() - before)
         tokens += len(responses)
         done += sum(response.finish_reason is not None for response in responses)
-    return statistics.median(steps), tokens / (time.perf_counter() - began)
+    return statistics.median(steps) if steps else math.nan, tokens / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -49,6 +54,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 8192, 16384, 32768])
     parser.add_argument("--rows-up-to", type=int, default=16384, help="largest context for eight at once")
+    parser.add_argument("--prefilled", type=int, default=8, help="of the eight, prompts that are prefilled together")
     parser.add_argument("--runs-of-eight", type=int, default=2)
     options = parser.parse_args()
     model, config = random_model.build(options.shape)
@@ -63,7 +69,7 @@ def main() -> None:
             )
         if context <= options.rows_up_to:
             for run in range(1, options.runs_of_eight + 1):
-                step, rate = together(model, cast(list[list[int]], prompts[1:].tolist()))
+                step, rate = together(model, cast(list[list[int]], prompts[1:].tolist()), options.prefilled)
                 print(
                     f"{context:6} eight, run {run}: a step every {1e3 * step:6.2f} ms, {rate:6.1f} tokens/s in all",
                     flush=True,
