@@ -34,6 +34,18 @@ def test_the_chunk_is_halved_until_it_fits(seconds_a_token: float, tokens: int) 
     assert learned(Pace(256, gap=0.1), seconds_a_token).tokens(0, decoding=True) == tokens
 
 
+def test_what_short_chunks_take_is_no_reason_to_cut_long_ones() -> None:
+    """On a device where reading the weights takes as long as 256 tokens do."""
+    pace = Pace(2048, gap=0.2, smallest=256)
+    for _ in range(20):
+        pace.record(31, 1000, 0.015)
+    assert pace.predict(31, 1000) == pytest.approx(pace.predict(256, 1000))
+    assert pace.tokens(1000, decoding=True) == 2048
+    for _ in range(40):
+        pace.record(31, 1000, 0.5)
+    assert pace.tokens(1000, decoding=True) == 256
+
+
 def test_a_long_prefix_makes_chunks_smaller() -> None:
     pace = learned(Pace(256, gap=0.1), 1e-4, 1e-8)
     sizes = [pace.tokens(prefix, decoding=True) for prefix in (0, 20_000, 60_000, 200_000)]
