@@ -182,7 +182,7 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
         start, tokens = self._idx, keys.shape[-2]
         length = self.shapes.length(start + tokens)
         make_room(self, start, length, keys, values)
-        if tokens == 1:
+        if tokens != 2 or not self.wants_two:
             return super().update_and_fetch(keys, values)
         keys, values = self.quantised(keys, values, kept=1)
         stock: Any = self
@@ -193,7 +193,7 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
         return stock.keys[..., :length, :], stock.values[..., :length, :]
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
-        if N > 1 and self.shapes is not None and self.wants_two:
+        if N == 2 and self.shapes is not None and self.wants_two:
             return self.shapes.row_mask(self._idx, N, self.left_padding)
         if self.even and not return_array and kwargs.get("window_size") is None:
             return None if N == 1 else "causal"  # fused kernels want no array
