@@ -9,10 +9,10 @@ import pytest
 
 from tests.engine import families
 from tests.engine.folders import write_model
-from warmkv_server.engine.model import prepare_device
+from warmkv_server.engine.device import prepare
 
 # Tests run models on their own thread too.
-prepare_device()
+prepare()
 
 FolderOf = Callable[[str], Path]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from warmkv_server.engine import prefill
+from warmkv_server.engine.chunk import feed_last
 from warmkv_server.engine.group import Group
 from warmkv_server.engine.roster import Roster
 from warmkv_server.engine.sampling import Choice
@@ -40,7 +40,7 @@ class Decoder:
         sequence.sent = True
         self._roster.flush()
         if sequence.finish is not None:
-            prefill.feed_last(sequence)
+            feed_last(sequence)
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
             self._roster.finish(sequence)
             return

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters, load_model, load_tokenizer
 
 from warmkv_server import blas
-from warmkv_server.engine import cuda_codec, random_model
+from warmkv_server.engine import device, random_model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.cpu_modules import exchange_modules
 from warmkv_server.engine.layout import CacheMap, discover, empty_caches
@@ -91,57 +90,6 @@ class LoadedModel:
         return self.cache_map.empty_caches(self.model)
 
 
-def prepare_device() -> None:
-    """Settings of MLX for this process; before anything is loaded."""
-    if mx.default_device() == mx.cpu:
-        # On a CPU, mx.compile runs the system's C++ compiler at run time, which a fresh machine doesn't have.
-        mx.disable_compile()
-
-
-@contextmanager
-def limited(freed_bytes: int) -> Iterator[None]:
-    """Limits of MLX's memory for the block; afterwards they are as before, and what was kept is the system's again.
-
-    On Metal as much as the system recommends stays wired, so that weights and KV are not paged out between steps.
-
-    Args:
-        freed_bytes: of freed memory that may be kept for reuse, where MLX's own limit isn't lower.
-    """
-    wired = None
-    if mx.default_device() != mx.cpu and mx.metal.is_available():
-        wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    kept = mx.set_cache_limit(freed_bytes)
-    if kept < freed_bytes:
-        mx.set_cache_limit(kept)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(kept)
-        mx.clear_cache()
-        if wired is not None:
-            mx.set_wired_limit(wired)
-
-
-def default_prefill_chunk() -> int:
-    """Tokens of one prefill step that suit the device: on a CPU larger ones are slower, a GPU wants more at once."""
-    return 256 if mx.default_device() == mx.cpu else 2048
-
-
-def default_smallest_chunk() -> int:
-    """Tokens of the smallest chunk that is worth while where others wait for it: fewer take about as long."""
-    return 256 if cuda_codec.is_available() else 16
-
-
-def default_short_prompt() -> int:
-    """Tokens of new agents' prompts up to which several are prefilled in one chunk.
-
-    One after the other they take more time in all, but the first of them have their first tokens the sooner. What is
-    less on average depends on the device: on a CPU never the chunk, on CUDA, where short chunks cost the host's time,
-    always with up to 128 tokens. Metal was not measured.
-    """
-    return 128 if cuda_codec.is_available() else 0
-
-
 def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | None) -> LoadedModel:
     """Load a model and find out how its caches are kept.
 
@@ -159,7 +107,7 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
         tokenizer_folder = BUILT_IN / "tiny"
         # They are a function of the shape, the seed, MLX and the device. Hashing gigabytes would also leave them in
         # host memory, from where a CUDA device reads them at a fraction of its own memory's speed.
-        weights_digest = _digest_json([config, random_model.SEED, importlib.metadata.version("mlx"), _device()])
+        weights_digest = _digest_json([config, random_model.SEED, importlib.metadata.version("mlx"), device.describe()])
     else:
         model, config = _load_folder(folder)
         tokenizer_folder = folder
@@ -197,7 +145,7 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
         model_id=spec,
         kind=kind,
         weights_digest=weights_digest,
-        device=_device(),
+        device=device.describe(),
         blas=blas.describe() if on_cpu else "",
         context_limit=limit,
         vocab_size=vocab_size,
@@ -314,14 +262,6 @@ def _sampling_defaults(folder: Path | None) -> Sampling:
         min_p=said("min_p", 0.0),
         repetition_penalty=said("repetition_penalty", 1.0) or 1.0,
     )
-
-
-def _device() -> str:
-    if mx.default_device() == mx.cpu:
-        return "cpu"
-    name = str(mx.device_info().get("device_name", ""))
-    backend = "metal" if mx.metal.is_available() else "cuda"
-    return f"{backend} ({name})" if name else backend
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

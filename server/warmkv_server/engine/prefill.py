@@ -1,62 +1,142 @@
-"""Computing the KV of a prompt, a chunk at a time."""
+"""Prefilling: whose chunk comes next, how long it may be, and what follows when a prompt is computed."""
 
 from __future__ import annotations
 
-import mlx.core as mx
+import logging
+import time
+from collections.abc import Iterator
 
-from warmkv_server.engine import caches as kinds
+from warmkv_server.engine.chunk import choose_first, run_chunk
+from warmkv_server.engine.decode import Decoder
+from warmkv_server.engine.group import Group
+from warmkv_server.engine.memory import ran_out
+from warmkv_server.engine.pace import Pace
+from warmkv_server.engine.roster import Roster
 from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.types import Progress
+
+log = logging.getLogger(__name__)
 
 
-def next_boundary(sequence: Sequence, chunk: int) -> int:
-    """Where the next chunk ends.
+class Prefiller:
+    """Used on the MLX thread.
 
-    Chunks end at multiples of `chunk`, which is a multiple of the block size, at the lengths where a snapshot is
-    wanted, and at the end: never at a place that depends on where the reused prefix came from.
+    Args:
+        roster: has the schedule.
+        decoder: takes sequences over whose prompts are computed.
+        short_prompt: tokens of new agents' prompts up to which several are prefilled in one chunk.
+
+    Attributes:
+        pace: how many tokens a chunk may have.
+        prefilled: tokens that were computed.
     """
-    end = min((sequence.done // chunk + 1) * chunk, sequence.prefill_end)
-    wanted = [length for length in sequence.job.snapshot_at if sequence.done < length < end]
-    return min([end, *wanted])
 
+    def __init__(self, roster: Roster, decoder: Decoder, pace: Pace, short_prompt: int) -> None:
+        self._roster = roster
+        self._decoder = decoder
+        self.pace = pace
+        self._short_prompt = short_prompt
+        self.prefilled = 0
+        self._took = 0.0
+        self._planned: set[tuple[int, int]] = set()
 
-def run_chunk(sequence: Sequence, chunk: int) -> None:
-    """Compute one chunk. Its logits are never asked for, so they are never computed."""
-    end = next_boundary(sequence, chunk)
-    if end > sequence.done:
-        tokens = list(sequence.to_prefill[sequence.done : end])
+    def lets_decode(self) -> bool:
+        """Whether a step of decoding comes before the next chunk.
+
+        Not while somebody is one chunk away from a first token and those who decode can wait for it: short prefills
+        run one after the other, and sequences of one length that came together decode together, without padding.
+        """
+        chunk = self.pace.chunk
+        if not any(waiting.left <= chunk for waiting in self._roster.schedule.prefilling):
+            return True
+        return time.perf_counter() - self._decoder.stepped + self._took > self.pace.gap
+
+    def step(self) -> None:
+        """Run one chunk, of one sequence or of several, if anybody's prompt isn't computed."""
+        sequence = self._roster.schedule.pick()
+        if sequence is None:
+            return
+        began = time.perf_counter()
+        tokens = self.pace.tokens(sequence.prefill_end, decoding=bool(self._roster.groups))
+        mates = self._roster.schedule.mates(sequence, self._roster.running(), self._short_prompt, tokens)
+        if len(mates) == 1:
+            self._run_one(sequence)
+        else:
+            self._run_together(mates)
+        self._took = time.perf_counter() - began
+
+    def _run_one(self, sequence: Sequence) -> None:
+        with self._roster.containing(sequence):
+            if sequence.opening is not None and not self._open(sequence, sequence.opening):
+                return
+            before = sequence.done
+            self._run_chunk(sequence)
+            if sequence.done >= sequence.prefill_end:
+                self._roster.schedule.prefilling.remove(sequence)
+                if not sequence.wants_token:
+                    self.prefilled += sequence.done - before
+                    self._roster.finish(sequence)
+                    return
+                choose_first(sequence)
+            self.prefilled += sequence.done - before
+            self._report(sequence)
+            if sequence.pending is not None:
+                self._decoder.begin(sequence)
+
+    def _run_together(self, mates: list[Sequence]) -> None:
+        """Run the only chunk of these. If it fails, whosever fault that is, each is prefilled alone."""
+        for sequence in mates:
+            if sequence.opening is not None:
+                with self._roster.containing(sequence):
+                    self._open(sequence, sequence.opening)
+        if any(sequence.opening is not None for sequence in mates):
+            return  # one that can't begin; the others wait
+        with self._roster.containing(*mates):
+            group = Group()
+            for sequence in mates:
+                group.join(sequence)
+            try:
+                choices = group.prefill(self._roster.flush_soon)
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                log.warning("%d prompts can't be prefilled together (%s)", len(mates), type(error).__name__)
+                for sequence in mates:
+                    sequence.begin_apart()
+                return
+            for sequence in mates:
+                self.prefilled += sequence.done
+                self._roster.schedule.prefilling.remove(sequence)
+                self._report(sequence)
+            self._decoder.begin_together(group, choices)
+
+    def _open(self, sequence: Sequence, steps: Iterator[None]) -> bool:
+        """Go on putting the reused prefix in place; at most for the gap while others decode. Whether it is done."""
+        began = time.perf_counter()
+        for _ in steps:
+            if self._roster.groups and time.perf_counter() - began > self.pace.gap / 2:
+                return False
+        sequence.opening = None
+        self._report(sequence)
+        return True
+
+    def _report(self, sequence: Sequence) -> None:
+        """Tell how far the prompt is, where it is farther than before."""
+        done = min(sequence.done, sequence.prompt_length)
+        if done > sequence.reported:
+            sequence.reported = done
+            self._roster.send(sequence.ident, Progress(done, sequence.prompt_length))
+
+    def _run_chunk(self, sequence: Sequence) -> None:
+        prefix, began = sequence.done, time.perf_counter()
+        run_chunk(sequence, self.pace.tokens(prefix, decoding=bool(self._roster.groups)))
+        if sequence.done > prefix and not self._is_new_shape(sequence, prefix):
+            self.pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
+
+    def _is_new_shape(self, sequence: Sequence, prefix: int) -> bool:
+        """Whether attention was planned for the chunk behind this prefix: what that took says nothing of the next."""
         shapes = sequence.loaded.cache_map.shapes
-        padding = 0 if shapes is None else shapes.tokens(len(tokens)) - len(tokens)
-        sequence.loaded.model(mx.array([tokens + padding * tokens[-1:]]), cache=sequence.caches)
-        if padding:
-            for leaf in kinds.leaves(sequence.caches):
-                leaf.cut(padding)
-        mx.eval(kinds.arrays(sequence.caches))
-        sequence.done = end
-        sequence.collect()
-        if end == sequence.prefill_end or end in sequence.job.snapshot_at:
-            sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
-
-
-def choose_first(sequence: Sequence) -> None:
-    """Feed the last token, alone, and sample the first token of the answer, or the next one, from its logits."""
-    assert sequence.chooser is not None
-    last = sequence.to_prefill[-1]
-    logits = _step(sequence, last)
-    fed = mx.array([last]) if sequence.completion else None
-    sequence.pending = sequence.chooser.choose(logits[:, -1], sequence.done, fed)
-    mx.eval(sequence.pending.arrays)
-    sequence.collect()
-
-
-def feed_last(sequence: Sequence) -> None:
-    """Compute the KV of the last token of the answer."""
-    _step(sequence, sequence.completion[-1])
-    mx.eval(kinds.arrays(sequence.caches))
-    sequence.collect()
-
-
-def _step(sequence: Sequence, token: int) -> mx.array:
-    """One step of a sequence that has its own caches: its logits, (1, 1, vocabulary), lazy."""
-    logits: mx.array = sequence.loaded.model(mx.array([[token]]), cache=sequence.caches)
-    sequence.done += 1
-    return logits
+        if shapes is None or (shape := shapes.chunk(prefix, sequence.done)) in self._planned:
+            return False
+        self._planned.add(shape)
+        return True

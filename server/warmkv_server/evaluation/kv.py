@@ -15,11 +15,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from warmkv_server.engine import device
 from warmkv_server.engine import model as models
+from warmkv_server.engine.chunk import run_chunk
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.layout import discover
 from warmkv_server.engine.need import Need
-from warmkv_server.engine.prefill import run_chunk
 from warmkv_server.engine.sequence import Sequence as Running
 from warmkv_server.engine.text import Text
 from warmkv_server.engine.types import Job
@@ -79,7 +80,7 @@ async def evaluate(
         windows: texts for each context length.
         scored: tokens scored behind each context.
     """
-    models.prepare_device()
+    device.prepare()
     plain = models.load(spec, adapter=None, codec=Codec(bits=0), context_limit=None)
     text = Text(plain.tokenizer, plain.info.vocab_size)
     for context in contexts:

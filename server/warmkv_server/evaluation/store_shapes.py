@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from warmkv_server.engine import device
 from warmkv_server.engine import model as models
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.layout import CacheMap, discover
@@ -85,7 +86,7 @@ def shape_of(name: str, group_size: int = 64) -> Shape:
     Raises:
         OperatorError: there is no such shape.
     """
-    models.prepare_device()
+    device.prepare()
     codec = Codec(4, group_size)
     if name == BUILTIN:
         loaded = models.load(BUILTIN, adapter=None, codec=codec, context_limit=None)

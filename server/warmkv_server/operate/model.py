@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from warmkv_server.config import Settings
+from warmkv_server.engine import device
 from warmkv_server.engine import model as models
 from warmkv_server.engine.codec import Codec
 from warmkv_server.kv import blockfile
@@ -17,7 +18,7 @@ def load(settings: Settings) -> tuple[Fingerprint, Specs]:
     Raises:
         OperatorError
     """
-    models.prepare_device()
+    device.prepare()
     codec = Codec(settings.kv_bits, settings.kv_group_size)
     info = models.load(settings.model, adapter=settings.adapter, codec=codec, context_limit=None).info
     specs = {kind: blockfile.ordered(info.layout.of_kind(kind)) for kind in PartKind}
