@@ -75,8 +75,9 @@ async def test_rows_of_like_length_share_a_call(bench: Bench) -> None:
     assert max(rows) == 3
 
 
-async def test_on_a_cpu_each_layer_is_under_way_while_the_next_is_described(
-    folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tokens", "early"), [([1], True), ([1, 2, 3], False)])
+async def test_on_a_cpu_each_layer_of_a_step_is_under_way_while_the_next_is_described(
+    tokens: list[int], early: bool, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the device would wait for the whole description."""
     loaded = Solo(folder_of("llama")).loaded
@@ -88,6 +89,6 @@ async def test_on_a_cpu_each_layer_is_under_way_while_the_next_is_described(
         begin(*arrays)
 
     monkeypatch.setattr(mx, "async_eval", noted)
-    logits = loaded.model(mx.array([[1, 2, 3]]), cache=caches)
-    assert len(begun) == len(caches)
+    logits = loaded.model(mx.array([tokens]), cache=caches)
+    assert len(begun) == (len(caches) if early else 0)
     mx.eval(logits)

@@ -10,7 +10,6 @@ Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be c
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
@@ -69,7 +68,7 @@ class QuantiseFirst:
         keys, values = self.quantised(keys, values, keys.shape[-2])
         stock: StockCache = super()  # type: ignore[assignment]
         fetched = stock.update_and_fetch(keys, values)
-        if _starts_early():
+        if _starts_early(rows=keys.shape[0], tokens=keys.shape[-2]):
             mx.async_eval(fetched)
         return fetched
 
@@ -279,14 +278,14 @@ def quantise_first(cache: Any, codec: Codec, shapes: FewShapes | None = None) ->
     return kept
 
 
-@functools.cache
-def _starts_early() -> bool:
+def _starts_early(rows: int, tokens: int) -> bool:
     """Whether each layer is computed while Python describes the next one.
 
-    MLX hands few operations to a CPU beyond the one that it works on; without this it would stand still while a step,
-    of one token above all, is described. On a GPU the host is ahead anyway.
+    MLX hands few operations to a CPU beyond the one that it works on, so that it would stand still while a step of one
+    token is described, for a third of the time. Larger products want all cores, and Python's would be missing there; a
+    GPU is kept busy anyway.
     """
-    return bool(mx.default_device() == mx.cpu)
+    return rows == tokens == 1 and bool(mx.default_device() == mx.cpu)
 
 
 def leaves(caches: Sequence[Any]) -> Iterator[Any]:
