@@ -140,11 +140,6 @@ class AppendCache(QuantiseFirst, KVCache):
 
     @classmethod
     def merge(cls, caches: Sequence[AppendCache]) -> BatchAppendCache:
-        if not any(cache.offset for cache in caches):  # of which mlx-lm makes one of its own class
-            batch = BatchAppendCache([0] * len(caches))
-            batch.record_with(caches[0].codec)
-            batch.shapes = caches[0].shapes
-            return batch
         return BatchAppendCache.of(caches)
 
     def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
@@ -166,7 +161,11 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Self:
-        batch = super().of(rows)
+        if any(row.offset for row in rows):
+            batch = super().of(rows)
+        else:  # of empty ones mlx-lm makes a batch of its own class
+            batch = cls([0] * len(rows))
+            batch.record_with(rows[0].codec)
         batch.shapes = rows[0].shapes
         return batch
 
