@@ -17,11 +17,15 @@ from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.engine import Engine, EngineSettings, Handle
 from warmkv_server.engine.layout import empty_caches
+from warmkv_server.engine.shapes import FewShapes
 from warmkv_server.engine.types import Answer, Delta, Event, Finished, Job, Logprobs
 from warmkv_server.kv.types import Growth, Reuse, Span
 
 CHUNK = 32
 """Tokens of a prefill chunk in these tests; smaller than any operator's, so that short prompts have several."""
+
+FEW_SHAPES = FewShapes(mx.float32, step=64, fine=16, smallest=8, long=48)
+"""Those of attention that a test has a CPU take: small, so that short prompts are padded and cross several steps."""
 
 TOLERANCE = 1e-2
 """How far batching and other chunks may move a logit of the models here, in 32 bits: rounding, mostly where it turns a
@@ -97,6 +101,16 @@ class Outcome:
 async def outcome(handle: Handle) -> Outcome:
     """Read it to its end."""
     return Outcome([event async for event in handle])
+
+
+async def begun(handle: Handle, count: int = 1) -> Handle:
+    """Read so many tokens of it."""
+    deltas = 0
+    async for event in handle:
+        deltas += isinstance(event, Delta)
+        if deltas == count:
+            break
+    return handle
 
 
 async def outcomes(engine: Engine, jobs: Sequence[Job]) -> list[Outcome]:

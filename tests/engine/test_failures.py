@@ -18,10 +18,10 @@ from tests.engine import families
 from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.folders import write_model
-from tests.engine.runs import Outcome, Solo, after, become, check_greedy, job_of, outcome, prompt_of, running
+from tests.engine.runs import Outcome, Solo, after, become, begun, check_greedy, job_of, outcome, prompt_of, running
 from warmkv_server.engine import group, sampling
 from warmkv_server.engine.engine import Engine, Handle
-from warmkv_server.engine.types import Answer, Delta, Job, Sampling
+from warmkv_server.engine.types import Answer, Job, Sampling
 from warmkv_server.errors import EngineError
 from warmkv_server.kv.types import Span
 
@@ -62,16 +62,6 @@ async def fails(handle: Handle, caplog: pytest.LogCaptureFixture) -> str:
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
     return error.error_id
-
-
-async def begun(handle: Handle, count: int = 1) -> Handle:
-    """Read so many tokens of it."""
-    deltas = 0
-    async for event in handle:
-        deltas += isinstance(event, Delta)
-        if deltas == count:
-            break
-    return handle
 
 
 async def still_works(engine: Engine, solo: Solo) -> None:

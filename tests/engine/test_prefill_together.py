@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import (
+    FEW_SHAPES,
     Outcome,
     Solo,
     become,
+    begun,
     check_greedy,
     check_growth,
     job_of,
@@ -29,7 +33,7 @@ from tests.engine.runs import (
 from warmkv_server.engine import layout
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.shapes import FewShapes
-from warmkv_server.engine.types import Delta, Job, Sampling
+from warmkv_server.engine.types import Job, Sampling
 from warmkv_server.errors import EngineError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -42,8 +46,6 @@ LENGTHY = 9
 
 SHORT = 15
 """Tokens of the longest short prompt, all but its last token."""
-
-SHAPES = FewShapes(mx.float32, step=64, fine=16, smallest=8, long=48)
 
 CHUNK = 128
 """Room for eight of them."""
@@ -83,8 +85,9 @@ class Bench:
         return [(rows, tokens) for rows, tokens in self.calls if rows > 1 and tokens > 1]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[None, SHAPES], ids=["any shapes", "few shapes"])
-async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIterator[Bench]:
+@asynccontextmanager
+async def watched(folder: Path, shapes: FewShapes | None, short_prompt: int) -> AsyncIterator[Bench]:
+    """Such an engine."""
     found: list[Bench] = []
 
     def subclass(real: type[Any]) -> type[Any]:
@@ -108,12 +111,18 @@ async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIte
         return type("Watched", (real,), {"__call__": call})
 
     with pytest.MonkeyPatch.context() as patch:
-        solo = Solo(folder_of("llama"))
-        patch.setattr(layout, "few_shapes", lambda *_: request.param)
+        solo = Solo(folder)
+        patch.setattr(layout, "few_shapes", lambda *_: shapes)
         become(patch, subclass)
-        async with running(folder_of("llama"), max_batch=8, prefill_chunk=CHUNK, short_prompt=SHORT) as engine:
+        async with running(folder, max_batch=8, prefill_chunk=CHUNK, short_prompt=short_prompt) as engine:
             found.append(Bench(engine, solo))
             yield found[0]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[None, FEW_SHAPES], ids=["any", "few"])
+async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIterator[Bench]:
+    async with watched(folder_of("llama"), request.param, SHORT) as bench:
+        yield bench
 
 
 @settings(max_examples=10, deadline=None)
@@ -132,7 +141,7 @@ async def test_answers_are_those_of_running_alone(bench: Bench, lengths: list[in
 
 async def test_they_take_one_chunk_and_one_step(bench: Bench) -> None:
     await bench.outcomes([job_of(prompt_of(length, length), 3) for length in (14, 15, 16)])
-    assert bench.joint in ([(3, 15)], [(3, SHAPES.tokens(15))])
+    assert bench.joint in ([(3, 15)], [(3, FEW_SHAPES.tokens(15))])
     assert {rows for rows, tokens in bench.calls if rows * tokens <= 3} == {3}
 
 
@@ -164,8 +173,7 @@ async def test_sampling_is_that_of_running_alone(bench: Bench, sampling: Samplin
 
 
 async def test_they_join_those_that_decode_already(bench: Bench) -> None:
-    beside = bench.engine.submit(job_of(prompt_of(16), 400))
-    await anext(tokens_of(beside))
+    beside = await begun(bench.engine.submit(job_of(prompt_of(16), 400)))
     got = await bench.outcomes([job_of(prompt_of(length, length), 5) for length in (14, 15)])
     for length, each in zip((14, 15), got, strict=True):
         check_greedy(each.tokens, bench.solo.answer(prompt_of(length, length), 5))
@@ -213,7 +221,7 @@ async def test_memory_that_runs_out_in_a_joint_chunk(bench: Bench) -> None:
 async def test_one_of_them_is_cancelled(bench: Bench) -> None:
     prompts = [prompt_of(12, seed) for seed in range(3)]
     handles = await bench.together([job_of(prompt, 60) for prompt in prompts])
-    await anext(tokens_of(handles[1]))
+    await begun(handles[1])
     handles[1].cancel()
     finished = (await outcome(handles[1])).finished
     check_growth(finished.growth, 0, 12 + len(finished.completion))
@@ -221,8 +229,18 @@ async def test_one_of_them_is_cancelled(bench: Bench) -> None:
         check_greedy((await outcome(handles[number])).tokens, bench.solo.answer(prompts[number], 60))
 
 
-async def tokens_of(handle: Handle) -> AsyncIterator[int]:
-    async for event in handle:
-        if isinstance(event, Delta):
-            for token in event.token_ids:
-                yield token
+async def test_all_of_them_fail_beside_one_that_decodes(bench: Bench) -> None:
+    """It goes on."""
+    beside = await begun(bench.engine.submit(job_of(prompt_of(16), 200)))
+    broken = [job_of(prompt_of(14 + n), 4, sampling=Sampling(temperature=1.0, min_p=7.0)) for n in range(2)]
+    for handle in await bench.together(broken):
+        with pytest.raises(EngineError):
+            await outcome(handle)
+    assert bench.joint
+    assert len((await outcome(beside)).finished.completion) == 200
+
+
+async def test_where_none_is_short_not_even_single_tokens_share_a_step_before_their_first(folder_of: FolderOf) -> None:
+    async with watched(folder_of("llama"), None, 0) as bench:
+        await bench.outcomes([job_of(prompt_of(1, seed), 3) for seed in range(3)])
+        assert [rows for rows, _ in bench.calls[:3]] == [1, 1, 1]

@@ -14,6 +14,7 @@ from tests.engine import families
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import (
     CHUNK,
+    FEW_SHAPES,
     Solo,
     after,
     become,
@@ -37,9 +38,6 @@ from warmkv_server.engine.shapes import FewShapes
 from warmkv_server.engine.types import Answer, Job
 from warmkv_server.kv.types import TOKEN_AXIS, Growth, PartKind
 
-SHAPES = FewShapes(mx.float32, step=64, fine=16, smallest=8, long=48)
-"""Small, so that short prompts are padded and cross several steps."""
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def few(folder_of: FolderOf) -> AsyncIterator[tuple[Engine, Solo, list[tuple[int, int]]]]:
@@ -47,7 +45,7 @@ async def few(folder_of: FolderOf) -> AsyncIterator[tuple[Engine, Solo, list[tup
     solo = Solo(folder_of("llama"))
     calls: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "few_shapes", lambda *_: SHAPES)
+        patch.setattr(layout, "few_shapes", lambda *_: FEW_SHAPES)
         become(patch, counting(calls))
         async with running(folder_of("llama"), max_decode_gap_ms=60_000) as engine:
             yield engine, solo, calls
@@ -146,16 +144,16 @@ def test_caches_never_have_more_room_than_was_foreseen(held: int, new: int) -> N
 
 
 def test_a_mask_hides_what_comes_later_and_what_is_behind_the_end() -> None:
-    seen = SHAPES.mask(20, 16)
+    seen = FEW_SHAPES.mask(20, 16)
     assert seen is not None
     assert seen.shape == (16, 64)
     for token in range(16):
         assert (seen[token] == 0).tolist() == [at <= 20 + token for at in range(64)]
-    assert SHAPES.mask(48, 16) is None
+    assert FEW_SHAPES.mask(48, 16) is None
 
 
 def test_capacities_are_what_was_asked_for() -> None:
-    cache = kinds.AppendCache(Codec(), SHAPES)
+    cache = kinds.AppendCache(Codec(), FEW_SHAPES)
     # Up to `long` not a multiple of 256, and else one of the step.
     for tokens, read, capacity in ((5, 64, 64), (59, 64, 64), (1, 65, 128), (300, 384, 384)):
         keys, _ = cache.update_and_fetch(*2 * [mx.ones((1, 1, tokens, 64))])
@@ -170,4 +168,4 @@ def test_capacities_are_what_was_asked_for() -> None:
     ("family", "taken"), [("llama", True), ("qwen3", True), ("qwen3_moe", True), ("deepseek_v3", False)]
 )
 def test_a_model_is_tried_before_it_is_given_masks_of_numbers(family: str, taken: bool) -> None:
-    assert takes(families.build(family), SHAPES) is taken
+    assert takes(families.build(family), FEW_SHAPES) is taken

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from warmkv_server.engine.chunk import feed_last
 from warmkv_server.engine.group import Group
@@ -59,23 +61,22 @@ class Decoder:
             choices: as `Group.prefill` gave them.
         """
         self._take(group, choices)
-        failed = []
+        failed: list[Sequence] = []
         for sequence in group.sequences:
             sampled = sequence.sampled()
-            try:
+            with self._failing_alone(sequence, failed):
                 self._emit(sequence, *sampled)
                 sequence.sent = True
-            except Exception:
-                self._roster.fail([sequence])
-                failed.append(sequence)
         self._roster.flush()
         if failed:
             group.leave(failed)
+        if not group.sequences:
+            return
         if not self._roster.groups:
             self.stepped = time.perf_counter()
         other = self._group_for(group.sequences)
         if other is None:
-            self._roster.groups.append(group)  # the next step lets go of it if it is empty
+            self._roster.groups.append(group)
             return
         with self._roster.containing(*other.sequences, *group.sequences):
             other.absorb(group)
@@ -113,14 +114,12 @@ class Decoder:
         failed: list[Sequence] = []
         for sequence, choice in zip(group.sequences, choices, strict=True):
             sampled = None if sequence.sent else sequence.sampled()
-            try:
+            with self._failing_alone(sequence, failed):
                 if sampled is not None:
                     self._emit(sequence, *sampled)
                 if sequence.finish is None and isinstance(choice, Exception):
                     raise choice
-            except Exception:  # of its own text or sampling: the others' step went well
-                self._roster.fail([sequence])
-                failed.append(sequence)
+            if sequence in failed:
                 continue
             sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
             if sequence.finish is not None:
@@ -132,6 +131,19 @@ class Decoder:
         for sequence in leaving:
             with self._roster.containing(sequence):
                 self._roster.finish(sequence)
+
+    @contextmanager
+    def _failing_alone(self, sequence: Sequence, failed: list[Sequence]) -> Iterator[None]:
+        """Let an exception of a row's own text or sampling end that row: the others' step went well.
+
+        Args:
+            failed: it is added to these.
+        """
+        try:
+            yield
+        except Exception:
+            self._roster.fail([sequence])
+            failed.append(sequence)
 
     def _speculate(self, speculator: Speculator) -> bool:
         """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""

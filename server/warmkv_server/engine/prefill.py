@@ -24,7 +24,7 @@ class Prefiller:
     Args:
         roster: has the schedule.
         decoder: takes sequences over whose prompts are computed.
-        short_prompt: tokens of new agents' prompts up to which several are prefilled in one chunk.
+        short_prompt: tokens of new agents' prompts up to which several are prefilled in one chunk; 0 for none.
 
     Attributes:
         pace: how many tokens a chunk may have.
@@ -57,13 +57,16 @@ class Prefiller:
         if sequence is None:
             return
         began = time.perf_counter()
-        tokens = self.pace.tokens(sequence.prefill_end, decoding=bool(self._roster.groups))
-        mates = self._roster.schedule.mates(sequence, self._roster.running(), self._short_prompt, tokens)
+        mates = self._mates(sequence) if self._short_prompt else [sequence]
         if len(mates) == 1:
             self._run_one(sequence)
         else:
             self._run_together(mates)
         self._took = time.perf_counter() - began
+
+    def _mates(self, sequence: Sequence) -> list[Sequence]:
+        tokens = self.pace.tokens(sequence.prefill_end, decoding=bool(self._roster.groups))
+        return self._roster.schedule.mates(sequence, self._roster.running(), self._short_prompt, tokens)
 
     def _run_one(self, sequence: Sequence) -> None:
         with self._roster.containing(sequence):
