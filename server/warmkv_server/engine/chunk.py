@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.sequence import Sequence
+from warmkv_server.engine.shapes import feed
 
 
 def next_boundary(sequence: Sequence, chunk: int) -> int:
@@ -23,13 +24,8 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
     """Compute one chunk. Its logits are never asked for, so they are never computed."""
     end = next_boundary(sequence, chunk)
     if end > sequence.done:
-        tokens = list(sequence.to_prefill[sequence.done : end])
-        shapes = sequence.loaded.cache_map.shapes
-        padding = 0 if shapes is None else shapes.tokens(len(tokens)) - len(tokens)
-        sequence.loaded.model(mx.array([tokens + padding * tokens[-1:]]), cache=sequence.caches)
-        if padding:
-            for leaf in kinds.leaves(sequence.caches):
-                leaf.cut(padding)
+        loaded, tokens = sequence.loaded, sequence.to_prefill[sequence.done : end]
+        feed(loaded.model, sequence.caches, [tokens], loaded.cache_map.shapes)
         mx.eval(kinds.arrays(sequence.caches))
         sequence.done = end
         sequence.collect()

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from warmkv_server.engine import caches as kinds
 from warmkv_server.engine import cuda_codec
 from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.shapes import FewShapes
+from warmkv_server.engine.shapes import FewShapes, feed
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,7 @@ def _tried(model: Any, shapes: FewShapes | None) -> tuple[mx.array, mx.array]:
     own = []
     for tokens in (_LONGER, _SHORTER):
         caches = [kinds.quantise_first(cache, Codec(bits=0), shapes) for cache in make_prompt_cache(model)]
-        padding = 0 if shapes is None else shapes.tokens(tokens) - tokens
-        chunk = mx.arange(1, tokens + padding + 1)[None]
-        logits = model(chunk, cache=caches)[:, :tokens]
-        if padding:
-            for cache in caches:
-                cache.cut(padding)
-        own.append((caches, logits))
+        own.append((caches, feed(model, caches, [range(1, tokens + 1)], shapes)[:, :tokens]))
     rows = [type(pair[0]).merge(list(pair)) for pair in zip(own[0][0], own[1][0], strict=True)]
     two = rows[0].wants_two
     step = model(mx.full((2, 2 if two else 1), 1), cache=rows)[:, 0]

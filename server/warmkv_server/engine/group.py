@@ -12,6 +12,7 @@ import mlx.core as mx
 from warmkv_server.engine import caches as kinds
 from warmkv_server.engine.sampling import Choice
 from warmkv_server.engine.sequence import Sequence, first_tokens
+from warmkv_server.engine.shapes import feed
 
 PADDING = 0.25
 """The largest share of a group's rows times length that may be padding."""
@@ -68,12 +69,8 @@ class Group:
         prompts = [row.to_prefill[row.done : row.prefill_end] for row in self.sequences]
         most = max(map(len, prompts))
         if most:
-            shapes = loaded.cache_map.shapes
-            width = most if shapes is None else shapes.tokens(most)
-            loaded.model(mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]), cache=self.caches)
+            feed(loaded.model, self.caches, prompts, loaded.cache_map.shapes)
             for leaf in kinds.leaves(self.caches):
-                if width > most:
-                    leaf.cut(width - most)
                 leaf.prepare(right_padding=[most - len(prompt) for prompt in prompts])
                 leaf.finalize()
             pieces = loaded.cache_map.drain(self.caches, len(self.sequences))

@@ -44,7 +44,7 @@ class Need:
     Attributes:
         held: from its start to its end: the caches that attention reads, and words beside them.
         copied: besides, for its rows in a batch, whenever the batch is put together anew.
-        step: besides, while it is prefilled or ends. Only one request at a time is.
+        step: besides, while it is prefilled or ends. Only one request at a time is, or those that share a chunk.
     """
 
     held: int

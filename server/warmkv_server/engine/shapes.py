@@ -9,6 +9,7 @@ Nothing here looks at where a context came from: lengths are functions of positi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,23 @@ class FewShapes:
 
     def _numbers(self, seen: mx.array) -> mx.array:
         return mx.where(seen, mx.array(0, self.dtype), mx.array(-mx.inf, self.dtype))
+
+
+def feed(model: Any, caches: Sequence[Any], prompts: Sequence[Sequence[int]], shapes: FewShapes | None) -> mx.array:
+    """Run a chunk of each row's tokens, and forget what it was padded with beyond the longest row's.
+
+    Args:
+        shapes: those that attention is to be given, for caches that can all be cut; None where any will do.
+
+    Returns the logits, lazy, of all that was fed.
+    """
+    most = max(map(len, prompts))
+    padded = most if shapes is None else shapes.tokens(most)
+    logits: mx.array = model(mx.array([[*row, *[0] * (padded - len(row))] for row in prompts]), cache=caches)
+    if padded > most:
+        for cache in caches:
+            cache.cut(padded - most)
+    return logits
 
 
 def make_room(cache: Any, held: int, length: int, keys: mx.array, values: mx.array) -> None:
