@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test clients bench-clock lint style types rooms stubs check-stubs proto-lint lock clean
+.PHONY: help setup serve test hostile clients bench-clock lint style types rooms stubs check-stubs proto-lint lock clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -35,6 +35,9 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(BIN)/pytest $(ARGS)
+
+hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
+	@$(BIN)/pytest tests/hostile $(ARGS)
 
 clients: setup ## Run the Go and Node clients and the README's grpcurl lines against a server (needs Go and Node)
 	$(BIN)/python tests/clients/run.py
