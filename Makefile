@@ -77,7 +77,7 @@ compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extr
 clean: ## Remove .venv, caches and what was built
 	rm -rf .venv build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find stubs server bench tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find stubs server bench evaluation training tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@

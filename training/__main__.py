@@ -1,4 +1,4 @@
-"""`python -m warmkv_server.models.tiny.training STEP --work DIR`: the steps that make the model, in this order.
+"""`python -m training STEP --work DIR`: the steps that make the model, in this order.
 
 fetch       download the packages that the text comes from (Debian and npm clients)
 collect     gather text and facts from them into DIR/collection.json.xz
@@ -19,11 +19,9 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from . import collect, prepare, recipe, sources, tokenizer
+from . import MODEL, collect, prepare, recipe, sources, tokenizer
 from .shape import Shape
 from .talks import Talks
-
-_MODEL = Path(__file__).parent.parent
 
 
 def main() -> None:
@@ -34,7 +32,7 @@ def main() -> None:
     parser.add_argument("step", choices=["fetch", "collect", "tokenizer", "prepare", "basis", "finish"])
     parser.add_argument("--work", type=Path, required=True, help="folder for what is downloaded and made on the way")
     parser.add_argument("--tokens", type=int, help="tokens to train on (default: as the shipped weights)")
-    parser.add_argument("--out", type=Path, default=_MODEL, help="the model's folder (default: this one)")
+    parser.add_argument("--out", type=Path, default=MODEL, help="the model's folder (default: the built-in one)")
     given = parser.parse_args()
     collection, streams, first = (given.work / name for name in ("collection.json.xz", "streams", "basis.safetensors"))
     tokens = [given.tokens] if given.tokens else []

@@ -1,4 +1,4 @@
-"""The figures of the model card: `python -m warmkv_server.models.tiny.training.evaluate WHAT [--work DIR]`.
+"""The figures of the model card: `python -m training.evaluate WHAT [--work DIR]`.
 
 losses      held-out bits per byte, beside a trigram model, gzip -9 and xz -9   (needs the streams in DIR)
 positions   held-out loss by position to 32,768                                (needs the streams in DIR)
@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from . import collect
+from . import MODEL, collect
 from .documents import Document
-from .model_io import MODEL, read_model, token_losses
+from .model_io import read_model, token_losses
 from .prepare import Tokens, encode_talk, load
 from .talks import Talks
 from .tokenizer import BOS_ID, END_ID

@@ -13,7 +13,8 @@ from mlx.utils import tree_map
 from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
 
-MODEL = Path(__file__).parent.parent
+from . import MODEL
+
 _CHUNK = 512  # tokens computed at once
 
 

@@ -1,1 +1,1 @@
-"""What quantising the KV costs in quality, measured in process through the real engine and store."""
+"""What quantising the KV costs in quality, and the store in bytes and time: in process, the real engine and store."""

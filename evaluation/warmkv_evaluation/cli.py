@@ -10,7 +10,13 @@ import typer
 
 from warmkv_server.errors import OperatorError
 
-app = typer.Typer(help="Evaluate what WarmKV does to a model's answers.", no_args_is_help=True)
+app = typer.Typer(
+    help="Evaluate what WarmKV does to a model's answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback()
@@ -34,8 +40,8 @@ def kv(
 
     Prints a row for each context length and width, with 95% confidence intervals by paired bootstrap over the windows.
     """
-    from warmkv_server.evaluation.kv import evaluate as run
-    from warmkv_server.evaluation.windows import read_text
+    from warmkv_evaluation.kv import evaluate as run
+    from warmkv_evaluation.windows import read_text
 
     async def report() -> None:
         results = run(
@@ -88,7 +94,7 @@ def store(
     KV of the 8B shape and others is noise of the right size, so no weights are needed. The 8B shape at 32K takes 1.2 GB
     of disk at a time and three times that of RAM.
     """
-    from warmkv_server.evaluation.store import Extent, Part, measure, write
+    from warmkv_evaluation.store import Extent, Part, measure, write
 
     try:
         chosen = [Part(name) for name in _known("--parts", parts, list(Part))]

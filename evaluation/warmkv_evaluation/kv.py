@@ -15,6 +15,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from warmkv_evaluation.statistics import Floats, interval
+from warmkv_evaluation.windows import cut
 from warmkv_server.engine import device
 from warmkv_server.engine import model as models
 from warmkv_server.engine.chunk import run_chunk
@@ -24,8 +26,6 @@ from warmkv_server.engine.need import Need
 from warmkv_server.engine.sequence import Sequence as Running
 from warmkv_server.engine.text import Text
 from warmkv_server.engine.types import Job
-from warmkv_server.evaluation.statistics import Floats, interval
-from warmkv_server.evaluation.windows import cut
 from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.kv.types import Reuse
 

@@ -16,14 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from warmkv_server.evaluation.store_growth import Growth, grow
-from warmkv_server.evaluation.store_load import LoadTimes
-from warmkv_server.evaluation.store_load import measure as measure_load
-from warmkv_server.evaluation.store_rest import Rest, rest
-from warmkv_server.evaluation.store_save import Save
-from warmkv_server.evaluation.store_save import measure as measure_save
-from warmkv_server.evaluation.store_shapes import BUILTIN, shape_of
-from warmkv_server.evaluation.store_tables import (
+from warmkv_evaluation.store_growth import Growth, grow
+from warmkv_evaluation.store_load import LoadTimes
+from warmkv_evaluation.store_load import measure as measure_load
+from warmkv_evaluation.store_rest import Rest, rest
+from warmkv_evaluation.store_save import Save
+from warmkv_evaluation.store_save import measure as measure_save
+from warmkv_evaluation.store_shapes import BUILTIN, shape_of
+from warmkv_evaluation.store_tables import (
     growth_table,
     join_lines,
     load_table,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from warmkv_server.evaluation.store_contexts import TENANT, Noise, block_files, extend, opened, tokens_of
-from warmkv_server.evaluation.store_shapes import Shape
+from warmkv_evaluation.store_contexts import TENANT, Noise, block_files, extend, opened, tokens_of
+from warmkv_evaluation.store_shapes import Shape
 from warmkv_server.kv.store import Store, TokenIds
 
 GROWING, SHORT, LONG = "growing", "short", "long"

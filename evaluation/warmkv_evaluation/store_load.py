@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
+from warmkv_evaluation.store_contexts import TENANT, block_files, extend, opened, tokens_of
+from warmkv_evaluation.store_readers import HASHED, PLAIN, READER, Readers
+from warmkv_evaluation.store_shapes import Shape
 from warmkv_server.engine.layout import empty_caches
 from warmkv_server.errors import OperatorError
-from warmkv_server.evaluation.store_contexts import TENANT, block_files, extend, opened, tokens_of
-from warmkv_server.evaluation.store_readers import HASHED, PLAIN, READER, Readers
-from warmkv_server.evaluation.store_shapes import Shape
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.store import Store, StoreSettings, TokenIds
 from warmkv_server.kv.types import PartKind, Reuse

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from warmkv_server.evaluation.store_contexts import TENANT, block_files, extend, opened, tokens_of
-from warmkv_server.evaluation.store_shapes import Shape
+from warmkv_evaluation.store_contexts import TENANT, block_files, extend, opened, tokens_of
+from warmkv_evaluation.store_shapes import Shape
 from warmkv_server.kv.store import Durability
 from warmkv_server.kv.types import PartKind
 

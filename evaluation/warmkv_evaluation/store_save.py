@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from warmkv_evaluation.store_contexts import TENANT, noise, opened, tokens_of
+from warmkv_evaluation.store_shapes import Shape
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.types import Answer, Delta, Finished, Job
-from warmkv_server.evaluation.store_contexts import TENANT, noise, opened, tokens_of
-from warmkv_server.evaluation.store_shapes import Shape
 from warmkv_server.kv.store import Commit, Store
 from warmkv_server.kv.types import Growth, Reuse
 

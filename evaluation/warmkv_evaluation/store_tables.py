@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from warmkv_server.evaluation.statistics import median_interval, median_ratio
-from warmkv_server.evaluation.store_growth import Growth
-from warmkv_server.evaluation.store_load import LOAD, NAMES, ROOM, WAYS, LoadTimes
-from warmkv_server.evaluation.store_readers import HASHED, KEPT, PLAIN, READER
-from warmkv_server.evaluation.store_rest import Rest
-from warmkv_server.evaluation.store_save import Save
+from warmkv_evaluation.statistics import median_interval, median_ratio
+from warmkv_evaluation.store_growth import Growth
+from warmkv_evaluation.store_load import LOAD, NAMES, ROOM, WAYS, LoadTimes
+from warmkv_evaluation.store_readers import HASHED, KEPT, PLAIN, READER
+from warmkv_evaluation.store_rest import Rest
+from warmkv_evaluation.store_save import Save
 
 MIB = 1 << 20
 

@@ -1,5 +1,5 @@
-"""The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`), and `bench`
-where the benchmark is installed.
+"""The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`), `eval`,
+and `bench` where the benchmark is installed.
 
 Says what an operator did wrong in one sentence on stderr, and exits with status 2.
 """
@@ -20,7 +20,6 @@ import typer
 
 from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError
-from warmkv_server.evaluation.cli import app as evaluation
 from warmkv_server.operate import cli as operate
 
 app = typer.Typer(
@@ -32,9 +31,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(evaluation, name="eval")
 app.add_typer(operate.store, name="store")
 app.add_typer(operate.agents, name="agents")
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For a command whose arguments are another command line's."""
 
 
 def _flags(serve: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +84,15 @@ def doctor(
         typer.echo(f"{name:<12} {finding}")
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("eval", add_help_option=False, context_settings=_PASSED_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measure what WarmKV does to a model's answers, and the store by itself; `warmkv eval --help` tells how."""
+    from warmkv_evaluation.cli import app as evaluation
+
+    evaluation(args=context.args, prog_name="warmkv eval")
+
+
+@app.command(add_help_option=False, context_settings=_PASSED_ON)
 def bench(context: typer.Context) -> None:
     """Measure a server; `warmkv bench --help` tells how."""
     try:

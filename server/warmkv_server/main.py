@@ -6,7 +6,7 @@ import sys
 
 from warmkv_server.malloc import keep_freed_memory
 
-OWN_PACKAGES = ("warmkv", "warmkv_server", "warmkv_bench")
+OWN_PACKAGES = ("warmkv", "warmkv_server", "warmkv_bench", "warmkv_evaluation")
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from warmkv_evaluation.kv import Quality, evaluate
+from warmkv_evaluation.statistics import interval
+from warmkv_evaluation.windows import cut, read_text
 from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.text import Text
 from warmkv_server.errors import OperatorError
-from warmkv_server.evaluation.kv import Quality, evaluate
-from warmkv_server.evaluation.statistics import interval
-from warmkv_server.evaluation.windows import cut, read_text
 
 
 async def scores(contexts: list[int], bits: list[int]) -> list[Quality]:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from warmkv_evaluation.store_contexts import block_files, extend, opened, tokens_of
+from warmkv_evaluation.store_growth import Growth, grow, written_bytes
+from warmkv_evaluation.store_load import WAYS, measure
+from warmkv_evaluation.store_readers import HASHED, READER, Readers
+from warmkv_evaluation.store_rest import rest
+from warmkv_evaluation.store_save import Save
+from warmkv_evaluation.store_shapes import BUILTIN, shape_of
 from warmkv_server.cli import app
-from warmkv_server.evaluation.store_contexts import block_files, extend, opened, tokens_of
-from warmkv_server.evaluation.store_growth import Growth, grow, written_bytes
-from warmkv_server.evaluation.store_load import WAYS, measure
-from warmkv_server.evaluation.store_readers import HASHED, READER, Readers
-from warmkv_server.evaluation.store_rest import rest
-from warmkv_server.evaluation.store_save import Save
-from warmkv_server.evaluation.store_shapes import BUILTIN, shape_of
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.types import BLOCK_TOKENS, PartKind
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 import warmkv_server.models.tiny
-from warmkv_server.models.tiny.training.evaluate import PROMPTS, answerer
-from warmkv_server.models.tiny.training.model_io import read_model
+from training.evaluate import PROMPTS, answerer
+from training.model_io import read_model
 
 FOLDER = Path(warmkv_server.models.tiny.__file__).parent
 MOST_BYTES = 8_000_000

@@ -13,21 +13,20 @@ import pytest
 from mlx_lm import generate, load
 from tokenizers import Tokenizer
 
-import warmkv_server.models.tiny
-from warmkv_server.models.tiny.training import prepare, recipe
-from warmkv_server.models.tiny.training.collect import Collection
-from warmkv_server.models.tiny.training.documents import Document
-from warmkv_server.models.tiny.training.facts import Call, Country, Element
-from warmkv_server.models.tiny.training.grammar import read_grammar
-from warmkv_server.models.tiny.training.shape import Shape
-from warmkv_server.models.tiny.training.talks import Talks
-from warmkv_server.models.tiny.training.tokenizer import BOS_ID
-from warmkv_server.models.tiny.training.train_mlx import train
-from warmkv_server.models.tiny.training.trigram import Trigram
-from warmkv_server.models.tiny.training.words import Word
+import training
+from training import MODEL, prepare, recipe
+from training.collect import Collection
+from training.documents import Document
+from training.facts import Call, Country, Element
+from training.grammar import read_grammar
+from training.shape import Shape
+from training.talks import Talks
+from training.tokenizer import BOS_ID
+from training.train_mlx import train
+from training.trigram import Trigram
+from training.words import Word
 
-FOLDER = Path(warmkv_server.models.tiny.__file__).parent
-TOKENIZER = FOLDER / "tokenizer.json"
+TOKENIZER = MODEL / "tokenizer.json"
 SHAPE = Shape(hidden=64, layers=2, heads=1, kv_heads=1, feed_forward=96, positions=512)
 
 
@@ -68,7 +67,7 @@ def test_loss_falls_and_mlx_lm_loads_the_result(streams: Path, tmp_path: Path) -
 
     SHAPE.write(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(FOLDER / name, tmp_path)
+        shutil.copy(MODEL / name, tmp_path)
     model, tokenizer = load(str(tmp_path))[:2]
     assert isinstance(generate(model, tokenizer, [BOS_ID, 300, 301], max_tokens=4), str)
 
@@ -102,8 +101,9 @@ def test_rates_rise_then_fall_and_never_reach_zero() -> None:
 
 
 def test_every_scene_can_be_played(collection: Collection) -> None:
-    texts = FOLDER / "training" / "texts"
-    grammar = read_grammar(sorted(texts.glob("*.txt")))
+    texts = sorted((Path(training.__file__).parent / "texts").glob("*.txt"))
+    assert texts
+    grammar = read_grammar(texts)
     talks = Talks(collection)
     rng = Random(1)
     for scene in (scene for scenes in talks.grammar.scenes.values() for scene in scenes):
