@@ -21,10 +21,6 @@ class Target:
         self._process = process
 
     @property
-    def can_restart(self) -> bool:
-        return self._process is not None
-
-    @property
     def data_dir(self) -> Path | None:
         """The server's data directory, if the benchmark started it."""
         return None if self._process is None else self._process.data_dir

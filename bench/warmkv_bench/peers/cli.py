@@ -109,9 +109,11 @@ async def _measure(
 
 
 def _adapter(name: PeerName, model: Path, preload: str | None) -> Peer:
-    if name == PeerName.MLX_LM:
-        return MLXLMProcess(sys.executable, model, preload)
-    return mlx_lm_server(sys.executable, model, end_tokens(model), preload, REQUEST_TIMEOUT_S)
+    match name:
+        case PeerName.MLX_LM_SERVER:
+            return mlx_lm_server(sys.executable, model, end_tokens(model), preload, REQUEST_TIMEOUT_S)
+        case PeerName.MLX_LM:
+            return MLXLMProcess(sys.executable, model, preload)
 
 
 async def _started(stack: AsyncExitStack, peer: P) -> P:
