@@ -2,7 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test hostile clients bench-clock lint style types rooms stubs check-stubs proto-lint lock clean
+.PHONY: help setup serve test hostile clients bench-clock trace lint style types rooms draw-rooms stubs check-stubs \
+	proto-lint lock release-check clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -10,6 +11,8 @@ ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
 PYTHON ?=
 # Arguments for `serve` and `test`, such as ARGS="--port 0".
 ARGS ?=
+# What `trace` allows; a change that needs fewer lowers it.
+FILES_AT_MOST := 51
 # UPGRADE=--upgrade makes `lock` take the newest versions that pyproject.toml allows.
 UPGRADE ?=
 
@@ -26,7 +29,7 @@ BUF := tools/buf/node_modules/.bin/buf
 NODE_CLOCK := bench/independent/node_modules/.package-lock.json
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1 \2/p' Makefile | while read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1 \2/p' Makefile | while read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## Make .venv with all that serving, testing and benchmarking need; ACCEL=cuda13 for NVIDIA
 
@@ -56,6 +59,13 @@ types: setup
 
 rooms: setup
 	$(BIN)/lint-imports
+	$(BIN)/python tools/rooms.py --check
+
+draw-rooms: setup ## Draw the rooms in docs/architecture.md anew, from what the code imports
+	$(BIN)/python tools/rooms.py
+
+trace: setup ## Count the files that a warm Generate enters before its first delta
+	$(BIN)/python tools/trace_request.py --at-most $(FILES_AT_MOST) $(ARGS)
 
 stubs: setup ## Generate stubs/ from proto/
 	$(BIN)/python tools/stubs.py
@@ -73,6 +83,9 @@ lock: setup ## Write requirements/ anew from pyproject.toml; UPGRADE=--upgrade f
 compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev --universal \
 	--python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
 	--custom-compile-command "make lock" --output-file requirements/$(1).txt
+
+release-check: setup ## Build the wheel, install it where nothing else is, serve and ask (needs the package index)
+	$(BIN)/python tools/release_check.py $(LOCK)
 
 clean: ## Remove .venv, caches and what was built
 	rm -rf .venv build dist *.egg-info tools/buf/node_modules bench/independent/node_modules

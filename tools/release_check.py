@@ -52,7 +52,13 @@ def out_of(*command: str | Path, status: int = 0) -> str:
         SystemExit: it ended with another one.
     """
     ended = subprocess.run(
-        command, cwd=tempfile.gettempdir(), env=ENVIRONMENT, text=True, stdout=-1, stderr=subprocess.STDOUT, check=False
+        command,
+        cwd=tempfile.gettempdir(),  # nothing of the checkout is on the path
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if ended.returncode != status:
         raise SystemExit(f"{' '.join(map(str, command))}\nended with {ended.returncode}:\n{ended.stdout}")
@@ -85,8 +91,8 @@ def environment(folder: Path, wheel: Path, extra: str, lock: Path) -> Path:
 
 def check_client(commands: Path) -> None:
     """The stubs need grpcio and protobuf alone, and the command says what else there is."""
-    installed = out_of(Path(sys.executable).with_name("uv"), "pip", "freeze", "--python", commands / "python")
-    names = {line.partition("==")[0].partition(" ")[0] for line in installed.splitlines()}
+    listing = "import importlib.metadata as m; print(*(each.name for each in m.distributions()))"
+    names = {name.replace("_", "-") for name in out_of(commands / "python", "-c", listing).split()}
     if names != {"grpcio", "protobuf", "typing-extensions", "warmkv"}:
         raise SystemExit(f"without extras, the wheel brings {', '.join(sorted(names))}")
     out_of(commands / "python", "-c", "from warmkv import v1; v1.PrimeRequest(agent_id='a')")
