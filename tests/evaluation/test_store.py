@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from warmkv_evaluation.store_contexts import block_files, extend, opened, tokens_of
 from warmkv_evaluation.store_growth import Growth, grow, written_bytes
 from warmkv_evaluation.store_load import WAYS, measure
-from warmkv_evaluation.store_readers import HASHED, READER, Readers
+from warmkv_evaluation.store_readers import HASHED, KEPT, READER, REUSED, Readers
 from warmkv_evaluation.store_rest import rest
 from warmkv_evaluation.store_save import Save
 from warmkv_evaluation.store_shapes import BUILTIN, shape_of
@@ -75,14 +76,12 @@ async def test_every_way_of_reading_reads_everything(tmp_path: Path) -> None:
     contents = [path.read_bytes() for path in files]
     with Readers(files, blockfile.ordered(layout.of_kind(PartKind.APPEND)), threads=2) as readers:
         assert readers.nbytes == sum(map(len, contents))
-        for way in ("kept", HASHED):
-            for kept in readers._kept:
-                kept[:] = 0
-            readers.timed(way)
-            assert [bytes(kept) for kept in readers._kept] == contents
-        readers.timed("reused")
-        last = contents[4]
-        assert bytes(readers._reused[0][: len(last)]) == last  # the first thread's last file
+        by_thread = [contents[0::2], contents[1::2]]
+        for way in (KEPT, HASHED):
+            for buffer in chain(*readers.read(way)[1]):
+                buffer[:] = 0
+            assert [[bytes(buffer) for buffer in held] for held in readers.read(way)[1]] == by_thread
+        assert [bytes(held[-1]) for held in readers.read(REUSED)[1]] == [share[-1] for share in by_thread]
         assert readers.timed(READER) > 0
         files[0].write_bytes(bytes(len(contents[0])))
         with pytest.raises(blockfile.BadFile):

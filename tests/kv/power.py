@@ -37,6 +37,7 @@ class Moment:
     index: Image
     next_index: Image | None = None
     allowed: object = None
+    allowed_told: str = ""
 
     def image(self, how: str, rng: random.Random) -> Image:
         """One outcome: "nothing" that was not synced made it, "names" made it before contents, or "some" did."""
@@ -58,7 +59,7 @@ class Moment:
             tuple(sorted((str(p), id(f), self.contents[id(f)] is None) for p, f in self.certain.items())),
             tuple(sorted((str(p), id(f), self.contents[id(f)] is None) for p, f in self.present.items())),
             id(self.index),
-            repr(self.allowed),
+            self.allowed_told,
         )
 
 
@@ -81,6 +82,7 @@ class PowerlessFiles(Files):
     def __post_init__(self) -> None:
         super().__init__(Durability.FULL)
         self.allowed: object = None
+        self._allowed_told = ""
         self._lock = threading.Lock()
         self._files: list[_File] = []
         self._open: dict[int, _File] = {}
@@ -146,12 +148,20 @@ class PowerlessFiles(Files):
         """From now on a power cut may leave these states, and no others."""
         with self._lock:
             self.allowed = allowed
+            self._allowed_told = repr(allowed)
             self._note()
 
     def _note(self) -> None:
         contents = {id(file): file.durable for file in self._files}
         self.moments.append(
-            Moment(dict(self._certain), dict(self._present), contents, self._index, allowed=self.allowed)
+            Moment(
+                dict(self._certain),
+                dict(self._present),
+                contents,
+                self._index,
+                allowed=self.allowed,
+                allowed_told=self._allowed_told,
+            )
         )
 
 
