@@ -95,3 +95,11 @@ def test_command_without_the_server_says_what_to_install(client_only: list[str])
     assert outcome.stdout == ""
     assert "pip install 'warmkv[server]'" in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_the_changelog_begins_with_the_version_that_is_built(wheel: Path) -> None:
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    version = Parser().parsestr(metadata.read_text())["Version"]
+    found = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert found is not None
+    assert found[1] == version
