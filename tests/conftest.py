@@ -1,7 +1,38 @@
 """What holds for all tests."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No example is too slow and no data too slow to draw: the machine may be a slow one, or a busy one.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# Files of tests run beside each other, and products of matrices take their share of the cores, in the servers that tests
+# start too.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("MKL_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("slow", "Folders and files of tests that `-m 'not slow'` leaves out.", type="paths", default=[])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what is slow, and has it begin first, in the list's order: what is long must not begin last."""
+    slow: list[Path] = config.getini("slow")
+    place = {item: _place(item.path, slow) for item in items}
+    for item, at in place.items():
+        if at < len(slow):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=place.__getitem__)
+
+
+def _place(path: Path, slow: list[Path]) -> int:
+    """Where the list has a file, or the most special of its folders."""
+    found = [(len(each.parts), at) for at, each in enumerate(slow) if path.is_relative_to(each)]
+    return max(found)[1] if found else len(slow)
