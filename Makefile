@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test hostile clients bench-clock trace lint style types rooms draw-rooms stubs check-stubs \
+.PHONY: help setup serve test test-fast hostile clients bench-clock trace lint style types rooms draw-rooms stubs check-stubs \
 	proto-lint lock release-check clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
@@ -21,6 +21,10 @@ $(error ACCEL is "$(ACCEL)"; it can be metal, cpu or cuda13)
 endif
 
 BIN := .venv/bin
+# Bytecode is kept, whatever the environment says: without it each worker spends some seconds on rewriting asserts.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
+# Files of tests run beside each other, as many as there are cores; more than a few would want more memory than time.
+BESIDE := --numprocesses auto --maxprocesses 4
 # Changes with ACCEL, so that another accelerator means another installation.
 READY := .venv/.ready-$(ACCEL)
 # One lock serves Linux CPUs and Metal; its markers tell them apart.
@@ -37,10 +41,13 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 	@exec $(BIN)/warmkv serve $(ARGS)
 
 test: setup ## Run the tests; ARGS="tests/contract"
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(BESIDE) $(ARGS)
+
+test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
+	@$(PYTEST) $(BESIDE) -m "not slow" $(ARGS)
 
 hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
-	@$(BIN)/pytest tests/hostile $(ARGS)
+	@$(PYTEST) tests/hostile $(ARGS)
 
 clients: setup ## Run the Go and Node clients and the README's grpcurl lines against a server (needs Go and Node)
 	$(BIN)/python tests/clients/run.py

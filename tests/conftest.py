@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# Files of tests run beside each other, and products of matrices take their share of the cores, in the servers that tests
+# Files of tests run beside each other, so products of matrices take their share of the cores, in the servers that tests
 # start too.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("MKL_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
