@@ -73,12 +73,12 @@ async def serve(settings: Settings) -> None:
             # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
             gc.collect()
             gc.freeze()
-            await server.announce()
+            server.announce()
             print(f"listening on {settings.host}:{port}", flush=True)
 
             await signals.first
             log.info("draining for up to %g seconds", settings.drain_seconds)
-            await server.withdraw()
+            server.withdraw()
             gate.close()
             await first_of(agents.idle(), signals.second, settings.drain_seconds)
             agents.stop_all(Draining("the server is shutting down", retry_after=5.0))
