@@ -25,6 +25,20 @@ _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS, _PAUSE_SECONDS = 30.0, 0.1
 
 
+class _Blame(logging.Filter):
+    """Keeps what clients did wrong out of the log.
+
+    Handlers catch what they raise, so that gRPC logs tracebacks only of what it finds malformed, and of answers to
+    clients that are gone: as many as a stranger likes.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.exc_info is None or logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+
+
+_BLAME = _Blame()
+
+
 class Listener:
     """A server on one port. If it ends without being told to, a new one takes the port, and what runs goes on.
 
@@ -37,6 +51,7 @@ class Listener:
     """
 
     def __init__(self, make: Callable[[], grpc.aio.Server], bind: Bind) -> None:
+        logging.getLogger(cygrpc.__name__).addFilter(_BLAME)
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._make = make
         self._bind = bind
