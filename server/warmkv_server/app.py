@@ -16,7 +16,7 @@ from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.errors import Draining
+from warmkv_server.errors import Draining, ServiceLost
 from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.service.agent_servicer import AgentServicer
@@ -40,6 +40,7 @@ async def serve(settings: Settings) -> None:
 
     Raises:
         OperatorError: if the server can't be started as it was asked to.
+        ServiceLost: if it can't go on, though nobody told it to stop.
     """
     signals = StopSignals()
     gate, metrics = Gate(), Metrics()
@@ -76,7 +77,7 @@ async def serve(settings: Settings) -> None:
             server.announce()
             print(f"listening on {settings.host}:{port}", flush=True)
 
-            await signals.first
+            await asyncio.wait([signals.first, server.lost], return_when=asyncio.FIRST_COMPLETED)
             log.info("draining for up to %g seconds", settings.drain_seconds)
             server.withdraw()
             gate.close()
@@ -91,6 +92,11 @@ async def serve(settings: Settings) -> None:
     finally:
         await server.stop(grace=0)
         metrics.close()
+    if server.lost.done():
+        raise ServiceLost(
+            f"gRPC's server ended by itself and port {port} could not be had again: what was committed is kept, but "
+            "nobody is served; start the server anew"
+        )
     log.info("stopped")
 
 

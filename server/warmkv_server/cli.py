@@ -1,7 +1,7 @@
 """The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`), and `bench`
 where the benchmark is installed.
 
-Says what an operator did wrong in one sentence on stderr, and exits with status 2.
+Says what an operator did wrong in one sentence on stderr, and exits with status 2; with 1 where it is nobody's fault.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from warmkv_server.config import Settings
-from warmkv_server.errors import OperatorError
+from warmkv_server.errors import OperatorError, ServiceLost
 from warmkv_server.evaluation.cli import app as evaluation
 from warmkv_server.operate import cli as operate
 
@@ -70,6 +70,8 @@ def serve(**flags: Any) -> None:
         asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))
+    except ServiceLost as error:
+        _refuse(str(error), status=1)
 
 
 @app.command()
@@ -128,6 +130,6 @@ def _log_to_stderr(level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _refuse(sentence: str) -> NoReturn:
+def _refuse(sentence: str, status: int = 2) -> NoReturn:
     typer.echo(f"warmkv: {sentence}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(status)

@@ -22,7 +22,7 @@ Bind = Callable[[grpc.aio.Server, int], int]
 """Has a server listen on a port, 0 for a free one, and returns it; RuntimeError if it can't be had."""
 
 _LOOK_SECONDS = 1.0
-_AGAIN_SECONDS, _PAUSE_SECONDS = 30.0, 0.1
+_AGAIN_SECONDS, _PAUSE_SECONDS = 10.0, 0.1
 
 
 class _Blame(logging.Filter):
