@@ -12,7 +12,7 @@ from pathlib import Path
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
-END_STREAM, END_HEADERS = 1, 4
+END_STREAM, END_HEADERS, ACKNOWLEDGED = 1, 4, 1
 ALL_OF_IT = END_STREAM | END_HEADERS
 CHECK = b"/grpc.health.v1.Health/Check"
 INFO = b"/warmkv.v1.ServerService/GetServerInfo"
@@ -69,7 +69,10 @@ class Connection:
         self._socket = taken
 
     def begin(self) -> None:
+        """As honest clients do; the server's windows are open from here on."""
         self.send(PREFACE + settings())
+        self.heard()
+        self.send(frame(SETTINGS, ACKNOWLEDGED, 0))
 
     def send(self, data: bytes) -> None:
         """Send; a server that has closed the connection already has made up its mind."""
@@ -79,9 +82,16 @@ class Connection:
     def heard(self) -> bytes:
         """Wait until the server has read what was sent, or has closed the connection; return what it has said."""
         self.send(frame(PING, 0, 0, _ASKED))
+        return self._until(_ASKED)
+
+    def answer(self) -> bytes:
+        """Wait until the server has ended a call, or has closed the connection; return what it has said."""
+        return self._until(b"grpc-status")
+
+    def _until(self, words: bytes) -> bytes:
         said = bytearray()
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            while _ASKED not in said and (part := self._socket.recv(1 << 16)):
+            while words not in said and (part := self._socket.recv(1 << 16)):
                 said += part
         return bytes(said)
 

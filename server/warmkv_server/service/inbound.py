@@ -29,7 +29,7 @@ OPTIONS = (
 
 _GZIP = b"\x1f\x8b"
 _GZIP_WINDOW = zlib.MAX_WBITS | 16
-_STEP = 1 << 20
+_STEP = 1 << 18
 """Bytes that are inflated before others get a turn on the event loop."""
 
 
