@@ -11,7 +11,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from warmkv_server import blas
+from warmkv_server import blas, descriptors
 from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
@@ -49,9 +49,11 @@ async def serve(settings: Settings) -> None:
         Endpoints(gate, auth, metrics, settings.max_message_bytes),
         AgentServicer(settings.default_max_tokens, metrics),
         ServerServicer(_facts(settings)),
+        connections := descriptors.for_connections(),
     )
     tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
     port = server.bind(settings.host, settings.port, tls)
+    metrics.watch_connections(port, connections)
     if settings.metrics_port is not None:
         metrics.expose(settings.host, settings.metrics_port)
     await server.start()  # already now, so that health can say that the model is loading

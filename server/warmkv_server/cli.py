@@ -7,7 +7,6 @@ Says what an operator did wrong in one sentence on stderr, and exits with status
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import inspect
 import logging
 import os
@@ -22,6 +21,7 @@ from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError, ServiceLost
 from warmkv_server.evaluation.cli import app as evaluation
 from warmkv_server.operate import cli as operate
+from warmkv_server.versions import version_of
 
 app = typer.Typer(
     name="warmkv",
@@ -119,7 +119,7 @@ def health(
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(importlib.metadata.version("warmkv"))
+    typer.echo(version_of("warmkv"))
 
 
 def _log_to_stderr(level: str) -> None:

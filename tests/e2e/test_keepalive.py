@@ -27,6 +27,6 @@ def test_pings_every_second_end_neither_a_silent_call_nor_an_idle_connection(ser
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as caught:
             next(watch)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, caught.value  # type: ignore[attr-defined]
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, caught.value
         assert states[-1] is grpc.ChannelConnectivity.READY
         assert states.count(grpc.ChannelConnectivity.READY) == 1, states

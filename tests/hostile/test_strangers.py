@@ -109,7 +109,7 @@ def test_who_is_known_is_told_how_large_a_message_may_be(pair: tuple[Server, Cli
                 prime(client, "x" * over, compression)
     with pytest.raises(grpc.RpcError) as caught:
         prime(client, "x" * (3 * LIMIT), grpc.Compression.NoCompression)
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert client.health_of() == "SERVING"
     assert "Traceback" not in server.log_text()
 

@@ -36,7 +36,8 @@ def bind(server: grpc.aio.Server, port: int) -> int:
 
 
 def twice(channel: grpc.aio.Channel) -> Any:
-    return channel.stream_stream("/test.Twice/Say")()
+    say: Any = channel.stream_stream("/test.Twice/Say")
+    return say(wait_for_ready=True, timeout=PATIENCE)
 
 
 async def end_by_request(port: int) -> None:
@@ -62,7 +63,7 @@ async def test_the_port_is_taken_again_and_what_runs_goes_on() -> None:
                 await end_by_request(port)
                 options = [("grpc.use_local_subchannel_pool", 1)]
                 async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as new:
-                    call = new.stream_stream("/test.Twice/Say")(wait_for_ready=True, timeout=PATIENCE)
+                    call = twice(new)
                     await call.write(b"b")
                     assert await call.read() == b"bb"
                     call.cancel()
@@ -101,8 +102,9 @@ async def test_a_server_that_no_path_ends(caplog: pytest.LogCaptureFixture) -> N
             await call.write(b"a")
             assert await call.read() == b"aa"
             call.cancel()
+            nothing: Any = channel.unary_unary("/test.Twice/Nothing")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary("/test.Twice/Nothing")(b"")
+                await nothing(b"")
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     finally:
         await server.stop(0)

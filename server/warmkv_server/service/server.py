@@ -35,13 +35,15 @@ _PING_MILLISECONDS = 500
 for an answer for minutes must be able to tell a slow server from a dead one, and proxies drop what is silent. Twice a
 second, so that who asks every second is never early."""
 _HANDSHAKE_MILLISECONDS = 20_000
+_IDLE_MILLISECONDS = 600_000
+"""After so long without a call a connection is closed: there are only so many, and clients make a new one unasked."""
 _STREAMS = 1024
 """Calls at once on one connection; clients let further ones wait."""
 
 _LEFT_SECONDS = 1.0
 
 
-def _options(message_bytes: int) -> Options:
+def _options(message_bytes: int, connections: int) -> Options:
     return (
         # A second server on the port must fail, not take every other connection.
         ("grpc.so_reuseport", 0),
@@ -49,8 +51,10 @@ def _options(message_bytes: int) -> Options:
         ("grpc.max_send_message_length", -1),
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_MILLISECONDS),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_idle_ms", _IDLE_MILLISECONDS),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MILLISECONDS),
         ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.max_allowed_incoming_connections", connections),
         *inbound.OPTIONS,
     )
 
@@ -66,11 +70,14 @@ class Tls:
 class GrpcServer:
     """Serves from `start` on; says NOT_SERVING until `announce`.
 
+    Args:
+        connections: most of them at once; further ones are closed as they come.
+
     Attributes:
         lost: done if it serves no more, though nobody has stopped it.
     """
 
-    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer) -> None:
+    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer, connections: int) -> None:
         self._health = Health()
         self._methods = {
             _AGENTS.full_name: endpoints.handlers(_AGENTS, agents),
@@ -78,7 +85,7 @@ class GrpcServer:
             **health_methods(self._health),
             **reflection_methods((_AGENTS, _SERVER)),
         }
-        self._options = _options(endpoints.message_bytes)
+        self._options = _options(endpoints.message_bytes, connections)
         self._address = ""
         self._credentials: grpc.ServerCredentials | None = None
         self._listener = Listener(self._make, self._bind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass, field, fields
 from time import time
@@ -15,6 +14,7 @@ from warmkv_server.kv.store import Durability, Tier
 from warmkv_server.kv.types import Fallback, Source
 from warmkv_server.service import convert, validate
 from warmkv_server.service.endpoint import Call
+from warmkv_server.versions import version_of
 
 MODEL_KINDS = {
     ModelKind.BUILT_IN: server_pb.MODEL_KIND_BUILTIN,
@@ -147,5 +147,5 @@ def _sampling(defaults: Sampling) -> pb.SamplingParams:
 
 
 def _versions(info: ModelInfo, block_format: str) -> dict[str, str]:
-    own = {name: importlib.metadata.version(name) for name in ("warmkv", "grpcio", "protobuf")}
+    own = {name: version_of(name) for name in ("warmkv", "grpcio", "protobuf")}
     return {**own, **info.versions, "python": platform.python_version(), "block-format": block_format}
