@@ -13,7 +13,7 @@ from typing import Any
 
 from warmkv_server import blas, descriptors
 from warmkv_server.agents.agents import Agents, AgentSettings
-from warmkv_server.config import Settings
+from warmkv_server.config import LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
 from warmkv_server.errors import Draining, ServiceLost
@@ -48,9 +48,15 @@ async def serve(settings: Settings) -> None:
     server = GrpcServer(
         Endpoints(gate, auth, metrics, settings.max_message_bytes),
         AgentServicer(settings.default_max_tokens, metrics),
-        ServerServicer(_facts(settings)),
+        ServerServicer(_facts(settings, auth.tenants)),
         connections := descriptors.for_connections(),
     )
+    if settings.token_file is not None and settings.tls_cert is None and settings.host not in LOOPBACK:
+        log.warning(
+            "tokens and conversations cross the network of --host %s in clear: give --tls-cert and --tls-key, unless "
+            "something in front of this server encrypts them",
+            settings.host,
+        )
     tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
     port = server.bind(settings.host, settings.port, tls)
     metrics.watch_connections(port, connections)
@@ -141,13 +147,14 @@ def _store_settings(settings: Settings) -> StoreSettings:
     )
 
 
-def _facts(settings: Settings) -> Facts:
+def _facts(settings: Settings, tenants: int) -> Facts:
     return Facts(
         hot_bytes=settings.hot_bytes,
         disk_bytes=settings.disk_bytes,
         durability=Durability(settings.durability),
         default_max_tokens=settings.default_max_tokens,
         block_format=str(BLOCK_FORMAT),
+        tenants=tenants,
     )
 
 

@@ -115,7 +115,7 @@ class _Connections(Collector):
 
 
 def _families(agents: Agents) -> Iterator[Metric]:
-    engine, store, tally = agents.engine.stats(), agents.store.stats(), agents.tally
+    engine, store, tally = agents.engine.stats(), agents.store.stats(), agents.tallies.total
     counters: dict[str, tuple[str, float]] = {
         "hot_tokens_reused": ("Prompt tokens whose KV was in RAM", tally.hot_tokens),
         "warm_tokens_reused": ("Prompt tokens whose KV was read from disk", tally.warm_tokens),

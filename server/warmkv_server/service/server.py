@@ -15,6 +15,7 @@ from warmkv.v1 import agent_service_pb2, server_service_pb2
 from warmkv_server.errors import OperatorError
 from warmkv_server.service import inbound
 from warmkv_server.service.agent_servicer import AgentServicer
+from warmkv_server.service.auth import warn_if_open
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.health import Health
 from warmkv_server.service.listener import Listener, Options, make_server
@@ -168,4 +169,5 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
         raise OperatorError(
             f"the TLS certificate {tls.certificate} and key {tls.key} can't be used: {error.strerror or error}"
         ) from error
+    warn_if_open(tls.key, "the TLS key")
     return grpc.ssl_server_credentials([pair])

@@ -10,7 +10,7 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.engine.model import LayerInfo, ModelInfo, ModelKind
 from warmkv_server.engine.types import Sampling
-from warmkv_server.kv.store import Durability, Tier
+from warmkv_server.kv.store import Durability, StoreStats, Tier
 from warmkv_server.kv.types import Fallback, Source
 from warmkv_server.service import convert, validate
 from warmkv_server.service.endpoint import Call
@@ -44,6 +44,7 @@ class Facts:
     durability: Durability
     default_max_tokens: int
     block_format: str
+    tenants: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ class ServerServicer:
         _: server_pb.GetServerStatsRequest,
         call: Call,
     ) -> server_pb.GetServerStatsResponse:
-        tally, store, engine = call.agents.tally, call.agents.store.stats(), call.agents.engine.stats()
+        store, engine = call.agents.store.stats(), call.agents.engine.stats()
+        tally = call.agents.tallies.total
+        if self.facts.tenants > 1:
+            tenant = call.principal.tenant
+            tally = call.agents.tallies.of(tenant)
+            store = StoreStats(agents_by_tier=call.agents.store.tiers(tenant))
         return server_pb.GetServerStatsResponse(
             start_time=convert.timestamp(self.started),
             counters=server_pb.ServerCounters(
