@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -109,3 +111,46 @@ async def test_a_server_that_no_path_ends(caplog: pytest.LogCaptureFixture) -> N
     finally:
         await server.stop(0)
     assert not caplog.records
+
+
+async def test_calls_of_different_methods_are_taken_in_as_they_came() -> None:
+    came, all_came = list[int](), asyncio.Event()
+
+    async def note(_: Any, context: Any) -> bytes:
+        came.append(int(await context.read()))
+        if len(came) == len(calls):
+            all_came.set()
+        return b""
+
+    server = make_server([])
+    names = ("A", "B", "C")
+    server.add_registered_method_handlers(
+        "test.Order", {name: grpc.stream_unary_rpc_method_handler(note) for name in names}
+    )
+    port = bind(server, 0)
+    await server.start()
+    chance = random.Random(1)
+    paths = [f"/test.Order/{chance.choice(names)}".encode() for _ in range(60)]
+    calls = [
+        http2.call(path=path, stream=2 * number + 1, body=http2.message(b"%d" % number))
+        for number, path in enumerate(paths)
+    ]
+
+    done = threading.Event()
+
+    def send() -> None:
+        with http2.connection(f"127.0.0.1:{port}") as client:
+            client.begin()
+            client.send(b"".join(calls))
+            client.heard()
+            assert done.wait(PATIENCE)
+
+    try:
+        sending = asyncio.create_task(asyncio.to_thread(send))
+        await asyncio.wait_for(all_came.wait(), PATIENCE)
+        done.set()
+        await sending
+    finally:
+        done.set()
+        await server.stop(0)
+    assert came == sorted(came)

@@ -7,7 +7,9 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import grpc
@@ -126,6 +128,10 @@ def make_server(options: Options) -> grpc.aio.Server:
 _OTHER = f"/other/{secrets.token_hex(16)}"
 
 
+_AHEAD = 64
+"""Calls of one method that are asked for at a time; of more at once the rest may be overtaken by other methods'."""
+
+
 class _Core(cygrpc.AioServer):  # type: ignore[misc]
     """Never decodes a path that a client sent.
 
@@ -133,12 +139,53 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]
     the bytes of the path, and once more for the next call of any other. The path of such a call it decodes, and one
     that is not UTF-8 ends the loop, and with it the server. So calls of other methods are asked for under a name that
     is registered, but that nobody can know; it has no handler, so that the answer is UNIMPLEMENTED, as always.
+
+    The loop takes what has come in no order, and asks for one call of a method at a time. Here several are asked for,
+    and handed to it one by one, so that calls of different methods are taken in as they came.
     """
 
-    def _make_request_call_future(self, method: bytes | None) -> Any:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._asked_for: Counter[bytes] = Counter()
+        self._came: deque[tuple[bytes, asyncio.Task[Any]]] = deque()
+        self._expected: dict[bytes, asyncio.Future[Any]] = {}
+        self._taking = False
+
+    def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
+        expected: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if method is None:
-            return asyncio.get_running_loop().create_future()  # nothing is taken in this way
-        return super()._make_request_call_future(None if method == _OTHER.encode() else method)
+            return expected  # nothing is taken in this way
+        self._expected[method] = expected
+        while self._asked_for[method] < _AHEAD:
+            self._asked_for[method] += 1
+            task = super()._make_request_call_future(None if method == _OTHER.encode() else method)
+            task.add_done_callback(partial(self._arrived, method))
+        self._taking = False
+        self._hand_over()
+        return expected
+
+    def _arrived(self, method: bytes, task: asyncio.Task[Any]) -> None:
+        self._asked_for[method] -= 1
+        if not task.cancelled():
+            task.exception()  # told to the loop, if it still asks
+        self._came.append((method, task))
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the loop what came first; it asks for the method's next call once it has taken it."""
+        if self._taking or not self._came or self._came[0][0] not in self._expected:
+            return
+        method, task = self._came.popleft()
+        expected = self._expected.pop(method)
+        if expected.done():
+            return  # the loop has ended
+        self._taking = True
+        if task.cancelled():
+            expected.cancel()
+        elif error := task.exception():
+            expected.set_exception(error)
+        else:
+            expected.set_result(task.result())
 
 
 class _Server(Server):
