@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from warmkv_evaluation.store_tables import (
     save_table,
     steps_table,
 )
+from warmkv_server.versions import version_of
 
 LARGE = "llama-3.1-8b"
 AT_REST = (LARGE, "gemma-3-12b", "deepseek-v2-lite")
@@ -147,6 +147,6 @@ def _environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cores": os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
-        "versions": {name: version(name) for name in ("warmkv", "mlx", "mlx-lm", "numpy")},
+        "versions": {name: version_of(name) for name in ("warmkv", "mlx", "mlx-lm", "numpy")},
         "python": platform.python_version(),
     }

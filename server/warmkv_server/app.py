@@ -11,12 +11,12 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from warmkv_server import blas
+from warmkv_server import blas, descriptors
 from warmkv_server.agents.agents import Agents, AgentSettings
-from warmkv_server.config import Settings
+from warmkv_server.config import LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.errors import Draining
+from warmkv_server.errors import Draining, ServiceLost
 from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.service.agent_servicer import AgentServicer
@@ -40,6 +40,7 @@ async def serve(settings: Settings) -> None:
 
     Raises:
         OperatorError: if the server can't be started as it was asked to.
+        ServiceLost: if it can't go on, though nobody told it to stop.
     """
     signals = StopSignals()
     gate, metrics = Gate(), Metrics()
@@ -47,10 +48,18 @@ async def serve(settings: Settings) -> None:
     server = GrpcServer(
         Endpoints(gate, auth, metrics, settings.max_message_bytes),
         AgentServicer(settings.default_max_tokens, metrics),
-        ServerServicer(_facts(settings)),
+        ServerServicer(_facts(settings, auth.tenants)),
+        connections := descriptors.for_connections(),
     )
+    if settings.token_file is not None and settings.tls_cert is None and settings.host not in LOOPBACK:
+        log.warning(
+            "tokens and conversations cross the network of --host %s in clear: give --tls-cert and --tls-key, unless "
+            "something in front of this server encrypts them",
+            settings.host,
+        )
     tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
     port = server.bind(settings.host, settings.port, tls)
+    metrics.watch_connections(port, connections)
     if settings.metrics_port is not None:
         metrics.expose(settings.host, settings.metrics_port)
     await server.start()  # already now, so that health can say that the model is loading
@@ -73,12 +82,12 @@ async def serve(settings: Settings) -> None:
             # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
             gc.collect()
             gc.freeze()
-            await server.announce()
+            server.announce()
             print(f"listening on {settings.host}:{port}", flush=True)
 
-            await signals.first
+            await asyncio.wait([signals.first, server.lost], return_when=asyncio.FIRST_COMPLETED)
             log.info("draining for up to %g seconds", settings.drain_seconds)
-            await server.withdraw()
+            server.withdraw()
             gate.close()
             await first_of(agents.idle(), signals.second, settings.drain_seconds)
             agents.stop_all(Draining("the server is shutting down", retry_after=5.0))
@@ -91,6 +100,11 @@ async def serve(settings: Settings) -> None:
     finally:
         await server.stop(grace=0)
         metrics.close()
+    if server.lost.done():
+        raise ServiceLost(
+            f"gRPC's server ended by itself and port {port} could not be had again: what was committed is kept, but "
+            "nobody is served; start the server anew"
+        )
     log.info("stopped")
 
 
@@ -133,13 +147,14 @@ def _store_settings(settings: Settings) -> StoreSettings:
     )
 
 
-def _facts(settings: Settings) -> Facts:
+def _facts(settings: Settings, tenants: int) -> Facts:
     return Facts(
         hot_bytes=settings.hot_bytes,
         disk_bytes=settings.disk_bytes,
         durability=Durability(settings.durability),
         default_max_tokens=settings.default_max_tokens,
         block_format=str(BLOCK_FORMAT),
+        tenants=tenants,
     )
 
 

@@ -1,13 +1,12 @@
 """The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`), `eval`,
 and `bench` where the benchmark is installed.
 
-Says what an operator did wrong in one sentence on stderr, and exits with status 2.
+Says what an operator did wrong in one sentence on stderr, and exits with status 2; with 1 where it is nobody's fault.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import inspect
 import logging
 import os
@@ -19,8 +18,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from warmkv_server.config import Settings
-from warmkv_server.errors import OperatorError
+from warmkv_server.errors import OperatorError, ServiceLost
 from warmkv_server.operate import cli as operate
+from warmkv_server.versions import version_of
 
 app = typer.Typer(
     name="warmkv",
@@ -71,6 +71,8 @@ def serve(**flags: Any) -> None:
         asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))
+    except ServiceLost as error:
+        _refuse(str(error), status=1)
 
 
 @app.command()
@@ -126,7 +128,7 @@ def health(
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(importlib.metadata.version("warmkv"))
+    typer.echo(version_of("warmkv"))
 
 
 def _log_to_stderr(level: str) -> None:
@@ -137,6 +139,6 @@ def _log_to_stderr(level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _refuse(sentence: str) -> NoReturn:
+def _refuse(sentence: str, status: int = 2) -> NoReturn:
     typer.echo(f"warmkv: {sentence}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(status)

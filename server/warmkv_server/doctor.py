@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from warmkv_server import blas
+from warmkv_server.versions import version_of
 
 _PACKAGES = ("warmkv", "mlx", "mlx-lm", "grpcio", "protobuf", "transformers")
 _SIDE = 1024
@@ -26,7 +26,7 @@ def findings(data_dir: Path) -> Iterator[tuple[str, str]]:
         yield "blas", blas.describe() + advice
     yield "speed", f"{_gflops():.0f} GFLOP/s (product of two {_SIDE} x {_SIDE} matrices of 32-bit floats)"
     for name in _PACKAGES:
-        yield name, importlib.metadata.version(name)
+        yield name, version_of(name)
     yield "disk", _disk(data_dir)
 
 

@@ -15,6 +15,10 @@ class OperatorError(Exception):
     """A mistake in how the server was started: one sentence that says what, why, and what to do."""
 
 
+class ServiceLost(Exception):
+    """The server has to end, though nobody told it to: one sentence that says what, why, and what to do."""
+
+
 @dataclass(frozen=True)
 class Violation:
     """One wrong field of a request: its path in the message, and what it must be instead."""

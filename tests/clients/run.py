@@ -1,6 +1,6 @@
 """Runs clients of other languages, and the README's grpcurl lines, against a real server. Called by `make clients`.
 
-Needs Go and Node; builds and installs the rest into folders that git ignores.
+Needs Go, Node, and Java with Maven; builds and installs the rest into folders that git ignores.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ PACKAGES = (
 def main() -> None:
     build_go()
     subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=HERE / "node", check=True)
+    java = ["mvn", "--quiet", "--batch-mode"]
+    subprocess.run([*java, "compile"], cwd=HERE / "java", check=True)
     with server() as address:
         subprocess.run([TOOLS / "client", address], check=True)
+        subprocess.run([*java, "exec:java", f"-Dexec.args={address}"], cwd=HERE / "java", check=True)
         subprocess.run(["node", "client.mjs", address, str(ROOT / "proto")], cwd=HERE / "node", check=True)
     with server() as address:
         count = run_readme(address)

@@ -174,6 +174,15 @@ def test_a_router_that_hashed_another_agent(server: Server, agent: str, seed: in
             assert refusals[0].fields == ["agent_id"]
 
 
+def test_routers_that_disagree(server: Server, agent: str) -> None:
+    """Whichever of two names comes first."""
+    for names in ((agent, "other"), ("other", agent)):
+        metadata = [("warmkv-agent-id", name) for name in names]
+        with Client(server.address, metadata=metadata) as routed, refused(*INVALID) as refusals:
+            routed.prime(agent, ANY)
+        assert refusals[0].fields == ["agent_id"]
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux lets a process's limits be set from outside")
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as (server, client):

@@ -47,7 +47,7 @@ async def serving(behave: Behaviour) -> AsyncIterator[tuple[Any, Gate, Metrics]]
     gate.open(agents)
     server = grpc.aio.server()
     endpoints = Endpoints(gate, Open(), metrics, message_bytes=100)
-    server.add_generic_rpc_handlers((endpoints.handlers(SERVICE, Servicer(behave)),))
+    server.add_registered_method_handlers(SERVICE.full_name, endpoints.handlers(SERVICE, Servicer(behave)))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from warmkv_server.agents import generate, manage, prime
 from warmkv_server.agents.admission import Admission
-from warmkv_server.agents.compute import Tally, Tools
+from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
 from warmkv_server.agents.requests import Requests
 from warmkv_server.agents.run import Run
@@ -64,10 +64,10 @@ class Agents:
         self.engine = engine
         self.store = store
         self.fingerprint = fingerprint
-        self.tally = Tally()
+        self.tallies = Tallies()
         self._turns = Turns(settings.waiting)
         self._admission = Admission(settings.loaded_bytes, settings.waiting)
-        self._tools = Tools(engine, store, self._turns, self._admission, self.tally, settings.synced)
+        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, settings.synced)
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
         self._stopping: WarmKVError | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,21 @@ class Tally:
         self.prefilled_tokens += cache.prefilled_tokens
 
 
+class Tallies:
+    """A tally of each tenant, and one of all."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+        self._by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
+
+    def add(self, tenant: str, cache: CacheReport) -> None:
+        for tally in (self.total, self._by_tenant[tenant]):
+            tally.add(cache)
+
+    def of(self, tenant: str) -> Tally:
+        return self._by_tenant[tenant]
+
+
 @dataclass(frozen=True)
 class Tools:
     """What the use cases work with."""
@@ -53,7 +68,7 @@ class Tools:
     store: Store
     turns: Turns
     admission: Admission
-    tally: Tally
+    tallies: Tallies
     synced: bool
 
 

@@ -72,7 +72,7 @@ async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEven
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.answer.token_ids):
                     run.check()
                 result = await _keep(work, request, stream, finished)
-        tools.tally.add(work.cache)
+        tools.tallies.add(work.key.tenant, work.cache)
         if cut_short:
             run.check()
         run.publish(result)

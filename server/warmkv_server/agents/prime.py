@@ -47,7 +47,7 @@ async def prime(tools: Tools, request: PrimeRequest, run: Run[PrimeResult]) -> N
                 )
                 committed = await work.commit((), finished, sealed.request, _changes(request))
         run.publish(sealed.result(committed.agent, committed.persisted))
-        tools.tally.add(work.cache)
+        tools.tallies.add(work.key.tenant, work.cache)
 
 
 def _changes(request: PrimeRequest) -> dict[str, Any]:

@@ -171,6 +171,12 @@ class Store:
         kept = self._core.outcomes.get((tenant, request_id))
         return None if kept is None else kept.outcome
 
+    def tiers(self, tenant: str) -> dict[str, int]:
+        """A tenant's agents by tier."""
+        index, core = self._core.index, self._core
+        own = (index.agents.get((tenant, agent_id)) for agent_id in index.names(tenant, ""))
+        return dict(Counter(core.tier(agent).value for agent in own if agent is not None))
+
     def stats(self) -> StoreStats:
         core = self._core
         tiers = Counter(core.tier(agent).value for agent in core.index.agents.values())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.errors import AgentForbidden, OperatorError, TokenInvalid, TokenMissing
+
+log = logging.getLogger(__name__)
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -59,7 +63,7 @@ class BearerTokens:
         """Read a token file: a line for each token, `TENANT TOKEN [AGENT_PREFIX]`; `#` begins a comment.
 
         Raises:
-            OperatorError: if it can't be read or has a line of another form.
+            OperatorError: if it can't be read, has a line of another form, or gives one token twice.
         """
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -76,9 +80,15 @@ class BearerTokens:
                     "a line is TENANT TOKEN, or TENANT TOKEN AGENT_PREFIX"
                 )
             tenant, token, *prefix = words
-            principals[_digest(token)] = Principal(tenant, prefix[0] if prefix else "")
+            principal = Principal(tenant, prefix[0] if prefix else "")
+            if principals.setdefault(_digest(token), principal) != principal:
+                raise OperatorError(
+                    f"line {number} of the token file {path} has the token of an earlier line, for another tenant or "
+                    "other agents; give each line a token of its own"
+                )
         if not principals:
             raise OperatorError(f"the token file {path} has no token, so nobody could call this server")
+        warn_if_open(path, "the token file")
         return cls(principals)
 
     def identify(self, metadata: Metadata) -> Principal:
@@ -87,10 +97,12 @@ class BearerTokens:
         Raises:
             TokenMissing, TokenInvalid
         """
-        header = next((value for key, value in metadata if key == "authorization"), None)
-        if header is None:
+        headers = [value for key, value in metadata if key == "authorization"]
+        if not headers:
             raise TokenMissing("this server needs the metadata `authorization: Bearer TOKEN`")
-        scheme, _, token = str(header).partition(" ")
+        if len(headers) > 1:
+            raise TokenInvalid("the metadata `authorization` has to be there once")
+        scheme, _, token = str(headers[0]).partition(" ")
         if scheme.lower() != "bearer":
             raise TokenInvalid("the metadata `authorization` has to be `Bearer TOKEN`")
         presented, found = _digest(token.strip()), None
@@ -103,6 +115,12 @@ class BearerTokens:
 
 
 Auth = Open | BearerTokens
+
+
+def warn_if_open(path: Path, what: str) -> None:
+    """Say so if a secret can be read or changed by everybody on this machine."""
+    if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        log.warning("%s %s can be read or changed by every user of this machine: chmod o-rw it", what, path)
 
 
 def _digest(token: str) -> bytes:

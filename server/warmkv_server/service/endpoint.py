@@ -12,21 +12,21 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
 from warmkv_server.agents.types import AgentKey
-from warmkv_server.errors import InvalidField, MalformedMessage, MessageTooLarge, WarmKVError
+from warmkv_server.errors import InvalidField, WarmKVError
+from warmkv_server.service import inbound
 from warmkv_server.service.auth import Auth, Metadata, Principal
-from warmkv_server.service.errors import status_of
+from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.gate import Gate
+from warmkv_server.service.inbound import Context
 from warmkv_server.service.metrics import Metrics
 
 ROUTING_KEY = "warmkv-agent-id"
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,6 @@ Behaviour = Callable[[Any, Call], Awaitable[Message | None]]
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """Stands in for a request whose bytes can't be taken. (What a deserialiser raises, gRPC answers with UNKNOWN.)"""
-
-    error: WarmKVError
-
-
-@dataclass(frozen=True)
 class Endpoints:
     """Makes gRPC handlers out of servicers.
 
@@ -80,47 +73,27 @@ class Endpoints:
     metrics: Metrics
     message_bytes: int
 
-    def handlers(self, service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
-        """Handlers of a service; the servicer has a method in snake_case for each RPC."""
-        return grpc.method_handlers_generic_handler(
-            service.full_name,
-            {method.name: self._handler(method, getattr(servicer, _snake(method.name))) for method in service.methods},
-        )
+    def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """Handlers of a service's methods; the servicer has a method in snake_case for each RPC."""
+        return {
+            method.name: self._handler(method, getattr(servicer, _snake(method.name))) for method in service.methods
+        }
 
     def _handler(self, method: MethodDescriptor, behaviour: Behaviour) -> grpc.RpcMethodHandler[Any, Any]:
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        # To gRPC all requests are streams: it reads those of one message before it says that a call is there.
+        stream = method.server_streaming
+        make = grpc.stream_stream_rpc_method_handler if stream else grpc.stream_unary_rpc_method_handler
+        kind = GetMessageClass(method.input_type)
 
-        async def serve(request: Message | Unreadable, context: Context) -> Message | None:
-            return await self._serve(method.name, behaviour, request, context)
+        async def serve(_: object, context: Context) -> Message | None:
+            return await self._serve(method.name, kind, behaviour, context)
 
-        return make(
-            serve,
-            request_deserializer=self._reader(GetMessageClass(method.input_type)),
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
-        )
+        return make(serve, response_serializer=GetMessageClass(method.output_type).SerializeToString)
 
-    def _reader(self, kind: type[Message]) -> Callable[[bytes], Message | Unreadable]:
-        def read(data: bytes) -> Message | Unreadable:
-            if len(data) > self.message_bytes:
-                return Unreadable(
-                    MessageTooLarge(
-                        f"the request has {len(data)} bytes, and this server takes {self.message_bytes}; "
-                        "send the content in parts, with Extend"
-                    )
-                )
-            try:
-                return kind.FromString(data)
-            except DecodeError:
-                return Unreadable(MalformedMessage(f"the request's bytes are not a {kind.DESCRIPTOR.full_name}"))
-
-        return read
-
-    async def _serve(
-        self, name: str, behaviour: Behaviour, request: Message | Unreadable, context: Context
-    ) -> Message | None:
+    async def _serve(self, name: str, kind: type[Message], behaviour: Behaviour, context: Context) -> Message | None:
         began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         try:
-            response = await self._admit(behaviour, request, context)
+            response = await self._admit(kind, behaviour, context)
             code = grpc.StatusCode.OK
             return response
         except WarmKVError as error:
@@ -131,20 +104,23 @@ class Endpoints:
                 raise  # by gRPC: the client is gone, or its deadline is
             status = status_of(internal_error(name))
             code = status.code
+        except grpc.aio.InternalError:
+            inbound.gone()
         except Exception:
             status = status_of(internal_error(name))
             code = status.code
         finally:
             self.metrics.served(name, code.name, time.perf_counter() - began)
-        await context.abort(status.code, status.message, status.trailing_metadata)
+        await refuse(context, status)
         return None
 
-    async def _admit(self, behaviour: Behaviour, request: Message | Unreadable, context: Context) -> Message | None:
+    async def _admit(self, kind: type[Message], behaviour: Behaviour, context: Context) -> Message | None:
+        """Serve a call; the request of one that is not let in is not even read."""
         metadata: Metadata = context.invocation_metadata() or ()
         principal = self.auth.identify(metadata)
+        self.gate.check()
+        request = await inbound.read(context, kind, self.message_bytes)
         with self.gate.enter() as agents:
-            if isinstance(request, Unreadable):
-                raise request.error
             _check_routing(request, metadata)
             return await behaviour(request, Call(agents, principal, context))
 
@@ -156,11 +132,11 @@ def _is_cancelled() -> bool:
 
 def _check_routing(request: Any, metadata: Metadata) -> None:
     """A router that hashes this metadata must have hashed the agent that the request is about."""
-    routed = next((value for key, value in metadata if key == ROUTING_KEY), None)
-    if routed is None:
+    routed = {value for key, value in metadata if key == ROUTING_KEY}
+    if not routed:
         return
     named = request.agent if "agent" in request.DESCRIPTOR.fields_by_name else request
-    if "agent_id" in named.DESCRIPTOR.fields_by_name and routed != named.agent_id:
+    if "agent_id" in named.DESCRIPTOR.fields_by_name and routed != {named.agent_id}:
         raise InvalidField.of("agent_id", f"is not what the metadata {ROUTING_KEY} says; the two have to be equal")
 
 

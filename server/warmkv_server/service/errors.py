@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
+import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -68,6 +71,12 @@ def status_of(error: errors.WarmKVError) -> Status:
         room = _DETAILS_BYTES - rich.ByteSize()
         rich.details.append(_packed(_bad_request(error.violations, room)))
     return Status(code, message, ((DETAILS_KEY, rich.SerializeToString()),))
+
+
+async def refuse(context: grpc.aio.ServicerContext[Any, Any], status: Status) -> None:
+    """End a call with a status; without one, if the call is over."""
+    with contextlib.suppress(grpc.aio.InternalError):
+        await context.abort(status.code, status.message, status.trailing_metadata)
 
 
 def _bad_request(violations: tuple[errors.Violation, ...], room: int) -> error_details_pb2.BadRequest:

@@ -27,9 +27,8 @@ class Gate:
         """Let nobody in any more. Who is inside stays."""
         self._closed = True
 
-    @contextmanager
-    def enter(self) -> Iterator[Agents]:
-        """Be inside for the block.
+    def check(self) -> Agents:
+        """Who would be inside, now.
 
         Raises:
             Loading, Draining
@@ -38,10 +37,20 @@ class Gate:
             raise Draining("the server is shutting down; try another, or this one again later", retry_after=5.0)
         if self._agents is None:
             raise Loading("the server is loading its model; try again", retry_after=1.0)
+        return self._agents
+
+    @contextmanager
+    def enter(self) -> Iterator[Agents]:
+        """Be inside for the block.
+
+        Raises:
+            Loading, Draining
+        """
+        agents = self.check()
         self._inside += 1
         self._empty.clear()
         try:
-            yield self._agents
+            yield agents
         finally:
             self._inside -= 1
             if not self._inside:

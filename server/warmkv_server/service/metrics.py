@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from warmkv_server import descriptors
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.types import GenerateFinished
 from warmkv_server.errors import OperatorError
@@ -65,6 +66,10 @@ class Metrics:
         """Also tell what agents, engine and store say of themselves. Called on the event loop they live on."""
         self.registry.register(_Gauges(asyncio.get_running_loop(), agents))
 
+    def watch_connections(self, port: int, limit: int) -> None:
+        """Also tell how many connections there are, and how many there can be."""
+        self.registry.register(_Connections(port, limit))
+
     def close(self) -> None:
         if self._http is not None:
             server, thread = self._http
@@ -90,8 +95,27 @@ class _Gauges(Collector):
         yield from asyncio.run_coroutine_threadsafe(look(), self._loop).result(_SCRAPE_SECONDS)
 
 
+class _Connections(Collector):
+    """What takes up the process's open files."""
+
+    def __init__(self, port: int, limit: int) -> None:
+        self._port = port
+        self._limit = limit
+
+    def collect(self) -> Iterator[Metric]:
+        gauges = {
+            "open_files": ("Files and connections that are open", descriptors.open_files()),
+            "connections_limit": ("Connections that there can be at once", self._limit),
+        }
+        connections = descriptors.open_connections(self._port)
+        if connections is not None:
+            gauges["connections"] = ("Connections of clients; at the limit further ones are closed", connections)
+        for name, (text, now) in gauges.items():
+            yield GaugeMetricFamily(f"warmkv_{name}", text, value=now)
+
+
 def _families(agents: Agents) -> Iterator[Metric]:
-    engine, store, tally = agents.engine.stats(), agents.store.stats(), agents.tally
+    engine, store, tally = agents.engine.stats(), agents.store.stats(), agents.tallies.total
     counters: dict[str, tuple[str, float]] = {
         "hot_tokens_reused": ("Prompt tokens whose KV was in RAM", tally.hot_tokens),
         "warm_tokens_reused": ("Prompt tokens whose KV was read from disk", tally.warm_tokens),

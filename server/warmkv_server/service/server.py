@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from warmkv.v1 import agent_service_pb2, server_service_pb2
 from warmkv_server.errors import OperatorError
+from warmkv_server.service import inbound
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.endpoint import Context, Endpoints
+from warmkv_server.service.auth import warn_if_open
+from warmkv_server.service.endpoint import Endpoints
+from warmkv_server.service.health import Health
+from warmkv_server.service.listener import Listener, Options, make_server
+from warmkv_server.service.open_services import health_methods, reflection_methods
 from warmkv_server.service.server_servicer import ServerServicer
 
 _AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
@@ -26,13 +27,37 @@ _SERVER = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
 _SERVICES = ("", _AGENTS.full_name, _SERVER.full_name)
 _STORAGE = "warmkv.v1.storage"
 """No service, but a state to watch: whether what is committed is on disk. Calls are served either way."""
-_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
-_RECEIVE_FACTOR = 8
+_RECEIVE_FACTOR = 2
 """gRPC itself cuts off requests larger than so many times the limit, and says less about why than we do."""
 
+_PING_MILLISECONDS = 500
+"""Clients may ask so often whether the connection lives, though nothing is said and no call is open: those that wait
+for an answer for minutes must be able to tell a slow server from a dead one, and proxies drop what is silent. Twice a
+second, so that who asks every second is never early."""
+_HANDSHAKE_MILLISECONDS = 20_000
+_IDLE_MILLISECONDS = 600_000
+"""After so long without a call a connection is closed: there are only so many, and clients make a new one unasked."""
+_STREAMS = 1024
+"""Calls at once on one connection; clients let further ones wait."""
+
 _LEFT_SECONDS = 1.0
+
+
+def _options(message_bytes: int, connections: int) -> Options:
+    return (
+        # A second server on the port must fail, not take every other connection.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", message_bytes * _RECEIVE_FACTOR),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.min_ping_interval_without_data_ms", _PING_MILLISECONDS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_idle_ms", _IDLE_MILLISECONDS),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MILLISECONDS),
+        ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.max_allowed_incoming_connections", connections),
+        *inbound.OPTIONS,
+    )
 
 
 @dataclass(frozen=True)
@@ -44,23 +69,28 @@ class Tls:
 
 
 class GrpcServer:
-    """Serves from `start` on; says NOT_SERVING until `announce`."""
+    """Serves from `start` on; says NOT_SERVING until `announce`.
 
-    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer) -> None:
-        self._server = grpc.aio.server(
-            options=[
-                # A second server on the port must fail, not take every other connection.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", endpoints.message_bytes * _RECEIVE_FACTOR),
-                ("grpc.max_send_message_length", -1),
-            ]
-        )
-        self._health = health.aio.HealthServicer()
-        self._saying: set[asyncio.Task[None]] = set()
-        self._server.add_generic_rpc_handlers(
-            (endpoints.handlers(_AGENTS, agents), endpoints.handlers(_SERVER, server), *_reflection())
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+    Args:
+        connections: most of them at once; further ones are closed as they come.
+
+    Attributes:
+        lost: done if it serves no more, though nobody has stopped it.
+    """
+
+    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer, connections: int) -> None:
+        self._health = Health()
+        self._methods = {
+            _AGENTS.full_name: endpoints.handlers(_AGENTS, agents),
+            _SERVER.full_name: endpoints.handlers(_SERVER, server),
+            **health_methods(self._health),
+            **reflection_methods((_AGENTS, _SERVER)),
+        }
+        self._options = _options(endpoints.message_bytes, connections)
+        self._address = ""
+        self._credentials: grpc.ServerCredentials | None = None
+        self._listener = Listener(self._make, self._bind)
+        self.lost = self._listener.lost
 
     def bind(self, host: str, port: int, tls: Tls | None) -> int:
         """Take the port, 0 for a free one, and return it.
@@ -69,75 +99,50 @@ class GrpcServer:
             OperatorError: if it can't be had, or the certificate is not good.
         """
         _probe(host, port)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._address = f"[{host}]" if ":" in host else host
+        self._credentials = None if tls is None else _credentials(tls)
         try:
-            if tls is None:
-                return self._server.add_insecure_port(address)
-            return self._server.add_secure_port(address, _credentials(tls))
+            return self._listener.bind(port)
         except RuntimeError as error:
             raise OperatorError(f"can't listen on {host}:{port}: {error}") from error
 
     async def start(self) -> None:
         for service in (*_SERVICES, _STORAGE):
-            await self._health.set(service, _NOT_SERVING)
-        await self._server.start()
+            self._health.set(service, "NOT_SERVING")
+        await self._listener.start()
 
-    async def announce(self) -> None:
+    def announce(self) -> None:
         """Say SERVING."""
         for service in _SERVICES:
-            await self._health.set(service, _SERVING)
+            self._health.set(service, "SERVING")
 
     def say_storage(self, taking: bool) -> None:
         """Say SERVING of the storage if the disk has all that is committed, else NOT_SERVING."""
-        saying = asyncio.create_task(self._health.set(_STORAGE, _SERVING if taking else _NOT_SERVING))
-        self._saying.add(saying)
-        saying.add_done_callback(self._saying.discard)
+        self._health.set(_STORAGE, "SERVING" if taking else "NOT_SERVING")
 
-    async def withdraw(self) -> None:
+    def withdraw(self) -> None:
         """Say NOT_SERVING, for good."""
-        await self._health.enter_graceful_shutdown()
+        self._health.withdraw()
 
     async def stop(self, grace: float) -> None:
         """Refuse connections, and end the calls that are left after so many seconds. Nothing else runs any more."""
-        await self._server.stop(grace)
+        await self._listener.stop(grace)
         # gRPC returns a moment before its handlers do; a loop that ends in between logs their tracebacks.
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if left:
             await asyncio.wait(left, timeout=_LEFT_SECONDS)
 
+    def _make(self) -> grpc.aio.Server:
+        server = make_server(self._options)
+        for service, methods in self._methods.items():
+            server.add_registered_method_handlers(service, methods)
+        return server
 
-def _reflection() -> list[grpc.GenericRpcHandler]:
-    """Server reflection v1alpha, and v1, whose messages are the same on the wire."""
-    names = (_AGENTS.full_name, _SERVER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    servicer = reflection.aio.ReflectionServicer(names)
-
-    async def tell(
-        requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], context: Context
-    ) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
-        answers: Any = servicer.ServerReflectionInfo(_by_service(requests), context)
-        async for answer in answers:
-            yield answer
-
-    handler = grpc.stream_stream_rpc_method_handler(
-        tell,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    return [
-        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
-        for name in (reflection.SERVICE_NAME, _REFLECTION_V1)
-    ]
-
-
-async def _by_service(
-    requests: AsyncIterator[reflection_pb2.ServerReflectionRequest],
-) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
-    """Ask for a method's service instead of the method: protobuf's pool finds no file by a method's name."""
-    methods = {method.full_name: service.full_name for service in (_AGENTS, _SERVER) for method in service.methods}
-    async for request in requests:
-        if request.file_containing_symbol in methods:
-            request.file_containing_symbol = methods[request.file_containing_symbol]
-        yield request
+    def _bind(self, server: grpc.aio.Server, port: int) -> int:
+        address = f"{self._address}:{port}"
+        if self._credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, self._credentials)
 
 
 def _probe(host: str, port: int) -> None:
@@ -164,4 +169,5 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
         raise OperatorError(
             f"the TLS certificate {tls.certificate} and key {tls.key} can't be used: {error.strerror or error}"
         ) from error
+    warn_if_open(tls.key, "the TLS key")
     return grpc.ssl_server_credentials([pair])

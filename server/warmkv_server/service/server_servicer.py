@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass, field, fields
 from time import time
@@ -11,10 +10,11 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.engine.model import LayerInfo, ModelInfo, ModelKind
 from warmkv_server.engine.types import Sampling
-from warmkv_server.kv.store import Durability, Tier
+from warmkv_server.kv.store import Durability, StoreStats, Tier
 from warmkv_server.kv.types import Fallback, Source
 from warmkv_server.service import convert, validate
 from warmkv_server.service.endpoint import Call
+from warmkv_server.versions import version_of
 
 MODEL_KINDS = {
     ModelKind.BUILT_IN: server_pb.MODEL_KIND_BUILTIN,
@@ -44,6 +44,7 @@ class Facts:
     durability: Durability
     default_max_tokens: int
     block_format: str
+    tenants: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ class ServerServicer:
         _: server_pb.GetServerStatsRequest,
         call: Call,
     ) -> server_pb.GetServerStatsResponse:
-        tally, store, engine = call.agents.tally, call.agents.store.stats(), call.agents.engine.stats()
+        store, engine = call.agents.store.stats(), call.agents.engine.stats()
+        tally = call.agents.tallies.total
+        if self.facts.tenants > 1:
+            tenant = call.principal.tenant
+            tally = call.agents.tallies.of(tenant)
+            store = StoreStats(agents_by_tier=call.agents.store.tiers(tenant))
         return server_pb.GetServerStatsResponse(
             start_time=convert.timestamp(self.started),
             counters=server_pb.ServerCounters(
@@ -147,5 +153,5 @@ def _sampling(defaults: Sampling) -> pb.SamplingParams:
 
 
 def _versions(info: ModelInfo, block_format: str) -> dict[str, str]:
-    own = {name: importlib.metadata.version(name) for name in ("warmkv", "grpcio", "protobuf")}
+    own = {name: version_of(name) for name in ("warmkv", "grpcio", "protobuf")}
     return {**own, **info.versions, "python": platform.python_version(), "block-format": block_format}

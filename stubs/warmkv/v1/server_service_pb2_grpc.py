@@ -73,6 +73,11 @@ class ServerServiceServicer:
 
     def GetServerStats(self, request, context):
         """GetServerStats returns what the server has done since it started, and its present load.
+
+        Where the server knows tokens of several tenants, each is told of its own requests and agents only: requests and
+        tokens are counted for the caller's tenant, and so are agents; what is not counted by tenant is 0: bytes, evictions,
+        quarantined files, failed commits. queue_depth and batch_size stay those of the whole server, since they tell what a
+        request has to expect. Operators have all totals from the server's metrics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

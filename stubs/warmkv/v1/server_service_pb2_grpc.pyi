@@ -41,7 +41,13 @@ class ServerServiceStub:
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_service_pb2.GetServerInfoRequest, _server_service_pb2.GetServerInfoResponse]
     """GetServerInfo returns what is fixed while the server runs: model, device, limits and defaults."""
     GetServerStats: _grpc.UnaryUnaryMultiCallable[_server_service_pb2.GetServerStatsRequest, _server_service_pb2.GetServerStatsResponse]
-    """GetServerStats returns what the server has done since it started, and its present load."""
+    """GetServerStats returns what the server has done since it started, and its present load.
+
+    Where the server knows tokens of several tenants, each is told of its own requests and agents only: requests and
+    tokens are counted for the caller's tenant, and so are agents; what is not counted by tenant is 0: bytes, evictions,
+    quarantined files, failed commits. queue_depth and batch_size stay those of the whole server, since they tell what a
+    request has to expect. Operators have all totals from the server's metrics.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_server_service_pb2.CountTokensRequest, _server_service_pb2.CountTokensResponse]
     """CountTokens returns the tokens that content becomes, exactly as Generate would make them.
 
@@ -63,7 +69,13 @@ class ServerServiceAsyncStub(ServerServiceStub):
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_service_pb2.GetServerInfoRequest, _server_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """GetServerInfo returns what is fixed while the server runs: model, device, limits and defaults."""
     GetServerStats: _aio.UnaryUnaryMultiCallable[_server_service_pb2.GetServerStatsRequest, _server_service_pb2.GetServerStatsResponse]  # type: ignore[assignment]
-    """GetServerStats returns what the server has done since it started, and its present load."""
+    """GetServerStats returns what the server has done since it started, and its present load.
+
+    Where the server knows tokens of several tenants, each is told of its own requests and agents only: requests and
+    tokens are counted for the caller's tenant, and so are agents; what is not counted by tenant is 0: bytes, evictions,
+    quarantined files, failed commits. queue_depth and batch_size stay those of the whole server, since they tell what a
+    request has to expect. Operators have all totals from the server's metrics.
+    """
     CountTokens: _aio.UnaryUnaryMultiCallable[_server_service_pb2.CountTokensRequest, _server_service_pb2.CountTokensResponse]  # type: ignore[assignment]
     """CountTokens returns the tokens that content becomes, exactly as Generate would make them.
 
@@ -94,7 +106,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _server_service_pb2.GetServerStatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_service_pb2.GetServerStatsResponse, _abc.Awaitable[_server_service_pb2.GetServerStatsResponse]]:
-        """GetServerStats returns what the server has done since it started, and its present load."""
+        """GetServerStats returns what the server has done since it started, and its present load.
+
+        Where the server knows tokens of several tenants, each is told of its own requests and agents only: requests and
+        tokens are counted for the caller's tenant, and so are agents; what is not counted by tenant is 0: bytes, evictions,
+        quarantined files, failed commits. queue_depth and batch_size stay those of the whole server, since they tell what a
+        request has to expect. Operators have all totals from the server's metrics.
+        """
 
     @_abc_1.abstractmethod
     def CountTokens(

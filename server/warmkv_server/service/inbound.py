@@ -1,0 +1,88 @@
+"""Requests' bytes: asked for when the call is known to be welcome, and inflated no further than they may be long.
+
+gRPC's core hands out messages as they came. If it inflated and decoded them, as it does by default, then before anybody
+could say whether the caller is known; and 100 KB can inflate to 100 MB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn, TypeVar
+
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from warmkv_server.errors import MalformedMessage, MessageTooLarge
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Kind = TypeVar("Kind", bound=Message)
+
+OPTIONS = (
+    ("grpc.per_message_decompression", 0),
+    # Identity and gzip, by their bits. A gzip file can't be taken for a message, whose first byte never is 0x1f, a
+    # field of type 7; the beginning of what deflate makes could. Clients learn from the server what it takes.
+    ("grpc.compression_enabled_algorithms_bitset", 0b101),
+)
+"""Of a server whose messages are read here."""
+
+_GZIP = b"\x1f\x8b"
+_GZIP_WINDOW = zlib.MAX_WBITS | 16
+_STEP = 1 << 18
+"""Bytes that are inflated before others get a turn on the event loop."""
+
+
+async def read(context: Context, kind: type[Kind], limit: int) -> Kind:
+    """The one message of a request.
+
+    Args:
+        limit: most bytes of it, inflated or not.
+
+    Raises:
+        MalformedMessage, MessageTooLarge
+    """
+    async for message in read_all(context, kind, limit):
+        return message
+    raise MalformedMessage(f"the call ended before its {kind.DESCRIPTOR.full_name} had come")
+
+
+async def read_all(context: Context, kind: type[Kind], limit: int) -> AsyncIterator[Kind]:
+    """The messages of a request, as they come."""
+    while (data := await context.read()) is not grpc.aio.EOF:
+        if len(data) > limit:
+            raise _too_large(f"{len(data)} bytes", limit)
+        if data.startswith(_GZIP):
+            data = await _inflate(data, limit)
+        try:
+            yield kind.FromString(data)
+        except DecodeError:
+            raise MalformedMessage(f"the request's bytes are not a {kind.DESCRIPTOR.full_name}") from None
+
+
+def gone() -> NoReturn:
+    """Leave a call that gRPC has ended, as it does with one whose client is gone or whose message is far too large."""
+    raise asyncio.CancelledError
+
+
+async def _inflate(data: bytes, limit: int) -> bytes:
+    inflating, inflated = zlib.decompressobj(_GZIP_WINDOW), bytearray()
+    try:
+        while not inflating.eof:
+            part = inflating.decompress(inflating.unconsumed_tail or data, _STEP)
+            if not part and not inflating.eof:
+                raise MalformedMessage("the request's bytes are the beginning of a gzip file only")
+            data = b""
+            inflated += part
+            if len(inflated) > limit:
+                raise _too_large(f"more than {limit} bytes, inflated", limit)
+            await asyncio.sleep(0)
+    except zlib.error:
+        raise MalformedMessage("the request's bytes begin as a gzip file does, but are none") from None
+    return bytes(inflated)
+
+
+def _too_large(size: str, limit: int) -> MessageTooLarge:
+    return MessageTooLarge(
+        f"the request has {size}, and this server takes {limit}; send the content in parts, with Extend"
+    )
