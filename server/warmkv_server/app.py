@@ -16,7 +16,8 @@ from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.errors import Draining
+from warmkv_server.engine.loop import SOON_SECONDS
+from warmkv_server.errors import Draining, ServerFailed
 from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.service.agent_servicer import AgentServicer
@@ -40,6 +41,7 @@ async def serve(settings: Settings) -> None:
 
     Raises:
         OperatorError: if the server can't be started as it was asked to.
+        ServerFailed: if the engine has failed for good.
     """
     signals = StopSignals()
     gate, metrics = Gate(), Metrics()
@@ -74,9 +76,11 @@ async def serve(settings: Settings) -> None:
             gc.collect()
             gc.freeze()
             await server.announce()
+            engine.watch = server.say_engine
             print(f"listening on {settings.host}:{port}", flush=True)
 
-            await signals.first
+            stops: list[asyncio.Future[Any]] = [signals.first, engine.lost]
+            await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)
             log.info("draining for up to %g seconds", settings.drain_seconds)
             await server.withdraw()
             gate.close()
@@ -91,6 +95,11 @@ async def serve(settings: Settings) -> None:
     finally:
         await server.stop(grace=0)
         metrics.close()
+    if engine.lost.done():
+        raise ServerFailed(
+            f"the engine has failed twice within {SOON_SECONDS:g} seconds and can't go on; all that was committed is "
+            f"kept: look for {engine.lost.result()} in the log, and start the server again"
+        )
     log.info("stopped")
 
 

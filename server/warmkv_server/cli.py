@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from warmkv_server.config import Settings
-from warmkv_server.errors import OperatorError
+from warmkv_server.errors import OperatorError, ServerFailed
 from warmkv_server.evaluation.cli import app as evaluation
 from warmkv_server.operate import cli as operate
 
@@ -70,6 +70,9 @@ def serve(**flags: Any) -> None:
         asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))
+    except ServerFailed as error:
+        typer.echo(f"warmkv: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -15,6 +15,10 @@ class OperatorError(Exception):
     """A mistake in how the server was started: one sentence that says what, why, and what to do."""
 
 
+class ServerFailed(Exception):
+    """The server can't go on, by no mistake of its operator's: one sentence that says what, why, and what to do."""
+
+
 @dataclass(frozen=True)
 class Violation:
     """One wrong field of a request: its path in the message, and what it must be instead."""

@@ -89,9 +89,17 @@ class GrpcServer:
 
     def say_storage(self, taking: bool) -> None:
         """Say SERVING of the storage if the disk has all that is committed, else NOT_SERVING."""
-        saying = asyncio.create_task(self._health.set(_STORAGE, _SERVING if taking else _NOT_SERVING))
-        self._saying.add(saying)
-        saying.add_done_callback(self._saying.discard)
+        self._say(taking, _STORAGE)
+
+    def say_engine(self, running: bool) -> None:
+        """Say SERVING if the engine computes, else NOT_SERVING."""
+        self._say(running, *_SERVICES)
+
+    def _say(self, serving: bool, *services: str) -> None:
+        for service in services:
+            saying = asyncio.create_task(self._health.set(service, _SERVING if serving else _NOT_SERVING))
+            self._saying.add(saying)
+            saying.add_done_callback(self._saying.discard)
 
     async def withdraw(self) -> None:
         """Say NOT_SERVING, for good."""
