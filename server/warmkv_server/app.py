@@ -16,7 +16,8 @@ from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.errors import Draining, ServiceLost
+from warmkv_server.engine.loop import SOON_SECONDS
+from warmkv_server.errors import Draining, ServerFailed
 from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.service.agent_servicer import AgentServicer
@@ -40,7 +41,7 @@ async def serve(settings: Settings) -> None:
 
     Raises:
         OperatorError: if the server can't be started as it was asked to.
-        ServiceLost: if it can't go on, though nobody told it to stop.
+        ServerFailed: if it can't go on, though nobody told it to stop.
     """
     signals = StopSignals()
     gate, metrics = Gate(), Metrics()
@@ -83,9 +84,11 @@ async def serve(settings: Settings) -> None:
             gc.collect()
             gc.freeze()
             server.announce()
+            engine.watch = server.say_engine
             print(f"listening on {settings.host}:{port}", flush=True)
 
-            await asyncio.wait([signals.first, server.lost], return_when=asyncio.FIRST_COMPLETED)
+            stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
+            await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)
             log.info("draining for up to %g seconds", settings.drain_seconds)
             server.withdraw()
             gate.close()
@@ -101,9 +104,14 @@ async def serve(settings: Settings) -> None:
         await server.stop(grace=0)
         metrics.close()
     if server.lost.done():
-        raise ServiceLost(
+        raise ServerFailed(
             f"gRPC's server ended by itself and port {port} could not be had again: what was committed is kept, but "
-            "nobody is served; start the server anew"
+            "nobody is served; start the server again"
+        )
+    if engine.lost.done():
+        raise ServerFailed(
+            f"the engine has failed twice within {SOON_SECONDS:g} seconds and can't go on; all that was committed is "
+            f"kept: look for {engine.lost.result()} in the log, and start the server again"
         )
     log.info("stopped")
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from warmkv_server.config import Settings
-from warmkv_server.errors import OperatorError, ServiceLost
+from warmkv_server.errors import OperatorError, ServerFailed
 from warmkv_server.operate import cli as operate
 from warmkv_server.versions import version_of
 
@@ -71,7 +71,7 @@ def serve(**flags: Any) -> None:
         asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))
-    except ServiceLost as error:
+    except ServerFailed as error:
         _refuse(str(error), status=1)
 
 

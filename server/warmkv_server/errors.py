@@ -15,8 +15,8 @@ class OperatorError(Exception):
     """A mistake in how the server was started: one sentence that says what, why, and what to do."""
 
 
-class ServiceLost(Exception):
-    """The server has to end, though nobody told it to: one sentence that says what, why, and what to do."""
+class ServerFailed(Exception):
+    """The server can't go on, by no mistake of its operator's: one sentence that says what, why, and what to do."""
 
 
 @dataclass(frozen=True)

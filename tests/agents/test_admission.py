@@ -95,6 +95,60 @@ async def test_a_tenant_below_its_share_of_a_full_line_is_let_in() -> None:
     assert scene.admission.waiting == len(waiting)
 
 
+async def test_a_tenant_that_holds_all_leaves_another_its_share() -> None:
+    scene = Scene(budget=10)
+    reds = [scene.arrive(2, "red")[0] for _ in range(7)]
+    await settle()
+    assert scene.inside == reds[:5]
+    blues = [scene.arrive(2, "blue")[0] for _ in range(3)]
+    await settle()
+    assert scene.inside == [*reds[:5], *blues[:2]]
+    for number in reds[:4]:  # what is freed goes to the one that holds less, until both hold as much
+        scene.leave(number)
+        await settle()
+    assert sorted(scene.inside) == [reds[4], reds[5], *blues]
+
+
+async def test_what_does_not_fit_holds_up_no_other_tenant_and_gets_its_room() -> None:
+    scene = Scene(budget=12)
+    reds = [scene.arrive(3, "red")[0] for _ in range(4)]
+    large, _ = scene.arrive(11, "blue")
+    green, _ = scene.arrive(2, "green")
+    await settle()
+    assert scene.inside == [*reds, green]
+    for _ in range(8):
+        scene.arrive(1, "red")
+    for number in reds[:3]:
+        assert large not in scene.inside
+        scene.leave(number)
+        await settle()
+    assert large in scene.inside  # red has no more than its share
+
+
+@given(st.lists(st.tuples(st.sampled_from(["red", "blue", "green", "leave"]), st.integers(1, 12)), max_size=40))
+def test_tenants_have_their_share_at_once_and_twice_the_budget_at_most(steps: list[tuple[str, int]]) -> None:
+    async def play() -> None:
+        scene = Scene(budget=12)
+        sizes: dict[int, tuple[str, int]] = {}
+        for action, value in steps:
+            if action != "leave":
+                number, _ = scene.arrive(value, action)
+                sizes[number] = action, value
+            elif scene.inside:
+                scene.leave(scene.inside[value % len(scene.inside)])
+            await settle()
+            held = [sizes[number] for number in scene.inside]
+            assert len(held) <= 1 or sum(size for _, size in held) <= 24
+        for _ in sizes:
+            for number in list(scene.inside):
+                scene.leave(number)
+            await settle()
+        assert scene.admission.waiting == 0
+        assert scene.inside == []
+
+    asyncio.run(play())
+
+
 async def test_too_many_waiting_are_refused() -> None:
     scene = Scene(budget=1, max_waiting=1)
     scene.arrive(1)

@@ -42,6 +42,15 @@ async def test_every_watcher_sees_every_event_however_late_it_joins() -> None:
     assert await seen(run) == [1, 2]
 
 
+async def test_an_event_may_be_none() -> None:
+    async def work(run: Run[None]) -> None:
+        run.publish(None)
+
+    run: Run[None] = Run("test")
+    run.start(work)
+    assert await run.result() is None  # type: ignore[func-returns-value]
+
+
 async def test_result_is_the_last_event() -> None:
     async def work(run: Run[int]) -> None:
         run.publish(1)
@@ -112,7 +121,7 @@ async def test_a_commit_is_not_interrupted() -> None:
     run.stop(RequestCancelled("client gone"))
     written.set()
     await run.over.wait()
-    assert run.events == [1]
+    assert await seen(run) == [1]
     assert run.error is None
 
 
@@ -131,5 +140,6 @@ async def test_stop_asks_what_is_at_work_to_end_and_lets_it_finish() -> None:
     run.stop(RequestCancelled("client gone"))
     run.stop(AgentDeleted("too late: the first reason counts"))
     await run.over.wait()
-    assert run.events == [1]
+    with run.watch() as watch:
+        assert await anext(watch) == 1
     assert isinstance(run.error, RequestCancelled)

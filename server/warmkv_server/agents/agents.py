@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from warmkv_server.agents import generate, manage, prime
 from warmkv_server.agents.admission import Admission
+from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
 from warmkv_server.agents.requests import Requests
-from warmkv_server.agents.run import Run
+from warmkv_server.agents.run import Events, Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import (
     AgentKey,
@@ -81,7 +82,11 @@ class Agents:
 
     async def generate(self, request: GenerateRequest) -> Run[GenerateEvent]:
         """Begin, join or replay an answer; `watch` the run for its events."""
-        begin = partial(self._begin, "generate", partial(generate.generate, self._tools, request))
+
+        def begin() -> Run[GenerateEvent]:
+            events = AnswerEvents(keep=request.identity is not None)
+            return self._begin("generate", partial(generate.generate, self._tools, request, events), events)
+
         return await self._requests.run_once(request.key, request.identity, generate.RECORDER, begin)
 
     async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView:
@@ -143,8 +148,10 @@ class Agents:
         for run in list(self._runs):
             run.stop(reason)
 
-    def _begin(self, name: str, work: Callable[[Run[Event]], Awaitable[None]]) -> Run[Event]:
-        run: Run[Event] = Run(name)
+    def _begin(
+        self, name: str, work: Callable[[Run[Event]], Awaitable[None]], events: Events[Event] | None = None
+    ) -> Run[Event]:
+        run: Run[Event] = Run(name, events)
         self._runs.add(run)
         run.when_over(lambda: self._runs.discard(run))
         run.start(work)

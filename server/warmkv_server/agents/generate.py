@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict, TypeAdapter
 
+from warmkv_server.agents.answer_log import AnswerEvents, AnswerLog
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.requests import Recorder, Sealed
@@ -47,8 +48,11 @@ def _replay(kept: Kept) -> Run[GenerateEvent]:
 RECORDER = Recorder(TypeAdapter(Kept), _replay)
 
 
-async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEvent]) -> None:
+async def generate(tools: Tools, request: GenerateRequest, events: AnswerEvents, run: Run[GenerateEvent]) -> None:
     """Publish the answer's events as they come, and GenerateFinished once it is committed.
+
+    Args:
+        events: of the run.
 
     Told to stop while decoding, it commits the prompt and the tokens sampled so far, unless the agent was deleted.
     """
@@ -66,10 +70,10 @@ async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEven
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
             work = Computation(tools, key, run, context, timings, lease)
             async with work.loaded(answer):
-                stream = AnswerStream(request, run, work)
+                stream = AnswerStream(request, run, work, events.answer)
                 finished = await _answer(work, answer, stream)
                 cut_short = finished is not None and finished.finish is Finish.CANCELLED
-                if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.answer.token_ids):
+                if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
                     run.check()
                 result = await _keep(work, request, stream, finished)
         tools.tallies.add(work.key.tenant, work.cache)
@@ -79,13 +83,24 @@ async def generate(tools: Tools, request: GenerateRequest, run: Run[GenerateEven
 
 
 class AnswerStream:
-    """Publishes the engine's events in the form the request asked for, and collects the answer."""
+    """Publishes the engine's events in the form the request asked for, and collects the answer where it is wanted.
 
-    def __init__(self, request: GenerateRequest, run: Run[GenerateEvent], work: Computation) -> None:
+    Args:
+        published: the deltas that were published.
+
+    Attributes:
+        sampled: tokens so far.
+    """
+
+    def __init__(
+        self, request: GenerateRequest, run: Run[GenerateEvent], work: Computation, published: AnswerLog
+    ) -> None:
         self._request = request
         self._run = run
         self._work = work
-        self._deltas: list[Delta] = []
+        self._log = AnswerLog() if request.whole else published
+        self._kept = 0
+        self.sampled = 0
         self.started = GenerateStarted(request.key.agent_id, work.cache)
 
     def begin(self) -> None:
@@ -101,26 +116,27 @@ class AnswerStream:
                 if done > reused and total - reused > BLOCK_TOKENS:
                     self._run.publish(PrefillProgress(done - reused, total - reused))
             case Delta():
-                if not self._deltas:
+                if not self.sampled:
                     self._work.timings.first_token = time.perf_counter() - self._request.arrived
-                self._deltas.append(event)
-                if not self._request.whole:
+                self.sampled += len(event.token_ids)
+                if self._request.whole:
+                    self._log.add(event)
+                else:
                     self._run.publish(event)
             case Finished():
                 self.end(event.completion)
 
     def end(self, completion: Sequence[int]) -> None:
         """The answer is complete; `completion` are its tokens that belong to the context."""
-        kept = len(completion)
-        joined = _join(self._deltas)
-        self._deltas = [Delta(joined.token_ids[:kept], joined.text, joined.logprobs[:kept])]
+        self._kept = len(completion)
         if self._request.whole:
             self._run.publish(self.answer)
 
     @property
     def answer(self) -> Delta:
-        """The answer so far, as one delta."""
-        return _join(self._deltas)
+        """The answer, once it is complete, as one delta. For a request that has an id, or wants it whole."""
+        joined = self._log.cut(0, len(self._log))
+        return Delta(joined.token_ids[: self._kept], joined.text, joined.logprobs[: self._kept])
 
 
 async def _answer(work: Computation, answer: Answer | None, stream: AnswerStream) -> Finished | None:
@@ -171,11 +187,3 @@ async def _keep(
 def _fitting(answer: Answer, room: int) -> Answer | None:
     """The answer cut to the room left in the context; None if there is none."""
     return replace(answer, max_tokens=min(answer.max_tokens, room)) if room else None
-
-
-def _join(deltas: Sequence[Delta]) -> Delta:
-    return Delta(
-        tuple(token for delta in deltas for token in delta.token_ids),
-        "".join(delta.text for delta in deltas),
-        tuple(logprob for delta in deltas for logprob in delta.logprobs),
-    )

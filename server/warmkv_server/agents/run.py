@@ -12,13 +12,14 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from warmkv_server.agents.types import Activity, Doing
 from warmkv_server.errors import Draining, EngineError, RequestCancelled, WarmKVError
 
 log = logging.getLogger(__name__)
 Event = TypeVar("Event")
+Seen = TypeVar("Seen", covariant=True)
 
 
 def internal_error(where: str) -> EngineError:
@@ -28,20 +29,63 @@ def internal_error(where: str) -> EngineError:
     return EngineError(error_id)
 
 
+class Reader(Protocol[Seen]):
+    def next(self) -> Sequence[Seen]:
+        """The next event that it hasn't had; empty if there is none yet."""
+
+
+class Events(Protocol[Event]):
+    """What was published, for whoever reads it from the start."""
+
+    def add(self, event: Event) -> None: ...
+
+    def reader(self) -> Reader[Event]: ...
+
+    def leave(self, reader: Any) -> None:
+        """This one reads no more."""
+
+
+class AllEvents(list[Event]):
+    """Every event as it is: for runs that have few."""
+
+    def add(self, event: Event) -> None:
+        self.append(event)
+
+    def reader(self) -> _InOrder[Event]:
+        return _InOrder(self)
+
+    def leave(self, reader: Any) -> None:
+        """All is kept."""
+
+
+class _InOrder(Generic[Event]):
+    def __init__(self, events: AllEvents[Event]) -> None:
+        self._events = events
+        self._seen = 0
+
+    def next(self) -> list[Event]:
+        events = self._events[self._seen : self._seen + 1]
+        self._seen += len(events)
+        return events
+
+
 class Run(Generic[Event]):
     """One request at work.
 
+    Args:
+        events: where what it publishes is kept; by default, all as it is.
+
     Attributes:
         name: for the log.
-        events: everything published so far; kept, so that a watcher that joins late sees all of it.
+        events: what was published, such that a watcher that joins late sees all of it.
         error: why it failed, once it is over.
         stopped: why it was told to stop, if it was.
         doing: for whoever asks what the agent's request is doing.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, events: Events[Event] | None = None) -> None:
         self.name = name
-        self.events: list[Event] = []
+        self.events: Events[Event] = events if events is not None else AllEvents()
         self.error: WarmKVError | None = None
         self.stopped: WarmKVError | None = None
         self.doing = Doing(Activity.QUEUED)
@@ -55,7 +99,7 @@ class Run(Generic[Event]):
     def replay(cls, name: str, events: Sequence[Event], error: WarmKVError | None = None) -> Run[Event]:
         """A run that is over: its watchers see these events, then the error if there is one."""
         run = cls(name)
-        run.events, run.error = list(events), error
+        run.events, run.error = AllEvents(events), error
         run.over.set()
         return run
 
@@ -66,7 +110,7 @@ class Run(Generic[Event]):
         self._interrupt = self._task.cancel
 
     def publish(self, event: Event) -> None:
-        self.events.append(event)
+        self.events.add(event)
         self._wake()
 
     def stop(self, reason: WarmKVError) -> None:
@@ -106,10 +150,11 @@ class Run(Generic[Event]):
         Raises:
             WarmKVError: as the run failed.
         """
+        last: list[Event] = []
         with self.watch() as watch:
-            async for _ in watch:
-                pass
-        return self.events[-1]
+            async for event in watch:
+                last = [event]
+        return last[0]
 
     def attach(self, watch: Watch[Event]) -> None:
         self._watches.append(watch)
@@ -132,7 +177,10 @@ class Run(Generic[Event]):
         if task.cancelled():
             self.error = self.stopped or Draining("the server is shutting down")
         for call in self._endings:
-            call()
+            try:
+                call()
+            except Exception:  # whoever waits for the end must see it
+                internal_error(self.name)
         self.over.set()
         self._wake()
 
@@ -149,7 +197,7 @@ class Watch(Generic[Event]):
 
     def __init__(self, run: Run[Event]) -> None:
         self._run = run
-        self._seen = 0
+        self._reader = run.events.reader()
         self.news = asyncio.Event()
 
     def __enter__(self) -> Self:
@@ -159,21 +207,21 @@ class Watch(Generic[Event]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._run.events.leave(self._reader)
         self._run.detach(self)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        while self._seen == len(self._run.events):
+        while not (events := self._reader.next()):
             if self._run.over.is_set():
                 if self._run.error is not None:
                     raise self._run.error
                 raise StopAsyncIteration
             self.news.clear()
             await self.news.wait()
-        self._seen += 1
-        return self._run.events[self._seen - 1]
+        return events[0]
 
 
 def _nothing() -> None:

@@ -37,7 +37,10 @@ class Decoder:
         self.stepped = 0.0
 
     def begin(self, sequence: Sequence) -> None:
-        """Send the first token of a sequence, which is pending, and have it decode with others of its length."""
+        """Send the first token of a sequence, which is pending, and have it decode with others of its length.
+
+        Or the next token, of one that gave way to others and comes back.
+        """
         self._emit(sequence, *sequence.sampled())
         sequence.sent = True
         self._roster.flush()
@@ -99,14 +102,16 @@ class Decoder:
                 self._take(group, choices)
         self._roster.drop_empty_groups()
 
-    def release(self, sequence: Sequence) -> None:
-        """Let it leave its group, if it is in one, between two steps; its KV is its own then."""
-        group = self._roster.group_of(sequence)
-        if group is not None:
-            with self._roster.containing(*group.sequences):
-                group.snapshot(sequence)
-                group.leave([sequence])
-            self._roster.drop_empty_groups()
+    def release(self, *sequences: Sequence) -> None:
+        """Let them leave their groups, as far as they are in any, between two steps; their KV is their own then."""
+        for group in list(self._roster.groups):
+            leaving = [row for row in group.sequences if row in sequences]
+            if leaving:
+                with self._roster.containing(*group.sequences):
+                    for sequence in leaving:
+                        group.snapshot(sequence)
+                    group.leave(leaving)
+        self._roster.drop_empty_groups()
 
     def _take(self, group: Group, choices: list[Choice | Exception]) -> None:
         """Send the tokens that the last step gave, now that the next one is under way; let go of rows that end."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
@@ -18,6 +20,8 @@ class Delivery(Generic[Item]):
     Waking an event loop is a system call, which lets go of Python's lock: the loop takes it, and the sender is held up
     until the loop has served everybody. Where the sender soon waits without the lock anyway, a thread of this class
     wakes the loop then: it can't run sooner, because handing it an item lets go of nothing.
+
+    An item that `receive` breaks on is lost, and the ones behind it arrive.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, receive: Callable[[Item], None]) -> None:
@@ -43,11 +47,18 @@ class Delivery(Generic[Item]):
 
     def _wake_when_called(self) -> None:
         while self._calls.get():
-            self._wake()
+            try:
+                self._wake()
+            except RuntimeError:  # the loop is closed: nobody is there to be woken
+                if not self._loop.is_closed():
+                    log.exception("the event loop can't be woken; it is tried again with the next event")
 
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self._receive_all)
 
     def _receive_all(self) -> None:
         while self._items:
-            self._receive(self._items.popleft())
+            try:
+                self._receive(self._items.popleft())
+            except Exception:
+                log.exception("events of the engine are lost")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -14,14 +16,16 @@ from warmkv_server.engine import model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.delivery import Delivery
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.engine.loop import Cancel, StepLoop, Stop, Submit
+from warmkv_server.engine.loop import Cancel, Failed, News, StepLoop, Stop, Submit
 from warmkv_server.engine.model import ModelInfo
 from warmkv_server.engine.need import Needs
 from warmkv_server.engine.roster import Message
 from warmkv_server.engine.schedule import together
 from warmkv_server.engine.text import Text
 from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started
-from warmkv_server.errors import Draining, MemoryBudget, QueueFull, WarmKVError
+from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
+
+log = logging.getLogger(__name__)
 
 STREAM_EVENTS = 256
 """Events a stream holds for a slow reader; deltas beyond that are joined to the last one."""
@@ -116,7 +120,7 @@ class Handle:
         """Take the next event, on the event loop."""
         match event:
             case WarmKVError():
-                self._error, self.phase = event, "done"
+                self.fail(event)
             case Started():
                 self.phase = "prefilling"
             case Progress(done, total):
@@ -130,6 +134,11 @@ class Handle:
                 self.phase = "done"
         if not isinstance(event, WarmKVError):
             self._append(event)
+        self._arrived.set()
+
+    def fail(self, error: WarmKVError) -> None:
+        """End with this error, behind the events that are there."""
+        self._error, self.phase = error, "done"
         self._arrived.set()
 
     def _append(self, event: Event) -> None:
@@ -162,6 +171,7 @@ class Engine:
             ),
             self._delivery.send,
             self._relieve_from_thread,
+            self._tell_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
             short_prompt=settings.short_prompt,
@@ -171,6 +181,10 @@ class Engine:
         )
         self.relieve: Callable[[], object] = _nothing
         """Called on the event loop when memory has run out: to let go of what can be spared."""
+        self.watch: Callable[[bool], object] = _nothing
+        """Called on the event loop with False when the engine has failed, and with True when it runs again."""
+        self.lost: asyncio.Future[str] = self._asyncio.create_future()
+        """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
         self.needs: Needs
         self.text: Text
@@ -200,11 +214,14 @@ class Engine:
 
         Raises:
             Draining: once `stop` was called.
+            EngineError: once it is lost.
             MemoryBudget: if it could never run within `inflight_bytes`.
             QueueFull: if too many are waiting.
         """
         if self._stopping:
             raise Draining("the server is shutting down")
+        if self.lost.done():
+            raise EngineError(self.lost.result())
         self.check_fits(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
         own = sum(handle.tenant == job.tenant for handle in self._handles.values())
         if self._bound.refuses(len(self._handles), own):
@@ -245,6 +262,9 @@ class Engine:
         await asyncio.to_thread(self._loop.join)
         await asyncio.to_thread(self._delivery.close)
 
+    def _tell_from_thread(self, news: News) -> None:
+        self._asyncio.call_soon_threadsafe(self._hear, news)
+
     def _relieve_from_thread(self) -> None:
         relieved = threading.Event()
 
@@ -257,13 +277,31 @@ class Engine:
         self._asyncio.call_soon_threadsafe(relieve)
         relieved.wait(_RELIEF_SECONDS)
 
+    def _hear(self, news: News) -> None:
+        if isinstance(news, Failed) and news.for_good and not self.lost.done():
+            self.lost.set_result(news.error_id)
+            while self._handles:  # those that were sent since
+                self._handles.popitem()[1].fail(EngineError(news.error_id))
+        self.watch(not isinstance(news, Failed))
+
     def _deliver(self, messages: list[Message]) -> None:
         for ident, event in messages:
-            handle = self._handles[ident]
-            handle.push(event)
-            if handle.phase == "done":
-                del self._handles[ident]
+            try:
+                self._push(ident, event)
+            except Exception:
+                error = EngineError(secrets.token_hex(6))
+                log.error("engine error %s: an event can't be delivered", error.error_id, exc_info=True)
+                self.cancel(ident)
+                self._handles.pop(ident).fail(error)
+
+    def _push(self, ident: int, event: Event | WarmKVError) -> None:
+        handle = self._handles.get(ident)
+        if handle is None:
+            return  # it has had an error, and this came behind
+        handle.push(event)
+        if handle.phase == "done":
+            del self._handles[ident]
 
 
-def _nothing() -> None:
-    """Spares nothing."""
+def _nothing(_: bool = True) -> None:
+    """Spares nothing, tells nobody."""

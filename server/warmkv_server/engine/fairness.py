@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -55,6 +55,10 @@ class FairLine(Generic[Item]):
     def join(self, tenant: str, item: Item) -> None:
         self._places.append(_Place(tenant, item, ahead=False))
 
+    def come_back(self, tenant: str, item: Item) -> None:
+        """Join before the others of its tenant."""
+        self._places.insert(0, _Place(tenant, item, ahead=False))
+
     def go_ahead(self, tenant: str, item: Item) -> None:
         """Join before everybody who is there."""
         self._places.insert(0, _Place(tenant, item, ahead=True))
@@ -64,9 +68,26 @@ class FairLine(Generic[Item]):
         """Whose turn it is. There must be somebody."""
         return self._first().item
 
-    def take(self) -> Item:
-        """Let the first go: its tenant has had a turn."""
-        place = self._first()
+    def tenants(self) -> set[str]:
+        """Those of whom somebody waits."""
+        return {place.tenant for place in self._places}
+
+    def firsts(self, rank: Callable[[str], float]) -> list[tuple[str, Item]]:
+        """The first of each tenant, those first that joined ahead, then in the order of their tenants' turns.
+
+        Args:
+            rank: goes before the turns; the lowest first.
+        """
+        found: dict[str, _Place[Item]] = {}
+        for place in self._places:
+            if place.tenant not in found or (place.ahead and not found[place.tenant].ahead):
+                found[place.tenant] = place
+        places = sorted(found.values(), key=lambda place: (not place.ahead, rank(place.tenant), self._turn(place)))
+        return [(place.tenant, place.item) for place in places]
+
+    def take(self, item: Item | None = None) -> Item:
+        """Let the first go, or one of the first: its tenant has had a turn."""
+        place = self._first() if item is None else next(place for place in self._places if place.item is item)
         self._places.remove(place)
         self._turns += 1
         self._last_turn[place.tenant] = self._turns
@@ -77,4 +98,7 @@ class FairLine(Generic[Item]):
         self._places = [place for place in self._places if place.item is not item]
 
     def _first(self) -> _Place[Item]:
-        return min(self._places, key=lambda place: -1 if place.ahead else self._last_turn.get(place.tenant, 0))
+        return min(self._places, key=lambda place: -1 if place.ahead else self._turn(place))
+
+    def _turn(self, place: _Place[Item]) -> int:
+        return self._last_turn.get(place.tenant, 0)

@@ -128,7 +128,7 @@ class Group:
         fed tokens is being computed.
         """
         self._settle()
-        tokens = [row.pending.token for row in self.sequences if row.pending is not None]
+        tokens = [row.to_feed for row in self.sequences]
         inputs = (tokens[0] if len(tokens) == 1 else mx.concatenate(tokens))[:, None]
         if getattr(self.caches[0], "wants_two", False):
             inputs = mx.repeat(inputs, 2, axis=1)

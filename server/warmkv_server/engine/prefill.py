@@ -38,6 +38,8 @@ class Prefiller:
         self._short_prompt = short_prompt
         self.prefilled = 0
         self._took = 0.0
+        self._waits = False
+        self._ahead: dict[str, float] = {}
         self._planned: set[tuple[int, int]] = set()
 
     def lets_decode(self) -> bool:
@@ -47,13 +49,14 @@ class Prefiller:
         run one after the other, and sequences of one length that came together decode together, without padding.
         """
         chunk = self.pace.chunk
-        if not any(waiting.left <= chunk for waiting in self._roster.schedule.prefilling):
+        if self._waits or not any(waiting.left <= chunk for waiting in self._roster.schedule.prefilling):
             return True
         return time.perf_counter() - self._decoder.stepped + self._took > self.pace.gap
 
     def step(self) -> None:
         """Run one chunk, of one sequence or of several, if anybody's prompt isn't computed."""
-        sequence = self._roster.schedule.pick()
+        sequence = self._roster.schedule.pick(self._is_ahead)
+        self._waits = sequence is None
         if sequence is None:
             return
         began = time.perf_counter()
@@ -63,6 +66,21 @@ class Prefiller:
         else:
             self._run_together(mates)
         self._took = time.perf_counter() - began
+        for tenant in {mate.tenant for mate in mates}:
+            if self._roster.decodes_beside(tenant):
+                self._ahead[tenant] = self._ahead.get(tenant, 0.0) + self._took
+
+    def decoded(self, seconds: float) -> None:
+        """A step of decoding took so long: what chunks of other tenants than those who decode have had before."""
+        for tenant, ahead in list(self._ahead.items()):
+            if ahead > seconds and self._roster.decodes_beside(tenant):
+                self._ahead[tenant] = ahead - seconds
+            else:
+                del self._ahead[tenant]
+
+    def _is_ahead(self, tenant: str) -> bool:
+        """Whether its chunks have had more time than others' decoding since then: each has half."""
+        return tenant in self._ahead and self._roster.decodes_beside(tenant)
 
     def _mates(self, sequence: Sequence) -> list[Sequence]:
         tokens = self.pace.tokens(sequence.prefill_end, decoding=bool(self._roster.groups))
@@ -80,7 +98,8 @@ class Prefiller:
                     self.prefilled += sequence.done - before
                     self._roster.finish(sequence)
                     return
-                choose_first(sequence)
+                if sequence.pending is None:
+                    choose_first(sequence)
             self.prefilled += sequence.done - before
             self._report(sequence)
             if sequence.pending is not None:

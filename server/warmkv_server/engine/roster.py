@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -41,12 +42,14 @@ class Roster:
     Attributes:
         sequences: all that have not had their last event, by `ident`.
         groups: those that decode.
+        tenants: how many of the sequences are each tenant's; 0 for one that had some.
     """
 
     def __init__(self, schedule: Schedule, deliver: Deliver, relieve: Callable[[], None]) -> None:
         self.schedule = schedule
         self.sequences: dict[int, Sequence] = {}
         self.groups: list[Group] = []
+        self.tenants: Counter[str] = Counter()
         self._deliver = deliver
         self._relieve = relieve
         self._outbox: list[Message] = []
@@ -54,7 +57,23 @@ class Roster:
     def add(self, sequence: Sequence) -> None:
         """Have it wait for its turn."""
         self.sequences[sequence.ident] = sequence
-        self.schedule.waiting.join(sequence.job.tenant, sequence)
+        self.tenants[sequence.tenant] += 1
+        self.schedule.waiting.join(sequence.tenant, sequence)
+
+    def asking(self) -> list[str]:
+        """Tenants that have any sequence."""
+        return [tenant for tenant, sequences in self.tenants.items() if sequences]
+
+    def decodes_beside(self, tenant: str) -> bool:
+        """Whether sequences of other tenants decode."""
+        return any(row.tenant != tenant for group in self.groups for row in group.sequences)
+
+    def park(self, sequence: Sequence) -> None:
+        """Put one that is in no group any more back into the line, before the others of its tenant."""
+        sequence.park()
+        if sequence in self.schedule.prefilling:
+            self.schedule.prefilling.remove(sequence)
+        self.schedule.waiting.come_back(sequence.tenant, sequence)
 
     def running(self) -> list[Sequence]:
         """Those that wait no longer. From any thread."""
@@ -115,20 +134,24 @@ class Roster:
         else:
             if sequence in self.schedule.prefilling:
                 self.schedule.prefilling.remove(sequence)
-            self.schedule.waiting.go_ahead(sequence.job.tenant, sequence)
+            self.schedule.waiting.go_ahead(sequence.tenant, sequence)
 
     def fail(self, sequences: Iterable[Sequence]) -> None:
         """End them, inside an exception's handler: the log has the exception, and the clients have its number there."""
-        error_id = secrets.token_hex(6)
-        log.error("engine error %s", error_id, exc_info=True)
+        error = _logged()
         for sequence in sequences:
             if sequence.ident in self.sequences:
                 self.forget(sequence)
-                self.send(sequence.ident, EngineError(error_id))
+                self.send(sequence.ident, error)
+
+    def fail_new(self, ident: int) -> None:
+        """End one that could not be made a sequence of, inside an exception's handler."""
+        self.send(ident, _logged())
 
     def forget(self, sequence: Sequence) -> None:
         """Drop it wherever it waits or is prefilled; nothing more is sent."""
-        self.sequences.pop(sequence.ident, None)
+        if self.sequences.pop(sequence.ident, None) is not None:
+            self.tenants[sequence.tenant] -= 1
         self.schedule.waiting.remove(sequence)
         if sequence in self.schedule.prefilling:
             self.schedule.prefilling.remove(sequence)
@@ -146,3 +169,10 @@ class Roster:
     def flush_soon(self) -> None:
         """Deliver once this thread waits without Python's lock, instead of holding up what it is about to do."""
         self.flush(at_once=False)
+
+
+def _logged() -> EngineError:
+    """Log the exception that is handled, and make the error that has its number there."""
+    error = EngineError(secrets.token_hex(6))
+    log.error("engine error %s", error.error_id, exc_info=True)
+    return error

@@ -36,9 +36,12 @@ class Sequence:
         opening: what is left to do before the first chunk.
         sent: whether the pending token was sent out already.
         rewound: whether it has begun again, after memory ran out.
+        begun: whether it has left the queue before, and its client was told.
+        parked: whether it gave way to another tenant's and holds words instead of caches, to go on from them.
         apart: whether it is prefilled alone, after a chunk failed that others had a part in.
         reported: tokens of the prompt that its client was told of.
-        submitted: when it came, on `time.perf_counter`.
+        submitted: when it was sent, on `time.perf_counter`.
+        came: when it left the queue last, on the same clock.
     """
 
     ident: int
@@ -53,14 +56,18 @@ class Sequence:
     pending: Choice | None = None
     sent: bool = False
     rewound: bool = False
+    begun: bool = False
+    parked: bool = False
     apart: bool = False
     reported: int = -1
     submitted: float = 0.0
+    came: float = 0.0
     chooser: Chooser | None = None
     text: AnswerText | None = None
     _grown: list[tuple[int, Mapping[PartKind, Tensors]]] = field(default_factory=list)
     _reuse: Reuse = field(init=False)
     _snapshots: dict[int, Tensors] = field(default_factory=dict)
+    _opened: bool = False
     _began: float = field(default_factory=time.perf_counter)
     _first_token: float = 0.0
 
@@ -71,6 +78,10 @@ class Sequence:
     @property
     def prompt_length(self) -> int:
         return len(self.job.tokens)
+
+    @property
+    def tenant(self) -> str:
+        return self.job.tenant
 
     @property
     def wants_token(self) -> bool:
@@ -94,9 +105,13 @@ class Sequence:
         if self._reuse.length:
             yield from self.loaded.cache_map.fill(self.caches, self._reuse, room=self._room())
             self.done = self._reuse.length
-        if self.rewound:
+        if self.parked:  # in the caches now
+            self.parked, self._reuse = False, self.job.reuse
+            if self.done != self.prefill_end and self.done not in job.snapshot_at:
+                self._snapshots.pop(self.done, None)
+        if self._opened:
             return
-        self._began = time.perf_counter()
+        self._opened, self._began = True, time.perf_counter()
         if job.answer is not None:
             info = self.loaded.info
             self.chooser = Chooser(job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs)
@@ -107,10 +122,11 @@ class Sequence:
 
         Of few shapes, the capacity must be what it would be without reuse: what the next chunk needs, at most.
         """
-        new = len(self.job.tokens) - self.job.reuse.length
+        new = max(0, len(self.job.tokens) - self._reuse.length)
         if (shapes := self.loaded.cache_map.shapes) is not None:
             return min(new, shapes.step)
-        return new + (min(self.job.answer.max_tokens, 256) if self.job.answer is not None else 0)
+        left = self.job.answer.max_tokens - len(self.completion) if self.job.answer is not None else 0
+        return new + min(left, 256)
 
     def rewind(self) -> None:
         """Drop everything but the words, after a step of it has failed: it can begin again from them.
@@ -118,7 +134,7 @@ class Sequence:
         The tokens that were sent stay as they are; those whose words are lost are computed again. Where state can't be
         cut, that is everything behind the reused prefix.
         """
-        self.rewound = True
+        self.rewound, self.parked = True, False
         self.caches, self.opening, self.pending, self.sent = [], None, None, False
         self.to_prefill = [*self.job.tokens, *self.completion]
         self._snapshots = {}
@@ -140,6 +156,48 @@ class Sequence:
         if self.chooser is not None:
             self.chooser.rewind(self.completion)
 
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of what it holds while it is parked, or would hold: the words of what is computed, and states."""
+        layout = self.loaded.cache_map.layout
+        words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
+        states = layout.nbytes(PartKind.STATE) * (1 + len(self._snapshots))
+        return words * max(0, self.done - self.job.reuse.length) + states
+
+    def park(self) -> None:
+        """Give its memory back but for the words, between two steps, to go on later where it is now.
+
+        Nothing is chosen again: the pending token stays, and so does all that chooses and spells. It is in no group;
+        one that was has its snapshot.
+        """
+        if self.opening is None and self.caches:
+            self.collect()
+            if self.done not in self._snapshots:
+                self.keep_snapshot(self.loaded.cache_map.snapshot(self.caches))
+        self._reuse = self._held()
+        if self.pending is not None:
+            mx.eval(self.pending.arrays)
+        self.parked, self.caches, self.opening = True, [], None
+
+    def _held(self) -> Reuse:
+        """What is reused and what was computed behind it, as a prefix that can be put in place."""
+        reuse, end = self.job.reuse, self.job.reuse.length
+        if self.done <= end:
+            return reuse
+        spans = list(reuse.spans)
+        if spans:
+            spans[-1] = _cut(spans[-1], end)
+        for count, parts in self._grown:
+            spans.append(Span(end, count, parts))
+            end += count
+        if self.loaded.cache_map.states:
+            words = spans.pop() if self._grown else Span(end, self.done - end, {})
+            spans.append(Span(words.start, words.count, {**words.parts, PartKind.STATE: self._snapshots[self.done]}))
+            end = spans[-1].end
+        assert end == self.done
+        mx.eval([[list(tensors.values()) for tensors in span.parts.values()] for span in spans[len(reuse.spans) :]])
+        return Reuse(end, tuple(spans))
+
     def begin_apart(self) -> None:
         """Begin again, after a chunk failed that others had a part in."""
         self.apart, self.caches, self.done, self.pending, self.sent = True, [], 0, None, False
@@ -159,6 +217,12 @@ class Sequence:
         """Keep recurrent state as it is after `done` tokens."""
         if self.loaded.cache_map.states:
             self._snapshots[self.done] = snapshot
+
+    @property
+    def to_feed(self) -> mx.array:
+        """The pending token, shape (1,); lazy."""
+        assert self.pending is not None
+        return self.pending.token
 
     def sampled(self) -> tuple[int, Logprobs | None]:
         """The pending token and what is to be reported of it; waits for the step that computes them."""

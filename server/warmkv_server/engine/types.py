@@ -148,4 +148,6 @@ class EngineStats:
     accepted_tokens: int
     """Guessed right."""
     in_flight_bytes: int
-    """That running sequences may take, with all that is computed for them."""
+    """That running sequences may take, with all that is computed for them, and that those hold that gave way."""
+    preempted: int
+    """Sequences that gave way to another tenant's; one may have more than once."""

@@ -59,10 +59,12 @@ class Upkeep:
                 await self._retry()
                 if time.time() >= self._noted_at + _LONGEST_PAUSE:
                     await self._note_use()
+                pause = self._pause()
             except Exception:
                 log.exception("upkeep failed; it goes on")
+                pause = _LONGEST_PAUSE
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._pause()):
+                async with asyncio.timeout(pause):
                     await self._changed.wait()
 
     def _pause(self) -> float:

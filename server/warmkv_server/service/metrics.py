@@ -125,6 +125,7 @@ def _families(agents: Agents) -> Iterator[Metric]:
         "decoded_tokens": ("Tokens sampled", engine.decoded_tokens),
         "proposed_tokens": ("Tokens guessed from the context and checked", engine.proposed_tokens),
         "accepted_tokens": ("Tokens guessed right", engine.accepted_tokens),
+        "preemptions": ("Requests that gave way to another tenant's, each time", engine.preempted),
         "loaded_bytes": ("Bytes read from block files", store.bytes_loaded),
         "kv_written_bytes": ("Bytes of block files written", store.kv_bytes_written),
         "metadata_written_bytes": ("Bytes of the index and the manifests written", store.metadata_bytes_written),

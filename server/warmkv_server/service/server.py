@@ -120,6 +120,11 @@ class GrpcServer:
         """Say SERVING of the storage if the disk has all that is committed, else NOT_SERVING."""
         self._health.set(_STORAGE, "SERVING" if taking else "NOT_SERVING")
 
+    def say_engine(self, running: bool) -> None:
+        """Say SERVING if the engine computes, else NOT_SERVING."""
+        for service in _SERVICES:
+            self._health.set(service, "SERVING" if running else "NOT_SERVING")
+
     def withdraw(self) -> None:
         """Say NOT_SERVING, for good."""
         self._health.withdraw()
