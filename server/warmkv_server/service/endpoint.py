@@ -19,11 +19,16 @@ from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
 from warmkv_server.agents.types import AgentKey
 from warmkv_server.errors import InvalidField, MalformedMessage, MessageTooLarge, WarmKVError
+from warmkv_server.malloc import give_back_later
 from warmkv_server.service.auth import Auth, Metadata, Principal
 from warmkv_server.service.errors import status_of
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
+from warmkv_server.service.validate import Model
+from warmkv_server.service.wire import refusal
 
+_LARGE_BYTES = 1 << 20
+"""Of a message that leaves much memory free behind it."""
 ROUTING_KEY = "warmkv-agent-id"
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,6 +50,12 @@ class Call:
     async def send(self, message: Message) -> None:
         """Send the next message of a stream."""
         await self.context.write(message)
+
+    @property
+    def model(self) -> Model:
+        """What requests are checked against."""
+        info = self.agents.engine.info
+        return Model(info.vocab_size, info.context_limit)
 
     def key(self, agent_id: str) -> AgentKey:
         """The agent that the caller means.
@@ -108,6 +119,11 @@ class Endpoints:
                         "send the content in parts, with Extend"
                     )
                 )
+            if len(data) > _LARGE_BYTES:
+                give_back_later()
+            refused = refusal(data, kind, self.gate.text_bytes)
+            if refused is not None:
+                return Unreadable(refused)
             try:
                 return kind.FromString(data)
             except DecodeError:

@@ -27,6 +27,11 @@ class Gate:
         """Let nobody in any more. Who is inside stays."""
         self._closed = True
 
+    @property
+    def text_bytes(self) -> int | None:
+        """Of content that a context can hold at most; None if that isn't known, or not yet."""
+        return self._agents.engine.text_bytes if self._agents is not None else None
+
     @contextmanager
     def enter(self) -> Iterator[Agents]:
         """Be inside for the block.
