@@ -71,7 +71,7 @@ async def serve(settings: Settings) -> None:
             agents = Agents(engine, store, fingerprint.digest, agent_settings)
             metrics.watch(agents)
             store.watch_disk(server.say_storage)
-            gate.open(agents)
+            gate.open(agents, engine.text_bytes)
             # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
             gc.collect()
             gc.freeze()

@@ -38,13 +38,13 @@ class Seen:
 
 
 @contextmanager
-def watching(server: Server) -> Iterator[Seen]:
+def watching(server: Server, token: str | None = None) -> Iterator[Seen]:
     """Call the server all the time, as somebody else, and look at its memory."""
     seen = Seen(resident(server.process.pid))
     over = threading.Event()
 
     def call() -> None:
-        with Client(server.address) as client:
+        with Client(server.address, token=token) as client:
             while not over.is_set():
                 began = time.perf_counter()
                 client.count(text("hi"))
