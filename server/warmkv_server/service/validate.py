@@ -71,9 +71,11 @@ class Faults:
         """
         if self._found:
             found = [*self._found, *self._empty]
+            message = "; ".join(f"{v.field} {v.description}" for v in found)
             if self._more:
+                message = f"{len(found) + self._more} fields are wrong: {message}"
                 found.append(Violation("…", f"{self._more} more fields are wrong"))
-            raise InvalidField("; ".join(f"{v.field} {v.description}" for v in found), violations=found)
+            raise InvalidField(message, violations=found)
         if self._too_long:
             raise ContextTooLong(self._too_long)
         if self._empty:

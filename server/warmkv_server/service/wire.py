@@ -19,6 +19,8 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.errors import ContextTooLong, InvalidField, MalformedMessage, Violation, WarmKVError
 from warmkv_server.service import limits
 
+_AROUND_IDS = 2
+"""Numbers around the ids: their tag and their length."""
 _VARINT, _BYTES = 0, 2
 _FIXED = {1: 8, 5: 4}
 _TEXTS = (pb.Content.DESCRIPTOR.fields_by_name["text"], pb.ChatMessage.DESCRIPTOR.fields_by_name["content"])
@@ -144,7 +146,7 @@ class _Walk:
         if field.inner is _IDS:
             # Each number ends with a byte whose highest bit is clear.
             self._ids += int(np.count_nonzero(np.frombuffer(self._data, np.int8, end - at, at) >= 0))
-            if self._ids > limits.TOKEN_IDS:
+            if self._ids > limits.TOKEN_IDS + _AROUND_IDS:
                 raise InvalidField.of(f"{place}.ids", f"may have {limits.TOKEN_IDS} entries at most")
         elif field.inner is not None:
             self.message(at, end, field.inner, place)
