@@ -148,8 +148,7 @@ class TextPool:
 
     async def _begin(self) -> None:
         self.bytes_per_token = await self._launcher.loaded()
-        for worker in self._workers:
-            worker.start()
+        await asyncio.gather(*(worker.start() for worker in self._workers))
 
     def _dispatch(self) -> None:
         """Give those that wait to processes that have nothing to do."""
@@ -180,10 +179,11 @@ class _Worker:
     def idle(self) -> bool:
         return self._process is not None and self._job is None
 
-    def start(self, after: float = 0.0) -> None:
+    def start(self, after: float = 0.0) -> asyncio.Task[None]:
         """Start a process, the first or a new one."""
         self._process = None
         self._starting = asyncio.create_task(self._start(after))
+        return self._starting
 
     def take(self, job: _Job) -> None:
         assert self._process is not None
