@@ -44,8 +44,7 @@ async def pool(folder: Path = BUILT_IN / "tiny", waiting: int = 100) -> AsyncIte
 
 async def processes() -> list[int]:
     """The one that others are forked from, and those: at least two."""
-    while len(family(os.getpid())) < 4:
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(await_that, lambda: len(family(os.getpid())) >= 4)
     return family(os.getpid())[1:]
 
 

@@ -48,8 +48,11 @@ Tokens = npt.NDArray[np.int32]
 @dataclass(eq=False)
 class _Job:
     task: Task
+    tenant: str
     characters: int
     done: asyncio.Future[Tokens]
+    ended_one: bool = False
+    """Whether a process has ended over it."""
 
     @property
     def seconds(self) -> float:
@@ -87,7 +90,8 @@ class TextPool:
         self._long: FairLine[_Job] = FairLine()
         long_ones = max(1, min(4, (os.cpu_count() or 1) // 4))
         self._workers = [
-            _Worker(self._launcher, self._dispatch, takes_long=number > 0) for number in range(1 + long_ones)
+            _Worker(self._launcher, self._dispatch, self._again, takes_long=number > 0)
+            for number in range(1 + long_ones)
         ]
         self._beginning: asyncio.Task[None] | None = None
         self._stopping = False
@@ -120,8 +124,8 @@ class TextPool:
         """
         if self._stopping:
             raise Draining("the server is shutting down")
-        job = _Job(task, task.characters, asyncio.get_running_loop().create_future())
-        line = self._short if job.characters <= SHORT_CHARACTERS else self._long
+        job = _Job(task, tenant, task.characters, asyncio.get_running_loop().create_future())
+        line = self._line(job)
         if self._bound.refuses(len(line), line.held_by(tenant)):
             raise QueueFull(
                 f"{len(line)} texts wait to be tokenised, the most this server allows; try again", retry_after=1.0
@@ -150,6 +154,13 @@ class TextPool:
         self.bytes_per_token = await self._launcher.loaded()
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
+    def _line(self, job: _Job) -> FairLine[_Job]:
+        return self._short if job.characters <= SHORT_CHARACTERS else self._long
+
+    def _again(self, job: _Job) -> None:
+        self._line(job).go_ahead(job.tenant, job)
+        self._dispatch()
+
     def _dispatch(self) -> None:
         """Give those that wait to processes that have nothing to do."""
         for worker in self._workers:
@@ -164,12 +175,16 @@ class _Worker:
 
     Args:
         dispatch: called when there is nothing to do.
+        again: called with a job that another process is to try.
     """
 
-    def __init__(self, launcher: Launcher, dispatch: Callable[[], None], *, takes_long: bool) -> None:
+    def __init__(
+        self, launcher: Launcher, dispatch: Callable[[], None], again: Callable[[_Job], None], *, takes_long: bool
+    ) -> None:
         self.takes_long = takes_long
         self._launcher = launcher
         self._dispatch = dispatch
+        self._again = again
         self._process: Process | None = None
         self._job: _Job | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -252,11 +267,17 @@ class _Worker:
             self._dispatch()
 
     def _ended(self) -> None:
-        """It ended by itself. Libraries that get no memory abort it."""
+        """It ended by itself: a library got no memory and aborted it, or somebody killed it."""
         job = self._let_go()
-        if job is not None:
-            job.refuse(_MEMORY)
         self.start(0.0 if job is not None else _RETRY_SECONDS)
+        if job is None or job.done.done():
+            return
+        if job.ended_one:
+            job.refuse(_MEMORY)
+        else:
+            job.ended_one = True
+            # By then it is known which others have ended too.
+            asyncio.get_running_loop().call_later(_GRACE_SECONDS, self._again, job)
 
     def _let_go(self) -> _Job | None:
         if self._timer is not None:
