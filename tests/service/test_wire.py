@@ -54,20 +54,20 @@ def test_a_message_at_its_limits_is_taken() -> None:
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
-        (v1.GenerateRequest(agent_id="a" * 5000), "agent_id"),
-        (v1.GenerateRequest(stop=["a", "b" * 5000]), "stop[1]"),
+        (v1.GenerateRequest(agent_id="a" * 70_000), "agent_id"),
+        (v1.GenerateRequest(stop=["a", "b" * 70_000]), "stop[1]"),
         (v1.GenerateRequest(stop=["a"] * 1025), "stop"),
         (v1.GenerateRequest(sampling=v1.SamplingParams(logit_bias=dict.fromkeys(range(1025), 0.5))), "logit_bias"),
         (v1.PrimeRequest(labels={str(n): "" for n in range(1025)}), "labels"),
-        (v1.PrimeRequest(labels={"key": "v" * 5000}), "labels.value"),
-        (v1.ListAgentsRequest(page_token="x" * 5000), "page_token"),
+        (v1.PrimeRequest(labels={"key": "v" * 70_000}), "labels.value"),
+        (v1.ListAgentsRequest(page_token="x" * 70_000), "page_token"),
         (
             v1.CountTokensRequest(content=v1.Content(token_ids=v1.TokenIds(ids=[7] * 2_097_153))),
             "content.token_ids.ids",
         ),
         (
             v1.PrimeRequest(
-                content=v1.Content(chat=v1.ChatMessages(messages=[v1.ChatMessage(content="hi", role="r" * 5000)]))
+                content=v1.Content(chat=v1.ChatMessages(messages=[v1.ChatMessage(content="hi", role="r" * 70_000)]))
             ),
             "content.chat.messages[0].role",
         ),

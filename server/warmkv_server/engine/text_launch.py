@@ -15,7 +15,7 @@ from collections.abc import Callable
 from warmkv_server.engine.text_task import FORK, FORKS, HEADER, KILL, LENGTH, ORDER, Task, TokenizerSource, packed
 from warmkv_server.errors import OperatorError
 
-LOAD_SECONDS = 120.0
+LOAD_SECONDS = 600.0
 """For a process to import what it needs and to load the tokenizer."""
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # a process with threads must not fork

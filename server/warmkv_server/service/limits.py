@@ -11,7 +11,7 @@ MESSAGE_FIELDS = 32_768
 """Fields of one message in all, those of the messages in it included; ids are not counted here."""
 LIST_ENTRIES = 1_024
 """Entries of a list or map that isn't named below."""
-STRING_BYTES = 4_096
+STRING_BYTES = 65_536
 """Bytes of a string that isn't content."""
 CHAT_MESSAGES = 8_192
 TOKEN_IDS = 2_097_152

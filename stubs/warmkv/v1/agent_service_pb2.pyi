@@ -26,7 +26,7 @@ field of a request at once, and RetryInfo is there where waiting helps. Any RPC 
 The RPCs' comments list the reasons that they add to these.
 
 Limits. Every string and every list has a limit, which its field's comment gives; a field without one, where an id or
-a text is looked up, takes 4,096 bytes. A message has 32,768 fields at most, those of the messages in it included and
+a text is looked up, takes 65,536 bytes. A message has 32,768 fields at most, those of the messages in it included and
 token ids not counted. What is over a limit is INVALID_FIELD; a refusal names up to 20 wrong fields and counts the
 rest. Lengths that no client needs are refused before the message is decoded, so that only the fields with such
 lengths are named then. No message of a server is larger than 4 MiB, the most that clients take by default.
