@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from warmkv_server import blas, descriptors
 from warmkv_server.agents.agents import Agents, AgentSettings
@@ -30,6 +30,7 @@ from warmkv_server.service.server_servicer import Facts, ServerServicer
 from warmkv_server.signals import StopSignals, first_of
 
 log = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 _LAST_WORDS_SECONDS = 2.0
 """For the last messages of streams whose client reads slowly, once everything is committed. No signal takes it away:
@@ -69,6 +70,7 @@ async def serve(settings: Settings) -> None:
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
+            await _unless_stopped(engine.text.ready(), signals.first)
             engine.relieve = store.relieve
             store.give_way(lambda: engine.stats().decoding > 0)
             agent_settings = AgentSettings(
@@ -79,7 +81,7 @@ async def serve(settings: Settings) -> None:
             agents = Agents(engine, store, fingerprint.digest, agent_settings)
             metrics.watch(agents)
             store.watch_disk(server.say_storage)
-            gate.open(agents)
+            gate.open(agents, engine.text_bytes)
             # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
             gc.collect()
             gc.freeze()
@@ -166,12 +168,12 @@ def _facts(settings: Settings, tenants: int) -> Facts:
     )
 
 
-async def _unless_stopped(loading: Coroutine[Any, Any, Engine], stop: asyncio.Future[None]) -> Engine:
+async def _unless_stopped(loading: Coroutine[Any, Any, Loaded], stop: asyncio.Future[None]) -> Loaded:
     task = asyncio.create_task(loading)
     waited: list[asyncio.Future[Any]] = [task, stop]
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
-        # Loading a model can't be interrupted, and nothing has been written that could be lost.
+        # Loading a model can't be interrupted, and nothing has been promised that could be lost.
         log.info("stopped while loading")
         logging.shutdown()
         os._exit(0)

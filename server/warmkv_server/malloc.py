@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h
 KEPT_BYTES = (1 << 31) - 1
@@ -17,7 +18,11 @@ KEPT_BYTES = (1 << 31) - 1
 _LARGEST = 32 << 20
 """Pieces above this size still come from the system and go back to it; glibc takes no higher limit."""
 
+_LATER_SECONDS = 20.0
+
 _kept = False
+_later = threading.Lock()
+"""Held while a thread waits to give memory back."""
 
 
 def keep_freed_memory() -> bool:
@@ -41,3 +46,16 @@ def give_back() -> None:
     """Return what is free to the system after all, if it was kept. Blocking: a tenth of a second for a gigabyte."""
     if _kept:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_later() -> None:
+    """The same a while after something large has come, when it is likely to be gone again. From any thread; cheap."""
+    if _kept and _later.acquire(blocking=False):
+        timer = threading.Timer(_LATER_SECONDS, _give_back_now)
+        timer.daemon = True
+        timer.start()
+
+
+def _give_back_now() -> None:
+    _later.release()
+    give_back()

@@ -92,3 +92,20 @@ def test_more_waiting_than_the_queue_holds_is_refused_with_a_time_to_come_back(
         assert client.prime("b", text("another agent is free")).agent.revision == 1
         running.cancel()
         assert all(future.result().agent.agent_id == "a" for future in waiting)
+
+
+def test_a_page_of_agents_fits_into_what_clients_take(tmp_path: Path) -> None:
+    """Whatever their labels: 60 agents with the largest there are have more than 4 MiB."""
+    labels = {f"{n:02}" + "\U0001f600" * 61: "\U0001f600" * 255 for n in range(64)}
+    with serving(tmp_path / "data") as (_, client):
+        client.prime("agent-00", token_ids(some_tokens(5)), labels=labels)
+        for number in range(1, 60):
+            client.fork("agent-00", f"agent-{number:02}")
+        page, seen = client.list(page_size=1000), list[str]()
+        while True:
+            assert page.ByteSize() < 4 << 20
+            seen += [agent.agent_id for agent in page.agents]
+            if not page.next_page_token:
+                break
+            page = client.list(page_size=1000, page_token=page.next_page_token)
+        assert seen == [f"agent-{number:02}" for number in range(60)]

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
-from warmkv_server.engine.text import Chat, Ending, Message, RawText, Text, TokenIds
+from warmkv_server.engine.text import Chat, Ending, Message, RawText, Text, TokenIds, ending_after
 from warmkv_server.errors import InvalidField
 
 BOS, END = 0, 1
@@ -178,8 +178,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
 def test_what_a_context_ends_with(
     content: Chat | RawText | TokenIds | None, answered: bool, previous: str, after: Ending
 ) -> None:
-    text = Text(built_in(), 4096)
-    assert text.ending_after(content, answered=answered, previous=previous) == after
+    assert ending_after(content, answered=answered, previous=previous) == after
 
 
 @settings(deadline=None)

@@ -26,6 +26,7 @@ def variant(
     decoder: Mapping[str, Any] | None = None,
     eos: str | None = None,
     bare: bool = False,
+    changes: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> TokenizerWrapper:
     """The built-in tokenizer with other special tokens, another decoder or another configuration.
@@ -36,6 +37,7 @@ def variant(
         decoder: as tokenizer.json has it.
         eos: the end of sequence, if it is another.
         bare: without a beginning of text.
+        changes: other parts of tokenizer.json.
         config: of tokenizer_config.json.
     """
     source = BUILT_IN / "tiny"
@@ -47,6 +49,7 @@ def variant(
         tokenizer["decoder"] = decoder
     if bare:
         tokenizer["post_processor"] = None
+    tokenizer |= changes or {}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = json.loads((source / "tokenizer_config.json").read_text())
     if eos is not None:

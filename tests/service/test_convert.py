@@ -10,7 +10,7 @@ import pytest
 
 from warmkv import v1
 from warmkv_server.agents.types import Activity
-from warmkv_server.engine.types import Finish, Sampling
+from warmkv_server.engine.types import Delta, Finish, Logprobs, Sampling
 from warmkv_server.kv.store import Tier
 from warmkv_server.kv.types import Fallback, Source
 from warmkv_server.service import convert
@@ -77,3 +77,23 @@ def test_times_keep_their_digits() -> None:
     assert convert.duration(0.1 + 0.2).ToNanoseconds() == 300_000_000
     assert convert.seconds(convert.duration(12.000000001)) == 12.000000001
     assert convert.timestamp(1795478405.096691).ToMicroseconds() == 1795478405096691
+
+
+@pytest.mark.parametrize("alternatives", [0, 20])
+def test_an_answer_is_cut_where_clients_would_not_take_it(alternatives: int) -> None:
+    """They take 4 MiB. Joined, the pieces are the answer."""
+    top = tuple((4_000_000 + n, -1.5) for n in range(alternatives))
+    tokens = tuple(range(2_000_000, 2_040_000))
+    logprobs = tuple(Logprobs(token, -0.5, top) for token in tokens) if alternatives else ()
+    answer = Delta(tokens, "\U0001f600" * 1_500_000, logprobs)
+    messages = list(convert.generate_responses(answer))
+    assert all(message.ByteSize() < 4 << 20 for message in messages)
+    assert "".join(message.delta.text for message in messages) == answer.text
+    assert tuple(token for message in messages for token in message.delta.token_ids) == tokens
+    assert sum(len(message.delta.logprobs) for message in messages) == len(logprobs)
+
+
+def test_an_ordinary_answer_is_one_message() -> None:
+    logprobs = tuple(Logprobs(7, -0.5, tuple((n, -1.0) for n in range(20))) for _ in range(5000))
+    assert len(list(convert.generate_responses(Delta((7,) * 5000, "seven " * 5000, logprobs)))) == 1
+    assert len(list(convert.generate_responses(Delta((), "")))) == 1

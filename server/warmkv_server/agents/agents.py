@@ -31,7 +31,7 @@ from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.fairness import Bound
 from warmkv_server.engine.text import Content
 from warmkv_server.errors import WarmKVError
-from warmkv_server.kv.store import AgentRecord, Store
+from warmkv_server.kv.store import AgentRecord, Store, TokenIds
 
 Event = TypeVar("Event")
 
@@ -126,7 +126,7 @@ class Agents:
                 found.append(self._view(record))
         return AgentPage(tuple(found), "")
 
-    async def count_tokens(self, key: AgentKey, content: Content | None, replace: bool) -> list[int]:
+    async def count_tokens(self, key: AgentKey, content: Content | None, replace: bool) -> TokenIds:
         """The tokens that Generate would put behind the agent's context, or start one with."""
         if key.agent_id:
             manage.require(self._tools, key)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from warmkv_server.agents.types import AgentKey
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.text import Chat, Content, Ending, RawText
+from warmkv_server.engine.text import Chat, Content, Ending, RawText, ending_after
 from warmkv_server.engine.text import TokenIds as TokenContent
-from warmkv_server.errors import ContextTooLong, EmptyContent, RevisionMismatch, Unsupported, Violation
+from warmkv_server.engine.text_task import Task
+from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds
 
 
@@ -70,40 +71,55 @@ async def assemble(
     agent, held, ending = _held(engine, store, key, append)
     if is_empty(content):
         content = None
-    new = await encode(engine, content, held, ending, answer=answer)
-    if not new and not (answer and held.size):
+    new = await encode(engine, key.tenant, content, held, ending, answer=answer)
+    if not new.size and not (answer and held.size):
         raise empty_content()
-    tokens = np.concatenate([held, np.asarray(new, np.int32)])
+    tokens = np.concatenate([held, new])
     if len(tokens) > engine.info.context_limit:
         raise ContextTooLong(
             f"the context would have {len(tokens)} tokens, and this server takes {engine.info.context_limit}; "
             "send less, or start a new context with CONTEXT_MODE_REPLACE"
         )
-    return Context(agent, tokens, engine.text.ending_after(content, answered=answer, previous=ending))
+    return Context(agent, tokens, ending_after(content, answered=answer, previous=ending))
 
 
-async def count(engine: Engine, store: Store, key: AgentKey, content: Content | None, *, append: bool) -> list[int]:
+async def count(engine: Engine, store: Store, key: AgentKey, content: Content | None, *, append: bool) -> TokenIds:
     """The tokens that Generate would put behind the held context, or in its place.
 
     Raises:
         EmptyContent: if there are none.
+        ContextTooLong: if no context could hold them.
         InvalidField: if the content can't be encoded.
     """
     _, held, ending = _held(engine, store, key, append)
-    tokens = await encode(engine, None if is_empty(content) else content, held, ending, answer=True)
-    if not tokens:
+    tokens = await encode(engine, key.tenant, None if is_empty(content) else content, held, ending, answer=True)
+    if not tokens.size:
         raise empty_content()
     return tokens
 
 
-async def encode(engine: Engine, content: Content | None, held: TokenIds, ending: str, *, answer: bool) -> list[int]:
-    """The tokens of content that is put behind held ones. On a worker thread: a long text takes its time."""
+async def encode(
+    engine: Engine, tenant: str, content: Content | None, held: TokenIds, ending: str, *, answer: bool
+) -> TokenIds:
+    """The tokens of content that is put behind held ones."""
     if content is None:
-        return []
+        return np.empty(0, np.int32)
+    if isinstance(content, TokenContent):
+        return _known(np.asarray(content.ids, np.int64), engine.info.vocab_size)
     last = int(held[-1]) if held.size else None
-    return await asyncio.to_thread(
-        engine.text.encode, content, starts=last is None, ending=ending, last_token=last, answer=answer
-    )
+    limit = engine.info.context_limit
+    task = Task(content, starts=last is None, ending=ending, last_token=last, answer=answer, room=limit)
+    return await engine.text.encode(task, tenant)
+
+
+def _known(ids: npt.NDArray[np.int64], vocab_size: int) -> TokenIds:
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if wrong.size:
+        raise InvalidField.of(
+            f"content.token_ids.ids[{wrong[0]}]",
+            f"{ids[wrong[0]]} is not a token of this model; ids run from 0 to {vocab_size - 1}",
+        )
+    return ids.astype(np.int32)
 
 
 def _held(engine: Engine, store: Store, key: AgentKey, append: bool) -> tuple[AgentRecord | None, TokenIds, str]:

@@ -21,7 +21,7 @@ from warmkv_server.engine.model import ModelInfo
 from warmkv_server.engine.need import Needs
 from warmkv_server.engine.roster import Message
 from warmkv_server.engine.schedule import together
-from warmkv_server.engine.text import Text
+from warmkv_server.engine.text_pool import TextPool
 from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started
 from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
 
@@ -164,10 +164,15 @@ class Engine:
         self._bound = Bound(settings.max_batch + settings.max_queue, settings.tenants)
         self._stopping = False
         self._delivery = Delivery(self._asyncio, self._deliver)
+        self.text = TextPool(Bound(settings.max_queue, settings.tenants))
         codec = Codec(settings.kv_bits, settings.kv_group_size)
         self._loop = StepLoop(
             lambda: model.load(
-                settings.model, adapter=settings.adapter, codec=codec, context_limit=settings.context_limit
+                settings.model,
+                adapter=settings.adapter,
+                codec=codec,
+                context_limit=settings.context_limit,
+                tokenizer_found=self.text.found,
             ),
             self._delivery.send,
             self._relieve_from_thread,
@@ -187,11 +192,10 @@ class Engine:
         """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
         self.needs: Needs
-        self.text: Text
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> Engine:
-        """Start the MLX thread and load the model on it.
+        """Start the MLX thread and load the model on it. The tokenizer is being loaded in processes of its own then.
 
         Raises:
             OperatorError: if the model can't be served.
@@ -200,14 +204,20 @@ class Engine:
         engine._loop.start()
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:
+            engine.text.stop()
             await asyncio.to_thread(engine._loop.join)
             engine._delivery.close()
             raise engine._loop.failure
         assert engine._loop.loaded is not None
         assert engine._loop.needs is not None
         engine.info, engine.needs = engine._loop.loaded.info, engine._loop.needs
-        engine.text = Text(engine._loop.loaded.tokenizer, engine.info.vocab_size)
+        engine.text.begin()
         return engine
+
+    @property
+    def text_bytes(self) -> int | None:
+        """Of text that a context can hold at most; None if the tokenizer doesn't tell."""
+        return self.text.bytes_per_token * self.info.context_limit or None
 
     def submit(self, job: Job) -> Handle:
         """Queue a job.
@@ -258,6 +268,7 @@ class Engine:
     async def stop(self) -> None:
         """End the thread; jobs still running fail as draining."""
         self._stopping = True
+        self.text.stop()
         self._loop.send(Stop())
         await asyncio.to_thread(self._loop.join)
         await asyncio.to_thread(self._delivery.close)

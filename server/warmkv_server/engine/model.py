@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,7 @@ from warmkv_server.engine import device, random_model
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.cpu_modules import exchange_modules
 from warmkv_server.engine.layout import CacheMap, discover, empty_caches
+from warmkv_server.engine.text_task import TokenizerSource
 from warmkv_server.engine.types import Sampling
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import KVLayout, PartKind
@@ -90,27 +92,43 @@ class LoadedModel:
         return self.cache_map.empty_caches(self.model)
 
 
-def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | None) -> LoadedModel:
+def load(
+    spec: str,
+    *,
+    adapter: str | None,
+    codec: Codec,
+    context_limit: int | None,
+    tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
+) -> LoadedModel:
     """Load a model and find out how its caches are kept.
 
     Args:
         spec: `builtin:NAME`, `random:SHAPE`, a folder, or `ORG/NAME[@REVISION]` on the hub.
         adapter: folder of a LoRA adapter, or None.
         context_limit: positions to serve, at most the model's own; None for all.
+        tokenizer_found: told what the tokenizer is made of, as soon as that is known.
 
     Raises:
         OperatorError: with what is wrong and what to do.
     """
     kind, folder = _locate(spec)
-    if kind is ModelKind.RANDOM:
-        model, config = random_model.build(spec.removeprefix("random:"))
-        tokenizer_folder = BUILT_IN / "tiny"
+    is_random = kind is ModelKind.RANDOM
+    model, config = random_model.build(spec.removeprefix("random:")) if is_random else _load_folder(folder)
+    tokenizer_folder = BUILT_IN / "tiny" if is_random else folder
+    text_config = config.get("text_config") or config
+    tokenizer_found(
+        TokenizerSource(
+            tokenizer_folder,
+            eos_token_ids=config.get("eos_token_id"),
+            defaults=None if is_random else getattr(sys.modules[type(model).__module__], "TOKENIZER_DEFAULTS", None),
+            vocab_size=text_config.get("vocab_size"),
+        )
+    )
+    if is_random:
         # They are a function of the shape, the seed, MLX and the device. Hashing gigabytes would also leave them in
         # host memory, from where a CUDA device reads them at a fraction of its own memory's speed.
         weights_digest = _digest_json([config, random_model.SEED, importlib.metadata.version("mlx"), device.describe()])
     else:
-        model, config = _load_folder(folder)
-        tokenizer_folder = folder
         weights_digest = _digest_files(sorted(folder.glob("model*.safetensors")))
     adapter_digest = ""
     if adapter is not None:
@@ -124,7 +142,6 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
         tokenizer = load_tokenizer(tokenizer_folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise OperatorError(f"no tokenizer could be loaded from {tokenizer_folder}: {error}") from error
-    text_config = config.get("text_config") or config
     vocab_size = int(text_config.get("vocab_size") or len(tokenizer))
     limit = _context_limit(text_config, context_limit)
     if on_cpu:

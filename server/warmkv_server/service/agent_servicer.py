@@ -12,7 +12,7 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.agents.types import GenerateFinished
 from warmkv_server.errors import InvalidField
 from warmkv_server.kv.store import AgentRecord
-from warmkv_server.service import convert, validate
+from warmkv_server.service import convert, limits, validate
 from warmkv_server.service.endpoint import Call
 from warmkv_server.service.metrics import Metrics
 
@@ -28,18 +28,18 @@ class AgentServicer:
     metrics: Metrics
 
     async def prime(self, request: pb.PrimeRequest, call: Call) -> pb.PrimeResponse:
-        validate.prime(request, call.agents.engine.info.vocab_size)
+        validate.prime(request, call.model)
         wanted = convert.prime_request(request, call.key(request.agent_id), call.arrived)
         return convert.prime_response(await call.agents.prime(wanted))
 
     async def extend(self, request: pb.ExtendRequest, call: Call) -> pb.ExtendResponse:
-        validate.extend(request, call.agents.engine.info.vocab_size)
+        validate.extend(request, call.model)
         wanted = convert.extend_request(request, call.key(request.agent_id), call.arrived)
         return convert.extend_response(await call.agents.prime(wanted))
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
         info = call.agents.engine.info
-        validate.generate(request, info.vocab_size)
+        validate.generate(request, call.model)
         wanted = convert.generate_request(
             request, call.key(request.agent_id), call.arrived, info.sampling_defaults, self.default_max_tokens
         )
@@ -48,7 +48,8 @@ class AgentServicer:
             async for event in events:
                 if isinstance(event, GenerateFinished):
                     self.metrics.answered(event)
-                await call.send(convert.generate_response(event))
+                for message in convert.generate_responses(event):
+                    await call.send(message)
 
     async def fork_agent(self, request: pb.ForkAgentRequest, call: Call) -> pb.ForkAgentResponse:
         validate.fork(request)
@@ -77,10 +78,17 @@ class AgentServicer:
 
         size = min(request.page_size or _PAGE, _LARGEST_PAGE)
         page = call.agents.page(call.principal.tenant, _page_start(request), size, wanted)
-        return pb.ListAgentsResponse(
-            agents=[convert.agent(each) for each in page.agents],
-            next_page_token=_page_token(request, page.next_after) if page.next_after else "",
-        )
+        response, nbytes = pb.ListAgentsResponse(), 0
+        after = page.next_after
+        for view in page.agents:
+            agent = convert.agent(view)
+            nbytes += agent.ByteSize()
+            if nbytes > limits.PAGE_BYTES:
+                after = response.agents[-1].agent_id  # the rest is on the next page
+                break
+            response.agents.append(agent)
+        response.next_page_token = _page_token(request, after) if after else ""
+        return response
 
     async def update_agent(self, request: pb.UpdateAgentRequest, call: Call) -> pb.UpdateAgentResponse:
         validate.update(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
@@ -30,6 +31,7 @@ from warmkv_server.engine.text import Message as ChatMessage
 from warmkv_server.engine.types import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.kv.store import Tier
 from warmkv_server.kv.types import Fallback, Source
+from warmkv_server.service import limits
 
 SOURCES = {
     Source.WARM: pb.CACHE_SOURCE_WARM,
@@ -60,6 +62,10 @@ ACTIVITIES = {
     Activity.PREFILLING: pb.ACTIVITY_PREFILLING,
     Activity.DECODING: pb.ACTIVITY_DECODING,
 }
+
+
+_TOKEN_BYTES, _LOGPROB_BYTES = 5, 16
+"""What a token id, and an entry with its log probability, take in a message at most."""
 
 
 def content(message: pb.Content) -> Content | None:
@@ -164,17 +170,21 @@ def evict_response(result: EvictResult) -> pb.EvictAgentResponse:
     )
 
 
-def generate_response(event: GenerateEvent) -> pb.GenerateResponse:
+def generate_responses(event: GenerateEvent) -> Iterator[pb.GenerateResponse]:
+    """The messages of an event: one, unless it is more of an answer than clients take in one."""
     match event:
         case GenerateStarted(agent_id, cache):
-            return pb.GenerateResponse(started=pb.GenerateStarted(agent_id=agent_id, cache=cache_report(cache)))
+            yield pb.GenerateResponse(started=pb.GenerateStarted(agent_id=agent_id, cache=cache_report(cache)))
         case PrefillProgress(done, total):
-            return pb.GenerateResponse(prefill_progress=pb.PrefillProgress(tokens_done=done, tokens_total=total))
-        case Delta(token_ids, text, logprobs):
-            delta = pb.GenerateDelta(text=text, token_ids=token_ids, logprobs=[_logprobs(each) for each in logprobs])
-            return pb.GenerateResponse(delta=delta)
+            yield pb.GenerateResponse(prefill_progress=pb.PrefillProgress(tokens_done=done, tokens_total=total))
+        case Delta():
+            for token_ids, text, logprobs in _pieces(event):
+                delta = pb.GenerateDelta(
+                    text=text, token_ids=token_ids, logprobs=[_logprobs(each) for each in logprobs]
+                )
+                yield pb.GenerateResponse(delta=delta)
         case GenerateFinished():
-            return pb.GenerateResponse(finished=_finished(event))
+            yield pb.GenerateResponse(finished=_finished(event))
 
 
 def agent(view: AgentView) -> pb.Agent:
@@ -240,6 +250,17 @@ def timestamp(value: float) -> Timestamp:
     message = Timestamp()
     message.FromMicroseconds(round(value * 1e6))
     return message
+
+
+def _pieces(delta: Delta) -> Iterator[tuple[Sequence[int], str, Sequence[Logprobs]]]:
+    """A delta cut so that each piece fits into a message."""
+    alternatives = len(delta.logprobs[0].top) if delta.logprobs else 0
+    token_bytes = _TOKEN_BYTES + (_LOGPROB_BYTES * (1 + alternatives) if delta.logprobs else 0)
+    tokens, characters = limits.DELTA_BYTES // token_bytes, limits.DELTA_CHARACTERS
+    for piece in range(max(1, -(-len(delta.token_ids) // tokens), -(-len(delta.text) // characters))):
+        here = slice(piece * tokens, (piece + 1) * tokens)
+        text = delta.text[piece * characters : (piece + 1) * characters]
+        yield delta.token_ids[here], text, delta.logprobs[here]
 
 
 def _finished(event: GenerateFinished) -> pb.GenerateFinished:

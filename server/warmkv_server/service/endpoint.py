@@ -25,6 +25,8 @@ from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.inbound import Context
 from warmkv_server.service.metrics import Metrics
+from warmkv_server.service.validate import Model
+from warmkv_server.service.wire import refusal
 
 ROUTING_KEY = "warmkv-agent-id"
 
@@ -45,6 +47,12 @@ class Call:
     async def send(self, message: Message) -> None:
         """Send the next message of a stream."""
         await self.context.write(message)
+
+    @property
+    def model(self) -> Model:
+        """What requests are checked against."""
+        info = self.agents.engine.info
+        return Model(info.vocab_size, info.context_limit)
 
     def key(self, agent_id: str) -> AgentKey:
         """The agent that the caller means.
@@ -119,7 +127,9 @@ class Endpoints:
         metadata: Metadata = context.invocation_metadata() or ()
         principal = self.auth.identify(metadata)
         self.gate.check()
-        request = await inbound.read(context, kind, self.message_bytes)
+        request = await inbound.read(
+            context, kind, self.message_bytes, lambda data: refusal(data, kind, self.gate.text_bytes)
+        )
         with self.gate.enter() as agents:
             _check_routing(request, metadata)
             return await behaviour(request, Call(agents, principal, context))

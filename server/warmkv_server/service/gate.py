@@ -11,17 +11,22 @@ from warmkv_server.errors import Draining, Loading
 
 
 class Gate:
-    """Stands before everything but health and reflection. Closed until `open`, and again from `close` on."""
+    """Stands before everything but health and reflection. Closed until `open`, and again from `close` on.
+
+    Attributes:
+        text_bytes: of content that a context can hold at most; None if that isn't known, or not yet.
+    """
 
     def __init__(self) -> None:
+        self.text_bytes: int | None = None
         self._agents: Agents | None = None
         self._closed = False
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def open(self, agents: Agents) -> None:
-        self._agents = agents
+    def open(self, agents: Agents, text_bytes: int | None = None) -> None:
+        self._agents, self.text_bytes = agents, text_bytes
 
     def close(self) -> None:
         """Let nobody in any more. Who is inside stays."""

@@ -10,9 +10,10 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.engine.model import LayerInfo, ModelInfo, ModelKind
 from warmkv_server.engine.types import Sampling
+from warmkv_server.errors import InvalidField
 from warmkv_server.kv.store import Durability, StoreStats, Tier
 from warmkv_server.kv.types import Fallback, Source
-from warmkv_server.service import convert, validate
+from warmkv_server.service import convert, limits, validate
 from warmkv_server.service.endpoint import Call
 from warmkv_server.versions import version_of
 
@@ -122,11 +123,17 @@ class ServerServicer:
         )
 
     async def count_tokens(self, request: server_pb.CountTokensRequest, call: Call) -> server_pb.CountTokensResponse:
-        validate.count_tokens(request, call.agents.engine.info.vocab_size)
+        validate.count_tokens(request, call.model)
         replace = request.context_mode == pb.CONTEXT_MODE_REPLACE
         tokens = await call.agents.count_tokens(call.key(request.agent_id), convert.content(request.content), replace)
+        if request.include_token_ids and len(tokens) > limits.COUNTED_TOKENS:
+            raise InvalidField.of(
+                "include_token_ids",
+                f"the content has {len(tokens)} tokens, and the ids of {limits.COUNTED_TOKENS} are returned at most; "
+                "count them without it",
+            )
         return server_pb.CountTokensResponse(
-            token_count=len(tokens), token_ids=tokens if request.include_token_ids else None
+            token_count=len(tokens), token_ids=tokens.tolist() if request.include_token_ids else None
         )
 
 

@@ -1,19 +1,23 @@
 """Whether a request makes sense by itself: every wrong field of it, at once.
 
-What depends on the agent or on the tokenizer is checked where that is known, at the agent's turn.
+What depends on the agent or on the tokenizer is checked where that is known, at the agent's turn. How many of what a
+field may have is in limits.py; wire.py has made sure that there is nothing here to look at for long.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
-from warmkv_server.errors import EmptyContent, InvalidField, Violation
+from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, Violation
+from warmkv_server.service import limits
 
 AGENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 AGENT_ID_RULE = "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
@@ -23,39 +27,73 @@ _LONGEST_TTL = 100 * 365 * 86400 * _SECOND
 _UPDATABLE = ("pinned", "ttl", "labels")
 
 
+_NO_TEXT = pb.Content(text="")
+
+
 class Faults:
-    """The wrong fields of one request."""
+    """The wrong fields of one request: the first of them, and how many there are."""
 
     def __init__(self) -> None:
         self._found: list[Violation] = []
         self._empty: list[Violation] = []
+        self._more = 0
+        self._too_long = ""
 
     def need(self, good: bool, field: str, description: str) -> None:
         """Note that a field is wrong, and what it must be, unless it is good."""
         if not good:
+            self.note(field, description)
+
+    def note(self, field: str, description: str) -> None:
+        """Note that a field is wrong, and what it must be."""
+        if len(self._found) < limits.VIOLATIONS:
             self._found.append(Violation(field, description))
+        else:
+            self._more += 1
+
+    def more(self, count: int) -> None:
+        """Count wrong fields that aren't named."""
+        self._more += count
 
     def need_content(self, present: bool) -> None:
         if not present:
             self._empty.append(Violation("content", "must not be empty: give text, token_ids or chat"))
 
+    def too_long(self, message: str) -> None:
+        """Note that no context could hold the content."""
+        self._too_long = message
+
     def refuse(self) -> None:
         """Raise if anything is wrong.
 
         Raises:
-            InvalidField, or EmptyContent if that is all.
+            InvalidField, or ContextTooLong or EmptyContent if that is all.
         """
         if self._found:
             found = [*self._found, *self._empty]
-            raise InvalidField("; ".join(f"{v.field} {v.description}" for v in found), violations=found)
+            message = "; ".join(f"{v.field} {v.description}" for v in found)
+            if self._more:
+                message = f"{len(found) + self._more} fields are wrong: {message}"
+                found.append(Violation("…", f"{self._more} more fields are wrong"))
+            raise InvalidField(message, violations=found)
+        if self._too_long:
+            raise ContextTooLong(self._too_long)
         if self._empty:
             raise EmptyContent("content must not be empty: give text, token_ids or chat", violations=self._empty)
 
 
-def prime(request: pb.PrimeRequest, vocab_size: int) -> None:
+@dataclass(frozen=True)
+class Model:
+    """What the model takes: ids below `vocab_size`, and contexts up to `context_limit` tokens."""
+
+    vocab_size: int
+    context_limit: int
+
+
+def prime(request: pb.PrimeRequest, model: Model) -> None:
     faults = Faults()
     _agent_id(faults, "agent_id", request.agent_id)
-    _content(faults, request.content, vocab_size)
+    _content(faults, request.content, model.vocab_size, model.context_limit)
     faults.need_content(_is_given(request.content))
     if request.HasField("ttl"):
         _ttl(faults, "ttl", request.ttl)
@@ -65,17 +103,17 @@ def prime(request: pb.PrimeRequest, vocab_size: int) -> None:
     faults.refuse()
 
 
-def extend(request: pb.ExtendRequest, vocab_size: int) -> None:
+def extend(request: pb.ExtendRequest, model: Model) -> None:
     faults = Faults()
     _agent_id(faults, "agent_id", request.agent_id)
-    _content(faults, request.content, vocab_size)
+    _content(faults, request.content, model.vocab_size, model.context_limit)
     faults.need_content(_is_given(request.content))
     _expected_revision(faults, request)
     _request_id(faults, request.request_id)
     faults.refuse()
 
 
-def generate(request: pb.GenerateRequest, vocab_size: int) -> None:
+def generate(request: pb.GenerateRequest, model: Model) -> None:
     faults = Faults()
     if request.agent_id:
         _agent_id(faults, "agent_id", request.agent_id)
@@ -85,15 +123,14 @@ def generate(request: pb.GenerateRequest, vocab_size: int) -> None:
         faults.need_content(_is_given(request.content))
     _enum(faults, "context_mode", request.context_mode, pb.ContextMode)
     _enum(faults, "stream_mode", request.stream_mode, pb.StreamMode)
-    _content(faults, request.content, vocab_size)
+    _content(faults, request.content, model.vocab_size, model.context_limit)
     if request.agent_id and request.context_mode == pb.CONTEXT_MODE_REPLACE:
         faults.need_content(_is_given(request.content))
-    _sampling(faults, request.sampling, vocab_size)
+    _sampling(faults, request.sampling, model.vocab_size)
     faults.need(request.max_tokens >= 0, "max_tokens", "must be 0 (the server's default) or more")
-    faults.need(len(request.stop) <= 16, "stop", "may have 16 strings at most")
-    for number, stop in enumerate(request.stop):
-        faults.need(bool(stop), f"stop[{number}]", "must not be empty")
-    faults.need(0 <= request.top_logprobs <= min(20, vocab_size), "top_logprobs", "must be 0 to 20")
+    _stop(faults, request.stop)
+    most = min(limits.TOP_LOGPROBS, model.vocab_size)
+    faults.need(0 <= request.top_logprobs <= most, "top_logprobs", f"must be 0 to {most}")
     _expected_revision(faults, request)
     _request_id(faults, request.request_id)
     if request.request_id:
@@ -121,13 +158,15 @@ def list_agents(request: pb.ListAgentsRequest) -> None:
     faults = Faults()
     faults.need(request.page_size >= 0, "page_size", "must be 0 (the default) or more")
     _enum(faults, "tier", request.tier, pb.Tier)
+    _labels(faults, "labels", request.labels)
     faults.refuse()
 
 
 def update(request: pb.UpdateAgentRequest) -> None:
     faults = Faults()
     _agent_id(faults, "agent.agent_id", request.agent.agent_id)
-    paths = request.update_mask.paths
+    paths = request.update_mask.paths[: limits.UPDATE_PATHS + 1]
+    faults.need(len(paths) <= limits.UPDATE_PATHS, "update_mask", f"may have {limits.UPDATE_PATHS} paths at most")
     known = [path for path in paths if path in _UPDATABLE]
     faults.need(bool(paths), "update_mask", "must name at least one of pinned, ttl, labels")
     faults.need(len(known) == len(paths), "update_mask", "may name pinned, ttl and labels only")
@@ -138,12 +177,12 @@ def update(request: pb.UpdateAgentRequest) -> None:
     faults.refuse()
 
 
-def count_tokens(request: server_pb.CountTokensRequest, vocab_size: int) -> None:
+def count_tokens(request: server_pb.CountTokensRequest, model: Model) -> None:
     faults = Faults()
     if request.agent_id:
         _agent_id(faults, "agent_id", request.agent_id)
     _enum(faults, "context_mode", request.context_mode, pb.ContextMode)
-    _content(faults, request.content, vocab_size)
+    _content(faults, request.content, model.vocab_size, max(model.context_limit, limits.COUNTED_TOKENS))
     faults.need_content(_is_given(request.content))
     faults.refuse()
 
@@ -152,18 +191,45 @@ def _agent_id(faults: Faults, field: str, value: str) -> None:
     faults.need(AGENT_ID.fullmatch(value) is not None, field, AGENT_ID_RULE)
 
 
+def _stop(faults: Faults, stop: Sequence[str]) -> None:
+    """They are looked for in every piece of the answer, all at once, by what is built of all their characters."""
+    faults.need(len(stop) <= limits.STOPS, "stop", f"may have {limits.STOPS} strings at most")
+    lengths = [len(each) for each in stop]
+    rule = f"must have 1 to {limits.STOP_CHARACTERS} characters"
+    for number, length in enumerate(lengths):
+        faults.need(0 < length <= limits.STOP_CHARACTERS, f"stop[{number}]", rule)
+    rule = f"may have {limits.STOPS_CHARACTERS} characters at most in all"
+    faults.need(sum(lengths) <= limits.STOPS_CHARACTERS, "stop", rule)
+
+
 def _is_given(content: pb.Content) -> bool:
-    return bool(content.text or content.token_ids.ids or content.chat.messages)
+    match content.WhichOneof("kind"):
+        case "text":
+            return content != _NO_TEXT  # which makes no string of what may be megabytes
+        case "token_ids":
+            return bool(content.token_ids.ids)
+        case "chat":
+            return bool(content.chat.messages)
+    return False
 
 
-def _content(faults: Faults, content: pb.Content, vocab_size: int) -> None:
+def _content(faults: Faults, content: pb.Content, vocab_size: int, most_tokens: int) -> None:
     ids = content.token_ids.ids
-    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        for number, token in enumerate(ids):
-            rule = f"{token} is not a token of this model; ids run from 0 to {vocab_size - 1}"
-            faults.need(0 <= token < vocab_size, f"content.token_ids.ids[{number}]", rule)
+    if len(ids) > most_tokens:
+        faults.too_long(f"the content has {len(ids)} tokens, and this server takes {most_tokens}; send less")
+    elif ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        given = np.fromiter(ids, np.int64, len(ids))
+        wrong = np.flatnonzero((given < 0) | (given >= vocab_size))
+        named = wrong[: limits.VIOLATIONS].tolist()
+        for number in named:
+            rule = f"{given[number]} is not a token of this model; ids run from 0 to {vocab_size - 1}"
+            faults.note(f"content.token_ids.ids[{number}]", rule)
+        faults.more(len(wrong) - len(named))
+    rule = f"must have 1 to {limits.ROLE_CHARACTERS} characters"
     for number, message in enumerate(content.chat.messages):
-        faults.need(bool(message.role), f"content.chat.messages[{number}].role", "must not be empty")
+        good = 0 < len(message.role) <= limits.ROLE_CHARACTERS
+        if not good:
+            faults.note(f"content.chat.messages[{number}].role", rule)
 
 
 def _ttl(faults: Faults, field: str, ttl: Duration) -> None:
@@ -172,10 +238,13 @@ def _ttl(faults: Faults, field: str, ttl: Duration) -> None:
 
 
 def _labels(faults: Faults, field: str, labels: Mapping[str, str]) -> None:
-    faults.need(len(labels) <= 64, field, "may have 64 entries at most")
+    faults.need(len(labels) <= limits.LABELS, field, f"may have {limits.LABELS} entries at most")
+    key_rule = f"a key must have 1 to {limits.LABEL_KEY_CHARACTERS} characters"
+    value_rule = f"a value may have {limits.LABEL_VALUE_CHARACTERS} characters at most"
     for key, value in labels.items():
-        faults.need(1 <= len(key) <= 63, f"{field}[{key!r}]", "a key must have 1 to 63 characters")
-        faults.need(len(value) <= 255, f"{field}[{key!r}]", "a value may have 255 characters at most")
+        name = f"{field}[{key[: limits.LABEL_KEY_CHARACTERS]!r}]"
+        faults.need(1 <= len(key) <= limits.LABEL_KEY_CHARACTERS, name, key_rule)
+        faults.need(len(value) <= limits.LABEL_VALUE_CHARACTERS, name, value_rule)
 
 
 def _expected_revision(faults: Faults, request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest) -> None:
@@ -183,7 +252,8 @@ def _expected_revision(faults: Faults, request: pb.PrimeRequest | pb.ExtendReque
 
 
 def _request_id(faults: Faults, value: str) -> None:
-    faults.need(len(value) <= 128, "request_id", "may have 128 characters at most")
+    most = limits.REQUEST_ID_CHARACTERS
+    faults.need(len(value) <= most, "request_id", f"may have {most} characters at most")
 
 
 def _sampling(faults: Faults, sampling: pb.SamplingParams, vocab_size: int) -> None:
@@ -197,6 +267,8 @@ def _sampling(faults: Faults, sampling: pb.SamplingParams, vocab_size: int) -> N
     need("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "must be above 0")
     need("presence_penalty", -2 <= sampling.presence_penalty <= 2, "must be -2 to 2")
     need("frequency_penalty", -2 <= sampling.frequency_penalty <= 2, "must be -2 to 2")
+    most = limits.LOGIT_BIASES
+    faults.need(len(sampling.logit_bias) <= most, "sampling.logit_bias", f"may have {most} entries at most")
     for token, bias in sampling.logit_bias.items():
         field = f"sampling.logit_bias[{token}]"
         faults.need(0 <= token < vocab_size, field, f"is not a token of this model; ids run from 0 to {vocab_size - 1}")

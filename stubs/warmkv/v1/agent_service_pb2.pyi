@@ -24,6 +24,12 @@ field of a request at once, and RetryInfo is there where waiting helps. Any RPC 
   - UNAVAILABLE: LOADING, DRAINING;
   - INTERNAL: ENGINE_ERROR, with an id that the server's log has, too.
 The RPCs' comments list the reasons that they add to these.
+
+Limits. Every string and every list has a limit, which its field's comment gives; a field without one, where an id or
+a text is looked up, takes 65,536 bytes. A message has 32,768 fields at most, those of the messages in it included and
+token ids not counted. What is over a limit is INVALID_FIELD; a refusal names up to 20 wrong fields and counts the
+rest. Lengths that no client needs are refused before the message is decoded, so that only the fields with such
+lengths are named then. No message of a server is larger than 4 MiB, the most that clients take by default.
 """
 
 from collections import abc as _abc
@@ -86,7 +92,9 @@ class _StreamModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StreamMode
     back.
     """
     STREAM_MODE_FINAL: _StreamMode.ValueType  # 2
-    """One delta with the whole answer, when it is complete. No `prefill_progress`."""
+    """One delta with the whole answer, when it is complete; more only where one would be larger than 2 MiB. No
+    `prefill_progress`.
+    """
 
 class StreamMode(_StreamMode, metaclass=_StreamModeEnumTypeWrapper):
     """StreamMode says how Generate's answer is cut into deltas."""
@@ -98,7 +106,9 @@ STREAM_MODE_TOKENS: StreamMode.ValueType  # 1
 back.
 """
 STREAM_MODE_FINAL: StreamMode.ValueType  # 2
-"""One delta with the whole answer, when it is complete. No `prefill_progress`."""
+"""One delta with the whole answer, when it is complete; more only where one would be larger than 2 MiB. No
+`prefill_progress`.
+"""
 Global___StreamMode: _TypeAlias = StreamMode  # noqa: Y015
 
 class _CacheSource:
@@ -271,7 +281,12 @@ Global___Activity: _TypeAlias = Activity  # noqa: Y015
 
 @_typing.final
 class Content(_message.Message):
-    """Content is input in one of three forms. Where a request requires content, a form that yields no tokens is EMPTY_CONTENT."""
+    """Content is input in one of three forms. Where a request requires content, a form that yields no tokens is EMPTY_CONTENT.
+    What can't fit into a context is CONTEXT_TOO_LONG, before it is tokenised where its length alone tells: longer than the
+    context limit times the longest token, which counts what a chat template would leave out, too. What takes too long to
+    render and to tokenise (5 seconds up to 32,768 characters; beyond, 10 and one for each 262,144), or more than 768 MiB
+    of memory, is INVALID_FIELD, and so is text that yields tokens that the model does not have.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -318,7 +333,9 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids in 0 up to, but not including, the size of the model's vocabulary."""
+        """Ids in 0 up to, but not including, the size of the model's vocabulary. As many as fit into a context; at most
+        2,097,152.
+        """
 
     def __init__(
         self,
@@ -342,7 +359,9 @@ class ChatMessages(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """The whole conversation with CONTEXT_MODE_REPLACE and Prime; the new messages only when appended."""
+        """The whole conversation with CONTEXT_MODE_REPLACE and Prime; the new messages only when appended. At most 8,192.
+        Appending is UNSUPPORTED with a chat template that does not write out the text of earlier messages.
+        """
 
     def __init__(
         self,
@@ -366,7 +385,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """A role that the model's chat template knows, usually "system", "user" or "assistant"."""
+    """A role that the model's chat template knows, usually "system", "user" or "assistant". 1 to 64 characters."""
     content: _builtins.str
     """The text of the turn."""
     def __init__(
@@ -440,7 +459,7 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Add to the logits of these token ids before anything else; -100 to 100."""
+        """Add to the logits of these token ids before anything else; -100 to 100. At most 1,024 entries."""
 
     def __init__(
         self,
@@ -1005,7 +1024,7 @@ class GenerateRequest(_message.Message):
     expected_revision: _builtins.int
     """As PrimeRequest.expected_revision."""
     request_id: _builtins.str
-    """As PrimeRequest.request_id. A finished call replays `started`, one delta with the whole answer and the original
+    """As PrimeRequest.request_id. A finished call replays `started`, the answer as with STREAM_MODE_FINAL, and the original
     `finished`; one still running is joined from its start; a cancelled one replays its tokens and ends ABORTED /
     REQUEST_CANCELLED. Refused with `ephemeral` or without agent_id.
     """
@@ -1021,7 +1040,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the answer where the first of them appears. They are not emitted. At most 16, none empty."""
+        """Strings that end the answer where the first of them appears. They are not emitted. At most 16, of 1 to 256 characters
+        each and 2,048 in all.
+        """
 
     def __init__(
         self,
@@ -1495,14 +1516,14 @@ class ListAgentsRequest(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most agents of a page. 0: 100. Above 1000: 1000. A page can be shorter even when more follow."""
+    """Most agents of a page. 0: 100. Above 1000: 1000. A page can be shorter even when more follow, and has 3 MiB at most."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first page. The filters must be the same on every page."""
     tier: Global___Tier.ValueType
     """Only agents of this tier. Unspecified: any."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Only agents that have all of these labels with these values. Empty: any."""
+        """Only agents that have all of these labels with these values. Empty: any. Limits as PrimeRequest.labels."""
 
     def __init__(
         self,
@@ -1563,7 +1584,7 @@ class UpdateAgentRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Any of `pinned`, `ttl` and `labels`; not empty. `ttl` without a value takes the time limit away. `labels` replaces
-        all labels. Any other path is INVALID_ARGUMENT.
+        all labels. Any other path is INVALID_ARGUMENT. At most 16 paths.
         """
 
     def __init__(

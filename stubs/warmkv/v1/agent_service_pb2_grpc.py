@@ -132,8 +132,8 @@ class AgentServiceServicer:
 
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), NOT_FOUND (AGENT_NOT_FOUND), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,6 +24,12 @@ field of a request at once, and RetryInfo is there where waiting helps. Any RPC 
   - UNAVAILABLE: LOADING, DRAINING;
   - INTERNAL: ENGINE_ERROR, with an id that the server's log has, too.
 The RPCs' comments list the reasons that they add to these.
+
+Limits. Every string and every list has a limit, which its field's comment gives; a field without one, where an id or
+a text is looked up, takes 65,536 bytes. A message has 32,768 fields at most, those of the messages in it included and
+token ids not counted. What is over a limit is INVALID_FIELD; a refusal names up to 20 wrong fields and counts the
+rest. Lengths that no client needs are refused before the message is decoded, so that only the fields with such
+lengths are named then. No message of a server is larger than 4 MiB, the most that clients take by default.
 """
 
 from collections import abc as _abc
@@ -87,8 +93,8 @@ class AgentServiceStub:
 
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), NOT_FOUND (AGENT_NOT_FOUND), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
     """
     Generate: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -191,8 +197,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), NOT_FOUND (AGENT_NOT_FOUND), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
     """
     Generate: _aio.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -304,8 +310,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), NOT_FOUND (AGENT_NOT_FOUND), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
         """
 
     @_abc_1.abstractmethod

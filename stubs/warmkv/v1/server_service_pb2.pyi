@@ -536,7 +536,7 @@ class CountTokensRequest(_message.Message):
     context_mode: _agent_service_pb2.ContextMode.ValueType
     """As GenerateRequest.context_mode. With CONTEXT_MODE_REPLACE the content starts a context."""
     include_token_ids: _builtins.bool
-    """Also return the ids."""
+    """Also return the ids, of which there may be 1,000,000; INVALID_FIELD if there are more."""
     @_builtins.property
     def content(self) -> _agent_service_pb2.Content:
         """What to count. A chat is counted with the generation prompt, as Generate adds it."""

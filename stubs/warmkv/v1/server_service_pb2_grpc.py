@@ -88,7 +88,8 @@ class ServerServiceServicer:
 
         Nothing is computed, and no agent is created, used or changed.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT) and NOT_FOUND (AGENT_NOT_FOUND).
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG where the content's length alone tells, or for more
+        than a million token ids that no context holds) and NOT_FOUND (AGENT_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

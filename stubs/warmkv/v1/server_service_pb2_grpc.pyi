@@ -53,7 +53,8 @@ class ServerServiceStub:
 
     Nothing is computed, and no agent is created, used or changed.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT) and NOT_FOUND (AGENT_NOT_FOUND).
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG where the content's length alone tells, or for more
+    than a million token ids that no context holds) and NOT_FOUND (AGENT_NOT_FOUND).
     """
 
 @_typing.type_check_only
@@ -81,7 +82,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
 
     Nothing is computed, and no agent is created, used or changed.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT) and NOT_FOUND (AGENT_NOT_FOUND).
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG where the content's length alone tells, or for more
+    than a million token ids that no context holds) and NOT_FOUND (AGENT_NOT_FOUND).
     """
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -124,7 +126,8 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Nothing is computed, and no agent is created, used or changed.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT) and NOT_FOUND (AGENT_NOT_FOUND).
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG where the content's length alone tells, or for more
+        than a million token ids that no context holds) and NOT_FOUND (AGENT_NOT_FOUND).
         """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
