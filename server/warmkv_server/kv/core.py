@@ -13,6 +13,7 @@ from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.blockfile import BlockInfo
 from warmkv_server.kv.boundaries import in_window
+from warmkv_server.kv.clock import LATEST, Clock
 from warmkv_server.kv.disk_state import DiskState
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.hot import HotTier
@@ -46,7 +47,7 @@ class Counters:
 class KeptOutcome:
     """
     Attributes:
-        time: of the commit, in seconds since 1970.
+        time: of the commit, by `Clock.awake`.
         owed_by: the agent whose commit it belongs to, if the journal has neither.
     """
 
@@ -59,7 +60,14 @@ class Core:
     """Used on the event loop's thread only, but for `path` and `info`."""
 
     def __init__(
-        self, settings: StoreSettings, layout: KVLayout, fingerprint: str, index: Index, journal: Journal, files: Files
+        self,
+        settings: StoreSettings,
+        layout: KVLayout,
+        fingerprint: str,
+        index: Index,
+        journal: Journal,
+        files: Files,
+        clock: Clock,
     ) -> None:
         self.settings = settings
         self.layout = layout
@@ -67,6 +75,7 @@ class Core:
         self.index = index
         self.journal = journal
         self.files = files
+        self.clock = clock
         self.hot = HotTier(settings.hot_bytes, may_evict=lambda node: not node.pinned_refs)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
@@ -147,6 +156,7 @@ class Core:
 
     def record(self, agent: Agent) -> AgentRecord:
         nodes = list(agent.all_nodes())
+        last_used = self.clock.shown(agent.last_used)
         return AgentRecord(
             tenant=agent.tenant,
             agent_id=agent.agent_id,
@@ -160,10 +170,10 @@ class Core:
             pinned=agent.pinned,
             ttl=agent.ttl,
             labels=dict(agent.labels),
-            create_time=agent.create_time,
-            update_time=agent.update_time,
-            last_used_time=agent.last_used,
-            expire_time=agent.expires,
+            create_time=self.clock.shown(agent.create_time),
+            update_time=self.clock.shown(agent.update_time),
+            last_used_time=last_used,
+            expire_time=None if agent.ttl is None else min(last_used + agent.ttl, LATEST),
             parent_agent_id=agent.parent_agent_id,
             ending=agent.ending,
             durable=agent.durable,

@@ -7,12 +7,12 @@ for SQLite, a few for files.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from warmkv_server.kv.changes import Changes
+from warmkv_server.kv.clock import TimeSource
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
 from warmkv_server.kv.core import Core
@@ -89,19 +89,25 @@ class Store:
 
     @classmethod
     async def open(
-        cls, settings: StoreSettings, layout: KVLayout, fingerprint: Fingerprint, files: Files | None = None
+        cls,
+        settings: StoreSettings,
+        layout: KVLayout,
+        fingerprint: Fingerprint,
+        files: Files | None = None,
+        times: TimeSource | None = None,
     ) -> Self:
         """Lock the directory, read the index, sweep what a crash left behind.
 
         Args:
             files: a stand-in for the disk, for tests.
+            times: a stand-in for the machine's clocks, for tests.
 
         Raises:
             OperatorError: the directory is in use, can't be written, or was written by a newer version.
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
-        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files)
-        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files)
+        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, times)
+        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files, opened.clock)
         core.outcomes = opened.outcomes
         core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
         core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
@@ -214,7 +220,7 @@ class Store:
             on_release=self._collector.suspect,
         )
         lease.pin(*lease.nodes, *([lease.snapshot] if lease.snapshot is not None else []))
-        now = time.time()
+        now = core.clock.now()
         if agent is not None:
             agent.last_used = now
             core.used.add(agent)
