@@ -99,7 +99,8 @@ class Clock:
         wall, elapsed, boot = self._source.wall(), self._source.elapsed(), self._source.boot()
         newest = max((moment for moment in used if 0 <= moment <= LATEST), default=0.0)
         if kept is None:
-            kept = Reading(newest, newest, elapsed, "", 0.0, 0.0)
+            begun = newest or max(wall, 0.0)
+            kept = Reading(begun, begun, elapsed, "", 0.0, 0.0)
         passed = kept.passed(wall, elapsed, boot)
         self._boot = boot
         self._base = max(kept.time + passed, newest) - elapsed
