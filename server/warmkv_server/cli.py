@@ -67,9 +67,10 @@ def serve(**flags: Any) -> None:
         _log_to_stderr(settings.log_level)
         from warmkv_server.app import serve as run
 
-        asyncio.run(run(settings))
+        status = asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))
+    raise typer.Exit(status)
 
 
 @app.command()

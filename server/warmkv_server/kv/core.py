@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ from warmkv_server.kv.files import Files
 from warmkv_server.kv.hot import HotTier
 from warmkv_server.kv.ids import root_id
 from warmkv_server.kv.index import Agent, AgentKey, Index, Node
+from warmkv_server.kv.inflight import InFlight
 from warmkv_server.kv.journal import Journal
 from warmkv_server.kv.manifest import FOLDER, file_name
 from warmkv_server.kv.records import AgentRecord, RequestOutcome, StoreSettings, Tier
@@ -95,6 +97,7 @@ class Core:
         self.manifest_bytes = 0
         """Of all manifests on disk, and of those that are still to be written."""
         self.manifest_sizes: dict[AgentKey, int] = {}
+        self.reads, self.writes = InFlight(), InFlight()
         self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
         self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
 
@@ -115,11 +118,13 @@ class Core:
 
     async def reading(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that reads files, beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: work(*args, **kwargs))
+        run = partial(self.reads.run, work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     async def writing(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that changes files, beside the event loop. Reads don't wait behind it."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, lambda: work(*args, **kwargs))
+        run = partial(self.writes.run, work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._writers, run)
 
     @property
     def disk_bytes(self) -> int:

@@ -139,6 +139,20 @@ class Store:
         """Try now to write what the disk has refused. Whether every agent is durable afterwards."""
         return await self._finish(self._committer.retry_all())
 
+    def owed(self) -> list[tuple[str, str]]:
+        """Tenant and agent_id of those whose last commit the disk has refused, or not taken yet; sorted."""
+        refused = [agent.key for agent in self._committer.not_durable]
+        return sorted({*refused, *self._committer.tickets})
+
+    def stalled_seconds(self, *, reads: bool = False) -> float:
+        """How long the disk has not answered: the age of the oldest write that has not returned.
+
+        Args:
+            reads: count reads too, which no request waits for longer than its patience.
+        """
+        at_work = [self._core.writes, self._core.journal.in_flight, *([self._core.reads] if reads else [])]
+        return max(each.longest() for each in at_work)
+
     def watch_disk(self, tell: Callable[[bool], None]) -> None:
         """Have it told now, and at every change, whether the disk has every agent's last commit."""
         self._core.disk.watch(tell)
