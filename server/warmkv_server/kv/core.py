@@ -17,6 +17,7 @@ from warmkv_server.kv.boundaries import in_window
 from warmkv_server.kv.clock import LATEST, Clock
 from warmkv_server.kv.disk_state import DiskState
 from warmkv_server.kv.files import Files
+from warmkv_server.kv.foreign import Foreign
 from warmkv_server.kv.hot import HotTier
 from warmkv_server.kv.ids import root_id
 from warmkv_server.kv.index import Agent, AgentKey, Index, Node
@@ -70,6 +71,7 @@ class Core:
         journal: Journal,
         files: Files,
         clock: Clock,
+        foreign: Foreign,
     ) -> None:
         self.settings = settings
         self.layout = layout
@@ -78,6 +80,7 @@ class Core:
         self.journal = journal
         self.files = files
         self.clock = clock
+        self.foreign = foreign
         self.hot = HotTier(settings.hot_bytes, may_evict=lambda node: not node.pinned_refs)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
@@ -162,6 +165,7 @@ class Core:
     def record(self, agent: Agent) -> AgentRecord:
         nodes = list(agent.all_nodes())
         last_used = self.clock.shown(agent.last_used)
+        ours = agent.fingerprint == self.fingerprint
         return AgentRecord(
             tenant=agent.tenant,
             agent_id=agent.agent_id,
@@ -182,7 +186,8 @@ class Core:
             parent_agent_id=agent.parent_agent_id,
             ending=agent.ending,
             durable=agent.durable,
-            fingerprint_ok=agent.fingerprint == self.fingerprint,
+            fingerprint_ok=ours,
+            fingerprint_differences=() if ours else self.foreign.differences(agent.fingerprint),
         )
 
 

@@ -15,6 +15,7 @@ from warmkv_server.kv.boundaries import in_window
 from warmkv_server.kv.clock import Clock, TimeSource
 from warmkv_server.kv.core import BLOCKS, QUARANTINE, KeptOutcome, block_path
 from warmkv_server.kv.files import TEMP_SUFFIX, Files
+from warmkv_server.kv.foreign import Foreign
 from warmkv_server.kv.index import AgentKey, Index
 from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
@@ -35,6 +36,7 @@ class Opened:
     database: Database
     index: Index
     clock: Clock
+    foreign: Foreign
     outcomes: dict[AgentKey, KeptOutcome]
     block_bytes: int
     quarantine_bytes: int
@@ -80,6 +82,7 @@ def open_directory(
             for path in (*sweep.temps, *sweep.orphans):
                 files.unlink(path)
             clock = rows.read_clock(database, index, times)
+            foreign = Foreign(fingerprint, rows.read_fingerprints(database))
             database.apply([rows.insert_fingerprint(fingerprint), *rows.put_clock(clock.reading())])
             files.sync_folders([settings.data_dir])
             outcomes = {
@@ -108,7 +111,8 @@ def open_directory(
         manifests.written,
         manifests.removed,
     )
-    return Opened(lock, database, index, clock, outcomes, blocks, kept, aside, manifests)
+    foreign.say(index, settings.data_dir)
+    return Opened(lock, database, index, clock, foreign, outcomes, blocks, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

@@ -107,7 +107,16 @@ class Store:
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
         opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, times)
-        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files, opened.clock)
+        core = Core(
+            settings,
+            layout,
+            fingerprint.digest,
+            opened.index,
+            Journal(opened.database),
+            files,
+            opened.clock,
+            opened.foreign,
+        )
         core.outcomes = opened.outcomes
         core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
         core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
@@ -207,6 +216,7 @@ class Store:
             disk_bytes=core.disk_bytes,
             agents_by_tier=dict(tiers),
             not_durable=len(self._committer.not_durable),
+            stale_agents=sum(agent.fingerprint != core.fingerprint for agent in core.index.agents.values()),
         )
 
     # Reusing
