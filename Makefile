@@ -39,7 +39,7 @@ test: setup ## Run the tests; ARGS="tests/contract"
 hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
 	@$(BIN)/pytest tests/hostile $(ARGS)
 
-clients: setup ## Run the Go and Node clients and the README's grpcurl lines against a server (needs Go and Node)
+clients: setup ## Run the Go and Node clients and the README's commands against a server (needs Go and Node)
 	$(BIN)/python tests/clients/run.py
 
 bench-clock: setup $(NODE_CLOCK) ## Check the benchmark's stopwatch against a client in Node (needs Node)

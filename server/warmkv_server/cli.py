@@ -90,7 +90,9 @@ def bench(context: typer.Context) -> None:
     try:
         from warmkv_bench.cli import app as benchmark
     except ModuleNotFoundError as error:
-        _refuse(f"the benchmark needs {error.name}, which is not installed: run `pip install 'warmkv[bench]'`")
+        _refuse(
+            f"the benchmark needs {error.name}, which is not installed: in a checkout, run `pip install '.[bench]'`"
+        )
     benchmark(args=context.args, prog_name="warmkv bench")
 
 

@@ -28,9 +28,9 @@ def main() -> None:
         if missing in OWN_PACKAGES:
             raise
         print(
-            f"warmkv: the server needs packages that are not installed ({missing} is missing): run "
-            "`pip install 'warmkv[server]'` on macOS, `pip install 'warmkv[cpu]'` on Linux, or "
-            "`pip install 'warmkv[cuda13]'` on Linux with an NVIDIA GPU.",
+            f"warmkv: the server needs packages that are not installed ({missing} is missing): run, in WarmKV's "
+            "checkout, `pip install '.[server]'` on macOS, `pip install '.[cpu]'` on Linux, or "
+            "`pip install '.[cuda13]'` on Linux with an NVIDIA GPU.",
             file=sys.stderr,
         )
         sys.exit(2)
