@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from warmkv_server.agents.agents import Agents
 from warmkv_server.errors import Draining
@@ -20,6 +20,8 @@ from warmkv_server.service.gate import Gate
 from warmkv_server.signals import StopSignals, first_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEAD_DISK = 1
 NOT_DURABLE = 3
@@ -72,7 +74,7 @@ class Shutdown:
     async def _write_owed(self, deadline: float) -> bool:
         """Whether the disk has every last commit."""
         loop = asyncio.get_running_loop()
-        if await self._flushed():
+        if await self._unless_dead(self._store.flush()):
             return True
         log.error(
             "the disk refuses the last commits of %s, and they would be lost: trying for %.0f more seconds to write "
@@ -82,23 +84,19 @@ class Shutdown:
         )
         while not self._signals.second.done() and (left := deadline - loop.time()) > 0:
             await asyncio.wait([self._signals.second], timeout=min(_RETRY_SECONDS, left))
-            if await self._flushed():
+            if await self._unless_dead(self._store.flush()):
                 log.info("the disk has taken them")
                 return True
         return False
 
-    async def _flushed(self) -> bool:
-        await self._unless_dead(self._store.flush())
-        return not self._store.owed()
-
-    async def _unless_dead(self, work: Coroutine[Any, Any, object], *, reads: bool = False) -> None:
-        """Wait for it. If a file operation never returns the process ends here."""
+    async def _unless_dead(self, work: Coroutine[Any, Any, T], *, reads: bool = False) -> T:
+        """Wait for it. If a file operation never returns, the process ends here."""
         task = asyncio.ensure_future(work)
         while not task.done():
             await asyncio.wait([task], timeout=_LOOK_SECONDS)
             if not task.done() and (stalled := self._store.stalled_seconds(reads=reads)) > self._patience:
                 self._give_up(stalled)
-        await task
+        return await task
 
     def _give_up(self, stalled: float) -> NoReturn:
         owed = self._store.owed()
