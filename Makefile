@@ -49,7 +49,7 @@ test-fast: setup ## Run the tests that start no server and are over in a minute,
 hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
 	@$(PYTEST) tests/hostile $(ARGS)
 
-clients: setup ## Run the Go, Java and Node clients and the README's grpcurl lines (needs Go, Maven and Node)
+clients: setup ## Run the Go, Java and Node clients and the README's commands (needs Go, Maven and Node)
 	$(BIN)/python tests/clients/run.py
 
 bench-clock: setup $(NODE_CLOCK) ## Check the benchmark's stopwatch against a client in Node (needs Node)

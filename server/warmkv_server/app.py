@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -17,7 +16,7 @@ from warmkv_server.config import LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
 from warmkv_server.engine.loop import SOON_SECONDS
-from warmkv_server.errors import Draining, ServerFailed
+from warmkv_server.errors import ServerFailed
 from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.service.agent_servicer import AgentServicer
@@ -27,18 +26,18 @@ from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.server import GrpcServer, Tls
 from warmkv_server.service.server_servicer import Facts, ServerServicer
-from warmkv_server.signals import StopSignals, first_of
+from warmkv_server.shutdown import Shutdown
+from warmkv_server.signals import StopSignals
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
-_LAST_WORDS_SECONDS = 2.0
-"""For the last messages of streams whose client reads slowly, once everything is committed. No signal takes it away:
-what was sampled for a client and kept should reach it."""
 
-
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
+
+    Returns:
+        The exit status; see shutdown.py.
 
     Raises:
         OperatorError: if the server can't be started as it was asked to.
@@ -70,36 +69,35 @@ async def serve(settings: Settings) -> None:
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
-            await _unless_stopped(engine.text.ready(), signals.first)
-            engine.relieve = store.relieve
-            store.give_way(lambda: engine.stats().decoding > 0)
-            agent_settings = AgentSettings(
-                waiting=Bound(settings.max_queue, auth.tenants),
-                loaded_bytes=settings.inflight_bytes,
-                synced=settings.durability != "none",
-            )
-            agents = Agents(engine, store, fingerprint.digest, agent_settings)
-            metrics.watch(agents)
-            store.watch_disk(server.say_storage)
-            gate.open(agents, engine.text_bytes)
-            # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
-            gc.collect()
-            gc.freeze()
-            server.announce()
-            engine.watch = server.say_engine
-            print(f"listening on {settings.host}:{port}", flush=True)
+            shutdown = Shutdown(store, signals, settings.drain_seconds)
+            try:
+                await _unless_stopped(engine.text.ready(), signals.first)
+                engine.relieve = store.relieve
+                store.give_way(lambda: engine.stats().decoding > 0)
+                agent_settings = AgentSettings(
+                    waiting=Bound(settings.max_queue, auth.tenants),
+                    loaded_bytes=settings.inflight_bytes,
+                    synced=settings.durability != "none",
+                )
+                agents = Agents(engine, store, fingerprint.digest, agent_settings)
+                metrics.watch(agents)
+                store.watch_disk(server.say_storage)
+                gate.open(agents, engine.text_bytes)
+                # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
+                gc.collect()
+                gc.freeze()
+                server.announce()
+                engine.watch = server.say_engine
+                print(f"listening on {settings.host}:{port}", flush=True)
 
-            stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
-            await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)
-            log.info("draining for up to %g seconds", settings.drain_seconds)
-            server.withdraw()
-            gate.close()
-            await first_of(agents.idle(), signals.second, settings.drain_seconds)
-            agents.stop_all(Draining("the server is shutting down", retry_after=5.0))
-            await agents.idle()  # what was sampled is committed
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(gate.empty(), _LAST_WORDS_SECONDS)
-            await store.close()
+                stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
+                await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)
+                log.info("draining for up to %g seconds", settings.drain_seconds)
+                server.withdraw()
+                gate.close()
+                status = await shutdown.drain(agents, gate)
+            finally:
+                await shutdown.close()
         finally:
             await engine.stop()
     finally:
@@ -116,6 +114,7 @@ async def serve(settings: Settings) -> None:
             f"kept: look for {engine.lost.result()} in the log, and start the server again"
         )
     log.info("stopped")
+    return status
 
 
 async def _load_engine(settings: Settings, tenants: int) -> Engine:

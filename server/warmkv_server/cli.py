@@ -68,11 +68,12 @@ def serve(**flags: Any) -> None:
         _log_to_stderr(settings.log_level)
         from warmkv_server.app import serve as run
 
-        asyncio.run(run(settings))
+        status = asyncio.run(run(settings))
     except OperatorError as error:
         _refuse(str(error))
     except ServerFailed as error:
         _refuse(str(error), status=1)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -100,7 +101,9 @@ def bench(context: typer.Context) -> None:
     try:
         from warmkv_bench.cli import app as benchmark
     except ModuleNotFoundError as error:
-        _refuse(f"the benchmark needs {error.name}, which is not installed: run `pip install 'warmkv[bench]'`")
+        _refuse(
+            f"the benchmark needs {error.name}, which is not installed: in a checkout, run `pip install '.[bench]'`"
+        )
     benchmark(args=context.args, prog_name="warmkv bench")
 
 

@@ -1,4 +1,4 @@
-"""Runs clients of other languages, and the README's grpcurl lines, against a real server. Called by `make clients`.
+"""Runs clients of other languages, and the README's commands, against a real server. Called by `make clients`.
 
 Needs Go, Node, and Java with Maven; builds and installs the rest into folders that git ignores.
 """
@@ -33,9 +33,7 @@ def main() -> None:
         subprocess.run([TOOLS / "client", address], check=True)
         subprocess.run([*java, "exec:java", f"-Dexec.args={address}"], cwd=HERE / "java", check=True)
         subprocess.run(["node", "client.mjs", address, str(ROOT / "proto")], cwd=HERE / "node", check=True)
-    with server() as address:
-        count = run_readme(address)
-    print(f"readme: {count} grpcurl commands ran")
+    subprocess.run([sys.executable, ROOT / "tools" / "transcript.py", "--check"], check=True)
 
 
 def build_go() -> None:
@@ -74,20 +72,6 @@ def server() -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
-
-
-def run_readme(address: str) -> int:
-    """Run the README's blocks that call grpcurl, one after another, as they stand there."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    scripts = [block for block in blocks if "grpcurl" in block]
-    for script in scripts:
-        subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script.replace("127.0.0.1:50051", address)],
-            env=os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-    return sum(line.startswith("grpcurl") for script in scripts for line in script.splitlines())
 
 
 if __name__ == "__main__":

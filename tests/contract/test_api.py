@@ -58,6 +58,7 @@ Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32
 Agent: agent_id:string tier:Tier token_count:int32 revision:int64 hot_bytes:int64 warm_bytes:int64 shared_bytes:int64
  pinned:bool ttl:Duration labels:{string,string} create_time:Timestamp update_time:Timestamp last_used_time:Timestamp
  expire_time:Timestamp parent_agent_id:string activity:Activity tokens_done:int32 tokens_total:int32
+ stale_tokens:int32 fingerprint_differences:string*
 ForkAgentRequest: source_agent_id:string agent_id:string request_id:string
 ForkAgentResponse: agent:Agent
 EvictAgentRequest: agent_id:string drop_page_cache:bool
@@ -83,6 +84,7 @@ ServerCounters: requests_by_source:{string,int64} fallbacks_by_reason:{string,in
  warm_tokens_reused:int64 shared_tokens_reused:int64 prefilled_tokens:int64 bytes_loaded:int64 kv_bytes_written:int64
  metadata_bytes_written:int64 evictions:int64 quarantined:int64 commits_failed:int64
 ServerGauges: hot_bytes:int64 disk_bytes:int64 agents_by_tier:{string,int64} queue_depth:int32 batch_size:int32
+ stale_agents:int32
 CountTokensRequest: content:Content agent_id:string context_mode:ContextMode include_token_ids:bool
 CountTokensResponse: token_count:int32 token_ids:int32*
 """

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,12 @@ class Server:
     Args:
         data_dir: of the contexts; a second server on the same one sees what the first left.
         arguments: more flags.
+        environment: more variables.
     """
 
-    def __init__(self, data_dir: Path, *arguments: str, wait: bool = True) -> None:
+    def __init__(
+        self, data_dir: Path, *arguments: str, wait: bool = True, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.data_dir = data_dir
         self.log = data_dir.with_name(f"{data_dir.name}.log")
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -49,7 +52,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=clean_environment(),
+                env=clean_environment() | dict(environment or {}),
             )
         threading.Thread(target=self._read, daemon=True).start()
         self.address = self.listening() if wait else ""
@@ -96,9 +99,11 @@ class Server:
 
 
 @contextmanager
-def serving(data_dir: Path, *arguments: str) -> Iterator[tuple[Server, Client]]:
+def serving(
+    data_dir: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[Server, Client]]:
     """A server for the block, and a client of it; killed at the end if it still runs. Nothing may break inside it."""
-    server = Server(data_dir, *arguments)
+    server = Server(data_dir, *arguments, environment=environment)
     try:
         with Client(server.address) as client:
             yield server, client

@@ -221,13 +221,30 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
 def test_the_context_of_another_model(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as (_, client):
         client.prime("a", token_ids(some_tokens(300)))
-    with serving(tmp_path / "data", "--kv-bits", "8") as (_, client):
-        assert client.get("a").token_count == 300
+        client.fork("a", "b")
+        assert client.get("a").stale_tokens == 0
+    with serving(tmp_path / "data", "--kv-bits", "8") as (server, client):
+        (said,) = (line for line in server.log_text().splitlines() if "of another fingerprint" in line)
+        bytes_there = sum(path.stat().st_size for path in server.files())
+        assert f"2 agents with 600 tokens and {bytes_there} bytes" in said
+        assert "(kv_bits: 4 -> 8)" in said
+        assert "serve with --kv-bits 4" in said
+        for agent in client.list().agents:
+            assert agent.token_count == agent.stale_tokens == 300
+            assert agent.fingerprint_differences == ["kv_bits: 4 -> 8"]
+        assert client.stats().gauges.stale_agents == 2
         answer = client.generate("a", text(" and on"))
         assert answer.cache.source == v1.CACHE_SOURCE_COLD
         assert answer.cache.fallback_reason == v1.FALLBACK_REASON_FINGERPRINT
+        assert answer.cache.prefilled_tokens == 300 + client.count(text(" and on"), agent_id="a").token_count
+        for agent in (client.get("a"), answer.finished.agent):
+            assert (agent.stale_tokens, list(agent.fingerprint_differences)) == (0, [])
+        assert client.stats().gauges.stale_agents == 1
         client.delete("a")
         assert client.info().kv_bits == 8
+    with serving(tmp_path / "data") as (server, client):
+        assert client.get("b").stale_tokens == 0
+        assert server.log_text().count("of another fingerprint") == 1
 
 
 def test_a_context_with_tokens_that_this_model_does_not_know(tmp_path: Path) -> None:

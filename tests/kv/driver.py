@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tests.kv import words
+from warmkv_server.kv.clock import TimeSource
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.store import (
     Commit,
@@ -57,9 +58,10 @@ class Driver:
         layout: KVLayout = words.LAYOUTS["append"],
         fingerprint: Fingerprint = FINGERPRINT,
         files: Files | None = None,
+        times: TimeSource | None = None,
         **changes: Any,
     ) -> Driver:
-        return cls(await Store.open(settings(data_dir, **changes), layout, fingerprint, files), layout)
+        return cls(await Store.open(settings(data_dir, **changes), layout, fingerprint, files, times), layout)
 
     async def close(self) -> None:
         await self.store.close()

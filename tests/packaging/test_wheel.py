@@ -93,7 +93,7 @@ def test_command_without_the_server_says_what_to_install(client_only: list[str])
     outcome = _run(client_only, "from warmkv_server.main import main; main()")
     assert outcome.returncode == 2
     assert outcome.stdout == ""
-    assert "pip install 'warmkv[server]'" in outcome.stderr
+    assert "pip install '.[server]'" in outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
 
 

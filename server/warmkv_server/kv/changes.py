@@ -5,7 +5,6 @@ what breaks, has not happened.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 from warmkv_server.errors import AgentDeleted, AgentExists, StorageUnavailable
@@ -52,7 +51,7 @@ class Changes:
             raise StorageUnavailable(
                 f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.settings.retry_seconds
             )
-        agent = _copy(source, target_id, core.index.new_incarnation())
+        agent = _copy(source, target_id, core.index.new_incarnation(), core.clock.now())
         core.index.add_agent(agent)
         nodes = list(agent.all_nodes())
 
@@ -61,19 +60,20 @@ class Changes:
                 core.index.remove_agent(agent)
             self._collector.suspect(nodes)
 
+        made = core.clock.awake()
         with self._or(undo, "the disk doesn't take the fork"):
             outcome = request(core.record(agent), True) if callable(request) else request
             statements = [rows.put_node(node) for node in nodes if node.dirty or not node.saved]
             statements += rows.insert_agent(agent)
             if outcome is not None:
-                statements.append(rows.insert_outcome(tenant, outcome, agent.create_time))
+                statements.append(rows.insert_outcome(tenant, outcome, made))
             await core.journal.apply(statements)
         agent.saved = True
         if core.index.agents.get(agent.key) is not agent:
             raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
         self._manifests.note(agent)
         if outcome is not None:
-            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, agent.create_time)
+            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, made)
         self._changed()
         return core.record(agent)
 
@@ -102,7 +102,7 @@ class Changes:
             if not isinstance(labels, Unset):
                 agent.labels = dict(labels)
             if (agent.pinned, agent.ttl, agent.labels) != before[:3]:
-                agent.update_time = time.time()
+                agent.update_time = core.clock.now()
             if not agent.saved:
                 raise OSError("the agent is not on disk yet")
             columns = {**rows.option_columns(agent), "update_time": agent.update_time}
@@ -154,9 +154,8 @@ class Changes:
             raise
 
 
-def _copy(source: Agent, agent_id: str, incarnation: int) -> Agent:
+def _copy(source: Agent, agent_id: str, incarnation: int, now: float) -> Agent:
     """A new agent with the context of another."""
-    now = time.time()
     head = len(source.tokens)
     agent = Agent(source.tenant, agent_id, incarnation, source.fingerprint, tokens=source.tokens)
     agent.nodes, agent.snapshots = list(source.nodes), dict(source.snapshots)

@@ -185,7 +185,7 @@ class Committer:
             raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
         if outcome is not None:
             owed_by = None if agent.durable else agent
-            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, agent.last_used, owed_by)
+            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, core.clock.awake(), owed_by)
         return Committed(core.record(agent), agent.durable, time.perf_counter() - began, effort.bytes_written)
 
     async def _write_down(
@@ -198,7 +198,7 @@ class Committer:
                 outcome = self._outcome(commit, agent, persisted=True)
                 statements = self._statements(agent, before, plan)
                 if outcome is not None:
-                    statements.append(rows.insert_outcome(commit.tenant, outcome, agent.last_used))
+                    statements.append(rows.insert_outcome(commit.tenant, outcome, self._core.clock.awake()))
                 if await self._apply(agent, statements, plan.all_nodes(), before.all_nodes()):
                     return outcome
         except Exception:
@@ -241,7 +241,7 @@ class Committer:
 
     def _apply_to_index(self, commit: Commit, agent: Agent | None, plan: Plan) -> Agent:
         index = self._core.index
-        now = time.time()
+        now = self._core.clock.now()
         changed = agent is None or not np.array_equal(agent.tokens, commit.tokens)
         if agent is None:
             agent = Agent(commit.tenant, commit.agent_id, index.new_incarnation(), self._core.fingerprint)

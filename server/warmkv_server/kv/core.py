@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -13,11 +14,14 @@ from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.blockfile import BlockInfo
 from warmkv_server.kv.boundaries import in_window
+from warmkv_server.kv.clock import LATEST, Clock
 from warmkv_server.kv.disk_state import DiskState
 from warmkv_server.kv.files import Files
+from warmkv_server.kv.foreign import Foreign
 from warmkv_server.kv.hot import HotTier
 from warmkv_server.kv.ids import root_id
 from warmkv_server.kv.index import Agent, AgentKey, Index, Node
+from warmkv_server.kv.inflight import InFlight
 from warmkv_server.kv.journal import Journal
 from warmkv_server.kv.manifest import FOLDER, file_name
 from warmkv_server.kv.records import AgentRecord, RequestOutcome, StoreSettings, Tier
@@ -46,7 +50,7 @@ class Counters:
 class KeptOutcome:
     """
     Attributes:
-        time: of the commit, in seconds since 1970.
+        time: of the commit, by `Clock.awake`.
         owed_by: the agent whose commit it belongs to, if the journal has neither.
     """
 
@@ -59,7 +63,15 @@ class Core:
     """Used on the event loop's thread only, but for `path` and `info`."""
 
     def __init__(
-        self, settings: StoreSettings, layout: KVLayout, fingerprint: str, index: Index, journal: Journal, files: Files
+        self,
+        settings: StoreSettings,
+        layout: KVLayout,
+        fingerprint: str,
+        index: Index,
+        journal: Journal,
+        files: Files,
+        clock: Clock,
+        foreign: Foreign,
     ) -> None:
         self.settings = settings
         self.layout = layout
@@ -67,6 +79,8 @@ class Core:
         self.index = index
         self.journal = journal
         self.files = files
+        self.clock = clock
+        self.foreign = foreign
         self.hot = HotTier(settings.hot_bytes, may_evict=lambda node: not node.pinned_refs)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
@@ -86,6 +100,7 @@ class Core:
         self.manifest_bytes = 0
         """Of all manifests on disk, and of those that are still to be written."""
         self.manifest_sizes: dict[AgentKey, int] = {}
+        self.reads, self.writes = InFlight(), InFlight()
         self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
         self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
 
@@ -106,11 +121,13 @@ class Core:
 
     async def reading(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that reads files, beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: work(*args, **kwargs))
+        run = partial(self.reads.run, work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     async def writing(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that changes files, beside the event loop. Reads don't wait behind it."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, lambda: work(*args, **kwargs))
+        run = partial(self.writes.run, work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._writers, run)
 
     @property
     def disk_bytes(self) -> int:
@@ -147,6 +164,8 @@ class Core:
 
     def record(self, agent: Agent) -> AgentRecord:
         nodes = list(agent.all_nodes())
+        last_used = self.clock.shown(agent.last_used)
+        ours = agent.fingerprint == self.fingerprint
         return AgentRecord(
             tenant=agent.tenant,
             agent_id=agent.agent_id,
@@ -160,14 +179,15 @@ class Core:
             pinned=agent.pinned,
             ttl=agent.ttl,
             labels=dict(agent.labels),
-            create_time=agent.create_time,
-            update_time=agent.update_time,
-            last_used_time=agent.last_used,
-            expire_time=agent.expires,
+            create_time=self.clock.shown(agent.create_time),
+            update_time=self.clock.shown(agent.update_time),
+            last_used_time=last_used,
+            expire_time=None if agent.ttl is None else min(last_used + agent.ttl, LATEST),
             parent_agent_id=agent.parent_agent_id,
             ending=agent.ending,
             durable=agent.durable,
-            fingerprint_ok=agent.fingerprint == self.fingerprint,
+            fingerprint_ok=ours,
+            fingerprint_differences=() if ours else self.foreign.differences(agent.fingerprint),
         )
 
 

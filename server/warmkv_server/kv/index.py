@@ -46,7 +46,7 @@ class Node:
         pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
         window_refs: agents that need its WINDOW part.
         pinned_refs: pinned agents that reference it.
-        last_used: seconds since 1970.
+        last_used: of the store's time (see clock.py).
     """
 
     id: bytes
@@ -108,6 +108,7 @@ class Agent:
         durable: the journal has exactly this state, and the files are there.
         saved: the journal has some state of it.
         deleting: its deletion is on its way to the journal; nothing may be committed to it.
+        create_time, update_time, last_used: of the store's time (see clock.py).
         leases: requests that work on it now; it doesn't expire meanwhile.
     """
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from warmkv_server.errors import OperatorError
+from warmkv_server.kv.inflight import InFlight
 from warmkv_server.kv.records import Durability
 
 SCHEMA_VERSION = 1
@@ -252,18 +253,23 @@ class Journal:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self.in_flight = InFlight()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-journal")
 
     async def apply(self, statements: Sequence[Statement]) -> None:
         """See `Database.apply`. Submitted before this first awaits, so the order of calls is the order of commits."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.database.apply, statements)
+        await asyncio.get_running_loop().run_in_executor(
+            self._thread, self.in_flight.run, self.database.apply, statements
+        )
 
     async def remove(self, statements: Sequence[Statement]) -> None:
         """See `Database.remove`, and `apply` above."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.database.remove, statements)
+        await asyncio.get_running_loop().run_in_executor(
+            self._thread, self.in_flight.run, self.database.remove, statements
+        )
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.database.close)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.in_flight.run, self.database.close)
         self._thread.shutdown()
 
 

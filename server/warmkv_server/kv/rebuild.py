@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from pathlib import Path
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv import blockfile, journal, rows
 from warmkv_server.kv.blockfile import BadFile, BlockInfo, Parsed
+from warmkv_server.kv.clock import Clock
 from warmkv_server.kv.core import BLOCKS, QUARANTINE, block_info, block_path
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.ids import TOKEN_BYTES, block_of, node_id, root_id
@@ -98,7 +98,7 @@ def rebuild_index(data_dir: Path, files: Files, quarantine_bytes: int, why: str)
             "to begin with an empty one"
         )
     try:
-        builder = Builder(data_dir)
+        builder = Builder(data_dir, Clock(used=(manifest.last_used for manifest in manifests)).now())
         for manifest in manifests:
             try:
                 agent = builder.add(manifest)
@@ -139,8 +139,13 @@ def _read_manifests(data_dir: Path, found: Rebuilt) -> list[Manifest]:
 class Builder:
     """Nodes and agents, as far as the files bear them out."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, now: float = 0.0) -> None:
+        """
+        Args:
+            now: of the store's time, for agents that have a lifetime.
+        """
         self._data_dir = data_dir
+        self._now = now
         self.index = Index()
         self.bad: list[Path] = []
         """Files that are not what their name says."""
@@ -175,7 +180,7 @@ class Builder:
         agent.pinned, agent.ttl, agent.labels = manifest.pinned, manifest.ttl, dict(manifest.labels)
         agent.create_time, agent.update_time = manifest.create_time, manifest.update_time
         # Only the index knew of the latest uses: whoever has a lifetime gets it anew, rather than expire too early.
-        agent.last_used = manifest.last_used if manifest.ttl is None else time.time()
+        agent.last_used = manifest.last_used if manifest.ttl is None else self._now
         agent.parent_agent_id = manifest.parent_agent_id
         agent.ending = manifest.ending
         self.index.add_agent(agent)

@@ -118,6 +118,7 @@ class AgentRecord:
         ending: what the engine said about how the context ends; opaque here.
         durable: the last commit is on disk.
         fingerprint_ok: its KV belongs to the loaded model.
+        fingerprint_differences: if not, how what it belongs to differs, such as "kv_bits: 4 -> 8".
     """
 
     tenant: str
@@ -140,6 +141,7 @@ class AgentRecord:
     ending: str
     durable: bool
     fingerprint_ok: bool
+    fingerprint_differences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,3 +246,5 @@ class StoreStats:
     agents_by_tier: Mapping[str, int] = field(default_factory=dict)
     not_durable: int = 0
     """Agents whose last commit is in RAM only. Above 0 the disk is refusing writes."""
+    stale_agents: int = 0
+    """Agents whose KV belongs to another model or other KV settings."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 
+from warmkv_server.kv.clock import Clock, Reading, TimeSource
 from warmkv_server.kv.ids import node_id
 from warmkv_server.kv.index import Agent, Index, Node, Part
 from warmkv_server.kv.journal import JournalDamaged, Statement, as_json, insert
@@ -152,6 +154,23 @@ def read_outcomes(db: Queryable) -> Iterator[tuple[str, RequestOutcome, float]]:
         "SELECT tenant, request_id, body_hash, payload, time FROM outcomes ORDER BY row"
     ):
         yield tenant, RequestOutcome(request_id, body_hash, payload), time
+
+
+def put_clock(reading: Reading) -> list[Statement]:
+    """The table is made here, so that an index of before it was needed gets it too."""
+    table = "time REAL, wall REAL, elapsed REAL, boot TEXT, shift REAL, away REAL"
+    return [
+        (f"CREATE TABLE IF NOT EXISTS clock (one INTEGER PRIMARY KEY, {table})", ()),
+        insert("clock", one=1, **asdict(reading)),
+    ]
+
+
+def read_clock(db: Queryable, index: Index, source: TimeSource | None = None) -> Clock:
+    """The store's time, going on from what the journal says of it."""
+    there = db.query("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'clock'")
+    found = db.query("SELECT time, wall, elapsed, boot, shift, away FROM clock") if there else []
+    used = (agent.last_used for agent in index.agents.values())
+    return Clock(Reading.of_row(found[0]) if found else None, used, source)
 
 
 def read_index(db: Queryable) -> Index:

@@ -12,8 +12,10 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv import journal, rows
 from warmkv_server.kv.blockfile import SUFFIX
 from warmkv_server.kv.boundaries import in_window
+from warmkv_server.kv.clock import Clock, TimeSource
 from warmkv_server.kv.core import BLOCKS, QUARANTINE, KeptOutcome, block_path
 from warmkv_server.kv.files import TEMP_SUFFIX, Files
+from warmkv_server.kv.foreign import Foreign
 from warmkv_server.kv.index import AgentKey, Index
 from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
@@ -33,6 +35,8 @@ class Opened:
     lock: DirectoryLock
     database: Database
     index: Index
+    clock: Clock
+    foreign: Foreign
     outcomes: dict[AgentKey, KeptOutcome]
     block_bytes: int
     quarantine_bytes: int
@@ -54,7 +58,13 @@ class _Sweep:
     unreferenced: int = 0
 
 
-def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Fingerprint, files: Files) -> Opened:
+def open_directory(
+    settings: StoreSettings,
+    layout: KVLayout,
+    fingerprint: Fingerprint,
+    files: Files,
+    times: TimeSource | None = None,
+) -> Opened:
     """Blocking.
 
     Raises:
@@ -71,7 +81,9 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
             manifests = bring_up_to_date(settings.data_dir, index, files)
             for path in (*sweep.temps, *sweep.orphans):
                 files.unlink(path)
-            database.apply([rows.insert_fingerprint(fingerprint)])
+            clock = rows.read_clock(database, index, times)
+            foreign = Foreign(fingerprint, rows.read_fingerprints(database))
+            database.apply([rows.insert_fingerprint(fingerprint), *rows.put_clock(clock.reading())])
             files.sync_folders([settings.data_dir])
             outcomes = {
                 (tenant, outcome.request_id): KeptOutcome(outcome, time)
@@ -99,7 +111,8 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
         manifests.written,
         manifests.removed,
     )
-    return Opened(lock, database, index, outcomes, blocks, kept, aside, manifests)
+    foreign.say(index, settings.data_dir)
+    return Opened(lock, database, index, clock, foreign, outcomes, blocks, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

@@ -7,12 +7,12 @@ for SQLite, a few for files.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from warmkv_server.kv.changes import Changes
+from warmkv_server.kv.clock import TimeSource
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
 from warmkv_server.kv.core import Core
@@ -89,19 +89,34 @@ class Store:
 
     @classmethod
     async def open(
-        cls, settings: StoreSettings, layout: KVLayout, fingerprint: Fingerprint, files: Files | None = None
+        cls,
+        settings: StoreSettings,
+        layout: KVLayout,
+        fingerprint: Fingerprint,
+        files: Files | None = None,
+        times: TimeSource | None = None,
     ) -> Self:
         """Lock the directory, read the index, sweep what a crash left behind.
 
         Args:
             files: a stand-in for the disk, for tests.
+            times: a stand-in for the machine's clocks, for tests.
 
         Raises:
             OperatorError: the directory is in use, can't be written, or was written by a newer version.
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
-        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files)
-        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files)
+        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, times)
+        core = Core(
+            settings,
+            layout,
+            fingerprint.digest,
+            opened.index,
+            Journal(opened.database),
+            files,
+            opened.clock,
+            opened.foreign,
+        )
         core.outcomes = opened.outcomes
         core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
         core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
@@ -132,6 +147,20 @@ class Store:
     async def flush(self) -> bool:
         """Try now to write what the disk has refused. Whether every agent is durable afterwards."""
         return await self._finish(self._committer.retry_all())
+
+    def owed(self) -> list[tuple[str, str]]:
+        """Tenant and agent_id of those whose last commit the disk has refused, or not taken yet; sorted."""
+        refused = [agent.key for agent in self._committer.not_durable]
+        return sorted({*refused, *self._committer.tickets})
+
+    def stalled_seconds(self, *, reads: bool = False) -> float:
+        """How long the disk has not answered: the age of the oldest write that has not returned.
+
+        Args:
+            reads: count reads too, which no request waits for longer than its patience.
+        """
+        at_work = [self._core.writes, self._core.journal.in_flight, *([self._core.reads] if reads else [])]
+        return max(each.longest() for each in at_work)
 
     def watch_disk(self, tell: Callable[[bool], None]) -> None:
         """Have it told now, and at every change, whether the disk has every agent's last commit."""
@@ -193,6 +222,7 @@ class Store:
             disk_bytes=core.disk_bytes,
             agents_by_tier=dict(tiers),
             not_durable=len(self._committer.not_durable),
+            stale_agents=sum(agent.fingerprint != core.fingerprint for agent in core.index.agents.values()),
         )
 
     # Reusing
@@ -220,7 +250,7 @@ class Store:
             on_release=self._collector.suspect,
         )
         lease.pin(*lease.nodes, *([lease.snapshot] if lease.snapshot is not None else []))
-        now = time.time()
+        now = core.clock.now()
         if agent is not None:
             agent.last_used = now
             core.used.add(agent)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
 
 from warmkv_server.errors import StorageUnavailable
@@ -39,7 +38,7 @@ class Upkeep:
         self._delete = delete
         self._changed = asyncio.Event()
         self._retry_at: float | None = None
-        self._noted_at = time.time()
+        self._noted_at = self._core.clock.now()
         self._task = asyncio.create_task(self._run())
 
     def wake(self) -> None:
@@ -48,7 +47,7 @@ class Upkeep:
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        await self._note_use()
+        await self._note_use(closing=True)
 
     async def _run(self) -> None:
         while True:
@@ -57,7 +56,7 @@ class Upkeep:
                 await self._expire()
                 await self._forget()
                 await self._retry()
-                if time.time() >= self._noted_at + _LONGEST_PAUSE:
+                if self._core.clock.now() >= self._noted_at + _LONGEST_PAUSE:
                     await self._note_use()
                 pause = self._pause()
             except Exception:
@@ -68,7 +67,7 @@ class Upkeep:
                     await self._changed.wait()
 
     def _pause(self) -> float:
-        now = time.time()
+        now = self._core.clock.now()
         times = [a.expires - now for a in self._core.index.agents.values() if a.expires is not None]
         overdue = self._core.settings.retry_seconds  # somebody uses the agent, or the disk refuses
         times = [t if t > -_SHORTEST_PAUSE else overdue for t in times]
@@ -78,7 +77,7 @@ class Upkeep:
 
     async def _retry(self) -> None:
         """Write what the disk refused, once the pause since the refusal, or since the last attempt, is over."""
-        now = time.time()
+        now = self._core.clock.now()
         if self._retry_at is not None and self._retry_at <= now:
             self._retry_at = now + self._core.settings.retry_seconds  # also where this breaks
             await self._committer.retry_all()
@@ -100,17 +99,18 @@ class Upkeep:
                 return
 
     def _is_due(self, agent: Agent) -> bool:
-        if agent.expires is None or agent.expires > time.time():
+        if agent.expires is None or agent.expires > self._core.clock.now():
             return False
         at_work = agent.leases or agent.key in self._committer.tickets
         return self._core.index.agents.get(agent.key) is agent and not at_work
 
-    async def _note_use(self) -> None:
+    async def _note_use(self, *, closing: bool = False) -> None:
         """Requests that commit nothing use an agent too: a restart must not take it for one that nobody needs."""
-        self._noted_at = time.time()
+        self._noted_at = self._core.clock.now()
         used, self._core.used = self._core.used, set()
         statements = [rows.update_columns(a.incarnation, {"last_used": a.last_used}) for a in used if a.saved]
-        if statements:
+        if statements or closing:
+            statements += rows.put_clock(self._core.clock.reading())
             try:
                 await self._core.journal.apply(statements)
             except BaseException as error:
@@ -120,7 +120,7 @@ class Upkeep:
                 log.warning("when agents were used can't be written down: %s", error)
 
     async def _forget(self) -> None:
-        before = time.time() - self._core.settings.outcome_seconds
+        before = self._core.clock.awake() - self._core.settings.outcome_seconds
         old = [key for key, kept in self._core.outcomes.items() if kept.time < before]
         if old:
             for key in old:

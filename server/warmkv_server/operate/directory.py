@@ -11,6 +11,7 @@ from pathlib import Path
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv import journal, lock, rows
+from warmkv_server.kv.clock import Clock
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.index import Agent, Index, Node
 from warmkv_server.kv.journal import Database, JournalDamaged
@@ -31,11 +32,13 @@ class View:
 
     Attributes:
         fingerprints: by digest; of all models that the directory was served with.
+        clock: the directory's time.
     """
 
     data_dir: Path
     index: Index
     fingerprints: Mapping[str, Fingerprint]
+    clock: Clock
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def look(data_dir: Path) -> View:
     path = _index_path(data_dir)
     try:
         with ReadOnlyDatabase(path) as database:
-            return View(data_dir, rows.read_index(database), rows.read_fingerprints(database))
+            index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
+            return View(data_dir, index, fingerprints, rows.read_clock(database, index))
     except JournalDamaged as error:
         raise _damaged(path, error) from error
 
@@ -71,10 +75,11 @@ def take(data_dir: Path) -> Iterator[Taken]:
     with locked(data_dir), _open_index(path) as database:
         try:
             index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
+            clock = rows.read_clock(database, index)
         except JournalDamaged as error:
             raise _damaged(path, error) from error
         headroom = StoreSettings(data_dir).headroom_bytes
-        taken = Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom))
+        taken = Taken(data_dir, index, fingerprints, clock, database, Files(Durability.FULL, headroom))
         try:
             yield taken
         finally:

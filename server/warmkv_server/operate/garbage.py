@@ -5,7 +5,6 @@ What goes is found first, so that a dry run tells exactly what a run does. Rows 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +56,7 @@ class Waste:
         nodes: blocks that no agent references, or none but the chosen.
         blocks: the files of these nodes.
         aside: indexes that were put aside, with what SQLite had beside them.
+        now: of the directory's time.
     """
 
     temporary: dict[Path, int] = field(default_factory=dict)
@@ -67,6 +67,7 @@ class Waste:
     blocks: dict[Path, int] = field(default_factory=dict)
     quarantine: dict[Path, int] = field(default_factory=dict)
     aside: dict[Path, int] = field(default_factory=dict)
+    now: float = 0.0
 
     @property
     def files(self) -> Iterator[tuple[Path, int]]:
@@ -91,7 +92,7 @@ def find_waste(view: View, choice: Choice) -> Waste:
             waste.temporary[path] = _size(path)
         elif entry.name.endswith(SUFFIX):
             waste.unknown[path] = _size(path)
-    now = time.time()
+    waste.now = now = view.clock.now()
     for agent in list(index.agents.values()):
         if choice.takes(agent, now):
             (waste.kept if agent.pinned and not choice.pinned_too else waste.agents).append(agent)

@@ -7,7 +7,6 @@ the directory has already under a node's id stays: the first committed file of a
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,7 @@ def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str) -> A
         told.update_time,
         told.parent_agent_id,
     )
-    agent.last_used = time.time()
+    agent.last_used = taken.clock.now()
     return agent
 
 

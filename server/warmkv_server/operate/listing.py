@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from warmkv_server.kv import journal
+from warmkv_server.kv.clock import Clock
 from warmkv_server.kv.core import QUARANTINE
 from warmkv_server.kv.index import Agent
 from warmkv_server.kv.manifest import FOLDER, SUFFIX
@@ -88,7 +89,7 @@ def listing(view: View) -> Listing:
     aside = _sizes(aside_files(view.data_dir))
     return Listing(
         data_dir=str(view.data_dir),
-        agents=[_agent(agent) for _, agent in sorted(view.index.agents.items())],
+        agents=[_agent(agent, view.clock) for _, agent in sorted(view.index.agents.items())],
         models=_models(view),
         block_files=sum(len(node.parts) for node in nodes),
         block_bytes=disk_bytes(nodes),
@@ -102,7 +103,7 @@ def listing(view: View) -> Listing:
     )
 
 
-def _agent(agent: Agent) -> AgentLine:
+def _agent(agent: Agent, clock: Clock) -> AgentLine:
     nodes = list(agent.all_nodes())
     return AgentLine(
         tenant=agent.tenant,
@@ -114,7 +115,7 @@ def _agent(agent: Agent) -> AgentLine:
         shared_bytes=disk_bytes(node for node in nodes if node.refs > 1),
         pinned=agent.pinned,
         ttl=agent.ttl,
-        last_used=agent.last_used,
+        last_used=clock.shown(agent.last_used),
         fingerprint=agent.fingerprint,
     )
 

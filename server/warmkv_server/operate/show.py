@@ -57,8 +57,8 @@ def seconds(duration: str) -> float:
     return value
 
 
-def ago(then: float) -> str:
-    seconds = max(time.time() - then, 0)
+def ago(seconds: float) -> str:
+    seconds = max(seconds, 0)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit} ago"
@@ -105,7 +105,7 @@ def _agents(found: Listing) -> Table:
             size(agent.disk_bytes),
             size(agent.shared_bytes),
             "yes" if agent.pinned else "",
-            ago(agent.last_used),
+            ago(time.time() - agent.last_used),
             agent.fingerprint[:SHORT],
         )
     return table
@@ -169,7 +169,8 @@ def report_json(found: Report, moved: int | None) -> dict[str, Any]:
 def waste(found: Waste, dry_run: bool) -> None:
     would, gone = ("would ", "would be freed") if dry_run else ("", "freed")
     for agent in found.agents:
-        typer.echo(f"{would}delete agent {_named(agent)}: {len(agent.tokens)} tokens, last used {ago(agent.last_used)}")
+        used = ago(found.now - agent.last_used)
+        typer.echo(f"{would}delete agent {_named(agent)}: {len(agent.tokens)} tokens, last used {used}")
     for agent in found.kept:
         typer.echo(f"keep agent {_named(agent)}, which is pinned; --pinned-too doesn't spare it")
     for what, files in _kinds(found).items():

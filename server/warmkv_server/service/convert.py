@@ -208,6 +208,8 @@ def agent(view: AgentView) -> pb.Agent:
         activity=ACTIVITIES[view.doing.activity],
         tokens_done=view.doing.done,
         tokens_total=view.doing.total,
+        stale_tokens=0 if record.fingerprint_ok else record.token_count,
+        fingerprint_differences=record.fingerprint_differences,
     )
 
 

@@ -140,6 +140,7 @@ def _families(agents: Agents) -> Iterator[Metric]:
         "disk_bytes": ("Bytes that the data directory holds", store.disk_bytes),
         "in_flight_bytes": ("Bytes that running sequences may take", engine.in_flight_bytes),
         "not_durable_agents": ("Agents whose last commit is in RAM only", store.not_durable),
+        "stale_agents": ("Agents whose KV belongs to another model or other KV settings", store.stale_agents),
         "queue_depth": ("Requests that wait", agents.waiting),
         "prefilling": ("Sequences whose prompt is being computed", engine.prefilling),
         "decoding": ("Sequences whose answer is being sampled", engine.decoding),

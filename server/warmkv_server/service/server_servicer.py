@@ -119,6 +119,7 @@ class ServerServicer:
                 agents_by_tier={pb.Tier.Name(convert.TIERS[Tier(t)]): n for t, n in store.agents_by_tier.items()},
                 queue_depth=call.agents.waiting,
                 batch_size=engine.prefilling + engine.decoding,
+                stale_agents=store.stale_agents,
             ),
         )
 

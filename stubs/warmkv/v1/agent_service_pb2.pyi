@@ -699,6 +699,8 @@ class Agent(_message.Message):
     ACTIVITY_FIELD_NUMBER: _builtins.int
     TOKENS_DONE_FIELD_NUMBER: _builtins.int
     TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    STALE_TOKENS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_DIFFERENCES_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent's id. It is never used as a file name."""
     tier: Global___Tier.ValueType
@@ -723,6 +725,12 @@ class Agent(_message.Message):
     """Progress of that activity: tokens loaded, prefilled or sampled so far. 0 when idle or queued."""
     tokens_total: _builtins.int
     """What tokens_done will be when the activity is complete; when decoding, the most it can be. 0 when idle or queued."""
+    stale_tokens: _builtins.int
+    """Tokens whose KV was computed by another model or with other KV settings than this server's, so that it can't be used:
+    token_count, or 0 if all is well. The next request that goes on from the context computes so many tokens before its
+    own (fewer only where another agent has the same context) and reports FALLBACK_REASON_FINGERPRINT; after its commit
+    this is 0. The server's log says at its start what to do to use the KV instead.
+    """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """How long the agent lives after its last use. Unset: until it is deleted or the disk quota takes it."""
@@ -747,6 +755,12 @@ class Agent(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it will be deleted unless it is used again: last_used_time + ttl. Unset without a ttl."""
 
+    @_builtins.property
+    def fingerprint_differences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In what the fingerprint that the KV belongs to differs from the server's: `field: there -> here`, such as
+        `kv_bits: 4 -> 8`; digests are cut to 12 digits. Empty if stale_tokens is 0, and where it is not known any more.
+        """
+
     def __init__(
         self,
         *,
@@ -768,10 +782,12 @@ class Agent(_message.Message):
         activity: Global___Activity.ValueType = ...,
         tokens_done: _builtins.int = ...,
         tokens_total: _builtins.int = ...,
+        stale_tokens: _builtins.int = ...,
+        fingerprint_differences: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "ttl", b"ttl", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "agent_id", b"agent_id", "create_time", b"create_time", "expire_time", b"expire_time", "hot_bytes", b"hot_bytes", "labels", b"labels", "last_used_time", b"last_used_time", "parent_agent_id", b"parent_agent_id", "pinned", b"pinned", "revision", b"revision", "shared_bytes", b"shared_bytes", "tier", b"tier", "token_count", b"token_count", "tokens_done", b"tokens_done", "tokens_total", b"tokens_total", "ttl", b"ttl", "update_time", b"update_time", "warm_bytes", b"warm_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "agent_id", b"agent_id", "create_time", b"create_time", "expire_time", b"expire_time", "fingerprint_differences", b"fingerprint_differences", "hot_bytes", b"hot_bytes", "labels", b"labels", "last_used_time", b"last_used_time", "parent_agent_id", b"parent_agent_id", "pinned", b"pinned", "revision", b"revision", "shared_bytes", b"shared_bytes", "stale_tokens", b"stale_tokens", "tier", b"tier", "token_count", b"token_count", "tokens_done", b"tokens_done", "tokens_total", b"tokens_total", "ttl", b"ttl", "update_time", b"update_time", "warm_bytes", b"warm_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

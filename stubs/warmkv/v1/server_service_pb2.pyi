@@ -492,6 +492,7 @@ class ServerGauges(_message.Message):
     AGENTS_BY_TIER_FIELD_NUMBER: _builtins.int
     QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    STALE_AGENTS_FIELD_NUMBER: _builtins.int
     hot_bytes: _builtins.int
     """Bytes of RAM that the hot tier holds."""
     disk_bytes: _builtins.int
@@ -500,6 +501,8 @@ class ServerGauges(_message.Message):
     """Requests that wait for their turn or for room in the engine."""
     batch_size: _builtins.int
     """Sequences that the engine is working on."""
+    stale_agents: _builtins.int
+    """Agents whose KV can't be used with this model and its KV settings; see Agent.stale_tokens."""
     @_builtins.property
     def agents_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Agents by the name of their Tier, such as "TIER_WARM"."""
@@ -512,10 +515,11 @@ class ServerGauges(_message.Message):
         agents_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         queue_depth: _builtins.int = ...,
         batch_size: _builtins.int = ...,
+        stale_agents: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents_by_tier", b"agents_by_tier", "batch_size", b"batch_size", "disk_bytes", b"disk_bytes", "hot_bytes", b"hot_bytes", "queue_depth", b"queue_depth"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents_by_tier", b"agents_by_tier", "batch_size", b"batch_size", "disk_bytes", b"disk_bytes", "hot_bytes", b"hot_bytes", "queue_depth", b"queue_depth", "stale_agents", b"stale_agents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
