@@ -12,7 +12,7 @@ from warmkv_server.agents import generate, manage, prime
 from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.compute import Tally, Tools
 from warmkv_server.agents.context import count
-from warmkv_server.agents.requests import Requests
+from warmkv_server.agents.requests import Codecs, Requests
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import (
@@ -25,6 +25,7 @@ from warmkv_server.agents.types import (
     Identity,
     PrimeRequest,
     PrimeResult,
+    Recorded,
 )
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.fairness import Bound
@@ -58,9 +59,10 @@ class Agents:
 
     Args:
         fingerprint: digest of all that the KV depends on besides the tokens.
+        codecs: how answers are kept for retries.
     """
 
-    def __init__(self, engine: Engine, store: Store, fingerprint: str, settings: AgentSettings) -> None:
+    def __init__(self, engine: Engine, store: Store, fingerprint: str, settings: AgentSettings, codecs: Codecs) -> None:
         self.engine = engine
         self.store = store
         self.fingerprint = fingerprint
@@ -68,25 +70,28 @@ class Agents:
         self._turns = Turns(settings.waiting)
         self._admission = Admission(settings.loaded_bytes, settings.waiting)
         self._tools = Tools(engine, store, self._turns, self._admission, self.tally, settings.synced)
+        self._codecs = codecs
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
         self._stopping: WarmKVError | None = None
 
-    async def prime(self, request: PrimeRequest) -> PrimeResult:
+    async def prime(self, request: PrimeRequest) -> PrimeResult | Recorded:
         """Prime and Extend."""
-        name = "extend" if request.append else "prime"
-        begin = partial(self._begin, name, partial(prime.prime, self._tools, request))
-        run = await self._requests.run_once(request.key, request.identity, prime.RECORDER, begin)
+        name, codec = ("extend", self._codecs.extend) if request.append else ("prime", self._codecs.prime)
+        begin = partial(self._begin, name, partial(prime.prime, self._tools, request, codec))
+        run: Run[PrimeResult | Recorded] = await self._requests.run_once(request.key, request.identity, codec, begin)
         return await run.result()
 
     async def generate(self, request: GenerateRequest) -> Run[GenerateEvent]:
         """Begin, join or replay an answer; `watch` the run for its events."""
-        begin = partial(self._begin, "generate", partial(generate.generate, self._tools, request))
-        return await self._requests.run_once(request.key, request.identity, generate.RECORDER, begin)
+        codec = self._codecs.generate
+        begin = partial(self._begin, "generate", partial(generate.generate, self._tools, request, codec))
+        return await self._requests.run_once(request.key, request.identity, codec, begin)
 
-    async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView:
-        begin = partial(self._begin, "fork", partial(manage.fork, self._tools, source, target, identity))
-        run = await self._requests.run_once(target, identity, manage.FORK_RECORDER, begin)
+    async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView | Recorded:
+        codec = self._codecs.fork
+        begin = partial(self._begin, "fork", partial(manage.fork, self._tools, source, target, identity, codec))
+        run: Run[AgentView | Recorded] = await self._requests.run_once(target, identity, codec, begin)
         return await run.result()
 
     async def evict(self, key: AgentKey, drop_page_cache: bool) -> EvictResult:

@@ -12,13 +12,14 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv import journal, rows
 from warmkv_server.kv.blockfile import SUFFIX
 from warmkv_server.kv.boundaries import in_window
-from warmkv_server.kv.core import BLOCKS, QUARANTINE, KeptOutcome, block_path
+from warmkv_server.kv.core import BLOCKS, QUARANTINE, block_path
 from warmkv_server.kv.files import TEMP_SUFFIX, Files
-from warmkv_server.kv.index import AgentKey, Index
+from warmkv_server.kv.index import Index
 from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.manifest import FOLDER
 from warmkv_server.kv.manifests import UpToDate, bring_up_to_date
+from warmkv_server.kv.outcomes import StoredOutcomes
 from warmkv_server.kv.rebuild import aside_files, holds_contexts, rebuild_index
 from warmkv_server.kv.records import Fingerprint, StoreSettings
 from warmkv_server.kv.types import Fallback, KVLayout
@@ -33,8 +34,7 @@ class Opened:
     lock: DirectoryLock
     database: Database
     index: Index
-    outcomes: dict[AgentKey, KeptOutcome]
-    block_bytes: int
+    outcomes: StoredOutcomes
     quarantine_bytes: int
     aside_bytes: int
     manifests: UpToDate
@@ -73,12 +73,8 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
                 files.unlink(path)
             database.apply([rows.insert_fingerprint(fingerprint)])
             files.sync_folders([settings.data_dir])
-            outcomes = {
-                (tenant, outcome.request_id): KeptOutcome(outcome, time)
-                for tenant, outcome, time in rows.read_outcomes(database)
-            }
+            outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
             kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
-            blocks = sum(n.disk_bytes for n in index.nodes.values())
             aside = sum(path.stat().st_size for path in aside_files(settings.data_dir))
         except BaseException:
             database.close()
@@ -99,7 +95,7 @@ def open_directory(settings: StoreSettings, layout: KVLayout, fingerprint: Finge
         manifests.written,
         manifests.removed,
     )
-    return Opened(lock, database, index, outcomes, blocks, kept, aside, manifests)
+    return Opened(lock, database, index, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
@@ -25,6 +24,7 @@ from warmkv_server.kv.loader import Loader
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.match import Matcher
+from warmkv_server.kv.outcomes import Outcomes
 from warmkv_server.kv.parts import PartWriter
 from warmkv_server.kv.quota import Quota
 from warmkv_server.kv.records import (
@@ -84,7 +84,7 @@ class Store:
             core, self._committer, self._collector, self._manifests, changed=lambda: self._upkeep.wake()
         )
         self._eviction = Eviction(core)
-        self._upkeep = Upkeep(core, self._committer, self._manifests, self.delete)
+        self._upkeep = Upkeep(core, self._committer, self._collector, self._manifests, self.delete)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -101,10 +101,11 @@ class Store:
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
         opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files)
-        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files)
-        core.outcomes = opened.outcomes
-        core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
-        core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
+        journal = Journal(opened.database)
+        outcomes = Outcomes(journal, settings.outcome_bytes, opened.outcomes)
+        core = Core(settings, layout, fingerprint.digest, opened.index, journal, outcomes, files)
+        core.quarantine_bytes, core.aside_bytes = opened.quarantine_bytes, opened.aside_bytes
+        core.manifest_sizes = opened.manifests.sizes
         core.manifest_bytes = sum(core.manifest_sizes.values())
         store = cls(core, opened.lock)
         for agent in opened.manifests.stale:
@@ -131,7 +132,12 @@ class Store:
 
     async def flush(self) -> bool:
         """Try now to write what the disk has refused. Whether every agent is durable afterwards."""
-        return await self._finish(self._committer.retry_all())
+        return await self._finish(self._flush())
+
+    async def _flush(self) -> bool:
+        durable = await self._committer.retry_all()
+        await self._collector.retry()
+        return durable
 
     def watch_disk(self, tell: Callable[[bool], None]) -> None:
         """Have it told now, and at every change, whether the disk has every agent's last commit."""
@@ -166,26 +172,28 @@ class Store:
         """
         return self._core.existing(tenant, agent_id).tokens
 
-    def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
-        """What the request of this id answered, if it is still kept."""
-        kept = self._core.outcomes.get((tenant, request_id))
-        return None if kept is None else kept.outcome
+    async def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
+        """What the request of this id answered, if it is still kept. Seldom waits; see `Outcomes.find`.
+
+        Raises:
+            StorageUnavailable: it can't be looked up.
+        """
+        return await self._core.outcomes.find(tenant, request_id)
 
     def stats(self) -> StoreStats:
         core = self._core
-        tiers = Counter(core.tier(agent).value for agent in core.index.agents.values())
-        self._eviction.note_cooled()
-        counters = core.counters
+        counters, hot = core.counters, core.accounts.hot_agents
+        tiers = {Tier.HOT: hot, Tier.WARM: len(core.index.agents) - hot}
         return StoreStats(
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
             metadata_bytes_written=core.journal.database.bytes_written + counters.manifest_bytes_written,
-            evictions=counters.evictions,
+            evictions=core.accounts.evictions + counters.evictions,
             quarantined=counters.quarantined,
             commits_failed=counters.commits_failed,
             hot_bytes=core.hot.nbytes,
             disk_bytes=core.disk_bytes,
-            agents_by_tier=dict(tiers),
+            agents_by_tier={tier.value: number for tier, number in tiers.items() if number},
             not_durable=len(self._committer.not_durable),
         )
 
@@ -228,11 +236,7 @@ class Store:
 
         A bad, missing or slow file shortens the result, which then says why; it never raises for one.
         """
-        reuse = await self._loader.load(lease)
-        agent = self._core.index.agents.get((lease.tenant, lease.agent_id))
-        if agent is not None:
-            self._eviction.note_loaded(agent, reuse)
-        return reuse
+        return await self._loader.load(lease)
 
     async def commit(self, commit: Commit) -> Committed:
         """Make `commit.tokens` the agent's context: files first, then one transaction.
@@ -256,15 +260,11 @@ class Store:
 
     async def _commit(self, commit: Commit, pinned: Iterable[Node]) -> Committed:
         try:
-            committed = await self._committer.commit(commit)
+            return await self._committer.commit(commit)
         finally:
             for node in pinned:
                 node.pins -= 1
             self._collector.suspect(pinned)
-        agent = self._core.index.agents.get((commit.tenant, commit.agent_id))
-        if agent is not None:
-            self._core.was_hot.add(agent)
-        return committed
 
     # Changing
 
