@@ -23,8 +23,13 @@ log = logging.getLogger(__name__)
 class Collector:
     """At most one collection runs at a time."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, was_refused: Callable[[], object]) -> None:
+        """
+        Args:
+            was_refused: is called when there is something to `retry`, in a while.
+        """
         self._core = core
+        self._was_refused = was_refused
         self._suspects: dict[Node, None] = {}
         self._removing: set[bytes] = set()
         self._running: asyncio.Task[None] | None = None
@@ -76,7 +81,7 @@ class Collector:
             await self._unlink(files)
         finally:
             self._removing -= ids
-            self._idle.set()
+            self._rest()
 
     def removing(self, nodes: Iterable[Node]) -> bool:
         """Whether files under one of these ids are being removed just now."""
@@ -139,7 +144,12 @@ class Collector:
                     self._suspects |= dict.fromkeys(suspects)
         finally:
             self._running = None
-            self._idle.set()
+            self._rest()
+
+    def _rest(self) -> None:
+        self._idle.set()
+        if self.refused:
+            self._was_refused()
 
     @staticmethod
     def _spare_window(node: Node) -> bool:

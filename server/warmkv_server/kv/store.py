@@ -74,7 +74,7 @@ class Store:
     def __init__(self, core: Core, lock: DirectoryLock) -> None:
         self._core = core
         self._lock = lock
-        self._collector = Collector(core)
+        self._collector = Collector(core, was_refused=lambda: self._upkeep.wake())
         self._manifests = Manifests(core, self._collector.suspect)
         self._loader = Loader(core, self._manifests)
         writer = PartWriter(core, self._loader, Quota(core, self._collector, self._manifests))
