@@ -247,6 +247,8 @@ class StoreStats:
     """Commits that the disk refused."""
     hot_bytes: int = 0
     disk_bytes: int = 0
+    outcome_bytes: int = 0
+    """RAM that outcomes of requests take."""
     agents_by_tier: Mapping[str, int] = field(default_factory=dict)
     not_durable: int = 0
     """Agents whose last commit is in RAM only. Above 0 the disk is refusing writes."""

@@ -193,6 +193,7 @@ class Store:
             commits_failed=counters.commits_failed,
             hot_bytes=core.hot.nbytes,
             disk_bytes=core.disk_bytes,
+            outcome_bytes=core.outcomes.nbytes + core.outcomes.owed_bytes,
             agents_by_tier={tier.value: number for tier, number in tiers.items() if number},
             not_durable=len(self._committer.not_durable),
         )
