@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,28 @@ async def test_commits_over_the_quota_at_the_same_time_free_each_byte_once(tmp_p
     check_sums(driver.store)
     check_directory(driver.store, tmp_path)
     assert driver.store.stats().disk_bytes <= limit
+    await driver.close()
+
+
+async def test_looking_at_an_agent_takes_no_longer_where_its_context_is_long(tmp_path: Path) -> None:
+    count = 100
+    driver = await Driver.open(tmp_path, hot_bytes=1 << 30)
+    short, long = Driver(driver.store, driver.layout, "short"), Driver(driver.store, driver.layout, "long")
+    await short.put("0", context(10))
+    await long.put("0", context(256 * 128))
+    for number in range(1, count):
+        for tenant in (short.tenant, long.tenant):
+            await driver.store.fork(tenant, "0", str(number))
+
+    def seconds(look: Callable[[], object]) -> float:
+        """Of the quickest of many: what else the machine does is not what is measured."""
+        return min(timeit.repeat(look, number=1, repeat=50))
+
+    of_short = seconds(lambda: list(driver.store.agents(short.tenant)))
+    of_long = seconds(lambda: list(driver.store.agents(long.tenant)))
+    assert of_long < 3 * of_short  # with 128 times the blocks
+    assert seconds(driver.store.stats) < of_short
+    check_sums(driver.store)
     await driver.close()
 
 
