@@ -35,7 +35,7 @@ from warmkv_server.kv.store import AgentRecord, Store
 
 Event = TypeVar("Event")
 
-_LOOKED_AT = 10_000
+_LOOKED_AT = 2_000
 """Agents that one page of a filtered list looks at, so that the event loop is never held up for long."""
 
 

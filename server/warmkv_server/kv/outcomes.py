@@ -113,6 +113,8 @@ class Outcomes:
 
     def add(self, kept: KeptOutcome) -> None:
         """The journal has it."""
+        before = self._kept.pop(kept.key, None)  # An id that was forgotten and used again, in the journal twice.
+        self.nbytes -= before.nbytes if before is not None else 0
         self._kept[kept.key] = kept
         self.nbytes += kept.nbytes
         while self.nbytes > self._limit:
