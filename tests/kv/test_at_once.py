@@ -169,8 +169,9 @@ async def test_who_is_wanted_after_all_while_others_expire_lives_on(tmp_path: Pa
     with contextlib.ExitStack() as leases:
         for agent in "abc":
             tokens = context([ord(agent)] * 300)
-            await driver.put(agent, tokens, ttl=1e-6)
+            await driver.put(agent, tokens)
             leases.enter_context(driver.store.resolve(TENANT, agent, tokens, 300))
+            await driver.store.update(TENANT, agent, ttl=1e-6)
         await driver.store.settled()
         files.hold.clear()
     await asyncio.to_thread(files.held.wait, WAIT_SECONDS)  # one is being deleted, and the others are due
