@@ -21,6 +21,7 @@ from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.service.agent_servicer import AgentServicer
 from warmkv_server.service.auth import BearerTokens, Open
+from warmkv_server.service.codecs import codecs
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
@@ -68,18 +69,18 @@ async def serve(settings: Settings) -> int:
         engine = await _unless_stopped(_load_engine(settings, auth.tenants), signals.first)
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
-            store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
+            store = await Store.open(_store_settings(settings, auth.tenants), engine.info.layout, fingerprint)
             shutdown = Shutdown(store, signals, settings.drain_seconds)
             try:
                 await _unless_stopped(engine.text.ready(), signals.first)
                 engine.relieve = store.relieve
-                store.give_way(lambda: engine.stats().decoding > 0)
+                store.give_way(lambda: engine.decoding)
                 agent_settings = AgentSettings(
                     waiting=Bound(settings.max_queue, auth.tenants),
                     loaded_bytes=settings.inflight_bytes,
                     synced=settings.durability != "none",
                 )
-                agents = Agents(engine, store, fingerprint.digest, agent_settings)
+                agents = Agents(engine, store, fingerprint.digest, agent_settings, codecs())
                 metrics.watch(agents)
                 store.watch_disk(server.say_storage)
                 gate.open(agents, engine.text_bytes)
@@ -146,13 +147,14 @@ async def _load_engine(settings: Settings, tenants: int) -> Engine:
     return engine
 
 
-def _store_settings(settings: Settings) -> StoreSettings:
+def _store_settings(settings: Settings, tenants: int) -> StoreSettings:
     return StoreSettings(
         data_dir=settings.data_dir,
         hot_bytes=settings.hot_bytes,
         disk_bytes=settings.disk_bytes,
         durability=Durability(settings.durability),
         load_timeout=settings.load_seconds,
+        tenants=tenants,
     )
 
 

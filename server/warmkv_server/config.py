@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path("data"), description="Folder of the contexts; made if it is not there.")
     hot_bytes: Bytes = Field(
         default_factory=_quarter_of_memory,
-        description="RAM for contexts at rest, such as 8GiB. Default: a quarter of the machine's.",
+        description="RAM for contexts at rest, pinned or not, such as 8GiB. Default: a quarter of the machine's.",
     )
     disk_bytes: Bytes = Field(ByteSize(0), description="Limit of the data folder, such as 100GiB; 0 for none.")
     inflight_bytes: Bytes = Field(

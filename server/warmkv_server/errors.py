@@ -76,6 +76,10 @@ class RequestIdReused(WarmKVError):
     reason = "REQUEST_ID_REUSED"
 
 
+class OutcomeUnreadable(WarmKVError):
+    reason = "OUTCOME_UNREADABLE"
+
+
 class NotDurable(WarmKVError):
     reason = "NOT_DURABLE"
 

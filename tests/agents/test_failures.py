@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from warmkv_server.agents.agents import Agents, AgentSettings
-from warmkv_server.agents.types import AgentKey, GenerateFinished, GenerateRequest, PrimeRequest
+from warmkv_server.agents.types import AgentKey, GenerateFinished, GenerateRequest, PrimeRequest, PrimeResult
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.fairness import Bound
 from warmkv_server.engine.text import TokenIds
@@ -24,6 +24,7 @@ from warmkv_server.errors import EngineError
 from warmkv_server.kv import loader, reader
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.kv.types import Source
+from warmkv_server.service.codecs import codecs
 
 TOKENS = {name: [seed + n % 97 for n in range(600)] for name, seed in (("a", 400), ("b", 900))}
 
@@ -41,7 +42,7 @@ async def running(data_dir: Path) -> AsyncIterator[tuple[Agents, Store]]:
         store = await Store.open(settings, engine.info.layout, fingerprint)
         try:
             settled = AgentSettings(Bound(64), loaded_bytes=1 << 30, synced=True)
-            yield Agents(engine, store, fingerprint.digest, settled), store
+            yield Agents(engine, store, fingerprint.digest, settled, codecs()), store
         finally:
             await store.close()
     finally:
@@ -53,7 +54,9 @@ def key(agent: str) -> AgentKey:
 
 
 async def prime(agents: Agents, agent: str) -> int:
-    return (await agents.prime(PrimeRequest(key(agent), TokenIds(tuple(TOKENS[agent[0]]))))).cache.prefilled_tokens
+    result = await agents.prime(PrimeRequest(key(agent), TokenIds(tuple(TOKENS[agent[0]]))))
+    assert isinstance(result, PrimeResult)
+    return result.cache.prefilled_tokens
 
 
 async def answer(agents: Agents, agent: str, content: tuple[int, ...] = (500, 501)) -> GenerateFinished:

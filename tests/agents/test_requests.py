@@ -3,55 +3,62 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
 
-from warmkv_server.agents import generate
-from warmkv_server.agents.requests import Recorder, Requests
+from warmkv_server.agents.requests import Codec, Requests
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import AgentKey, CacheReport, GenerateFinished, GenerateStarted, Identity, Timings
-from warmkv_server.engine.types import Delta, Finish, Logprobs
-from warmkv_server.errors import RequestCancelled, RequestIdReused
+from warmkv_server.agents.types import AgentKey, Identity, Recorded
+from warmkv_server.errors import OutcomeUnreadable, RequestCancelled, RequestIdReused
 from warmkv_server.kv.store import RequestOutcome
-from warmkv_server.kv.types import Fallback, Source
 
 KEY = AgentKey("", "a")
 IDENTITY = Identity("retry-me", b"body")
 
 
-def _replay(value: int) -> Run[int]:
-    return Run.replay("again", [value])
+def _decode(content: bytes) -> Recorded:
+    return Recorded(int(content))
 
 
-RECORDER = Recorder(TypeAdapter(int), _replay)
+CODEC: Codec[Any] = Codec(lambda value: [str(value).encode()], _decode)
 
 
 class Scene:
-    """Requests over a dictionary, and work that ends when it is told to."""
+    """Requests over a dictionary, and work that ends when it is told to.
+
+    Attributes:
+        look: while it is clear, whoever looks for what was kept waits.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], RequestOutcome] = {}
-        self.requests = Requests(lambda tenant, request_id: self.kept.get((tenant, request_id)))
+        self.requests = Requests(self._find)
         self.begun = 0
         self.commit = asyncio.Event()
+        self.look = asyncio.Event()
+        self.look.set()
 
-    async def send(self, identity: Identity | None = IDENTITY, key: AgentKey = KEY) -> Run[int]:
-        return await self.requests.run_once(key, identity, RECORDER, lambda: self._begin(identity, key))
+    async def _find(self, tenant: str, request_id: str) -> RequestOutcome | None:
+        await self.look.wait()
+        return self.kept.get((tenant, request_id))
 
-    def _begin(self, identity: Identity | None, key: AgentKey) -> Run[int]:
+    async def send(self, identity: Identity | None = IDENTITY, key: AgentKey = KEY) -> Run[Any]:
+        return await self.requests.run_once(key, identity, CODEC, lambda: self._begin(identity, key))
+
+    def _begin(self, identity: Identity | None, key: AgentKey) -> Run[Any]:
         self.begun += 1
         number = self.begun
 
-        async def work(run: Run[int]) -> None:
+        async def work(run: Run[Any]) -> None:
             with run.interrupted_by(self.commit.set):
                 await self.commit.wait()
             if identity is not None:
-                self.kept[key.tenant, identity.request_id] = RECORDER.outcome(identity, number)
+                self.kept[key.tenant, identity.request_id] = CODEC.outcome(identity, [number])
             run.check()
             run.publish(number)
 
-        run: Run[int] = Run("test")
+        run: Run[Any] = Run("test")
         run.start(work)
         return run
 
@@ -69,7 +76,7 @@ async def test_one_that_is_over_is_replayed() -> None:
     scene = Scene()
     scene.commit.set()
     assert await (await scene.send()).result() == 1
-    assert await (await scene.send()).result() == 1
+    assert await (await scene.send()).result() == Recorded(1)
     assert scene.begun == 1
 
 
@@ -102,15 +109,15 @@ async def test_another_body_is_refused(running: bool) -> None:
 async def test_what_failed_before_its_commit_is_done_again() -> None:
     scene = Scene()
 
-    def fail() -> Run[int]:
-        async def work(_: Run[int]) -> None:
+    def fail() -> Run[Any]:
+        async def work(_: Run[Any]) -> None:
             raise RequestCancelled("before the commit")
 
-        run: Run[int] = Run("test")
+        run: Run[Any] = Run("test")
         run.start(work)
         return run
 
-    failed = await scene.requests.run_once(KEY, IDENTITY, RECORDER, fail)
+    failed = await scene.requests.run_once(KEY, IDENTITY, CODEC, fail)
     with pytest.raises(RequestCancelled):
         await failed.result()
     scene.commit.set()
@@ -124,22 +131,44 @@ async def test_one_that_is_being_cancelled_is_waited_for_and_then_replayed() -> 
     run.stop(RequestCancelled("client gone"))
     again = await scene.send()
     assert again is not run
-    assert await again.result() == 1
+    assert await again.result() == Recorded(1)
     assert scene.begun == 1
 
 
-@pytest.mark.parametrize("cancelled", [True, False])
-async def test_a_generate_is_kept_to_the_last_digit(cancelled: bool) -> None:
-    cache = CacheReport(Source.WARM, 10, 1, 2, 3, 4, Fallback.CHECKSUM)
-    started = GenerateStarted("a", cache)
-    answer = Delta((1, 2), "a b\n\x00é", (Logprobs(1, -0.1, ((1, -0.1), (7, -1e-30))), Logprobs(2, float("-inf"), ())))
-    finished = GenerateFinished(
-        Finish.STOP_SEQUENCE, "\n", 2, cache, Timings(0.1, 1 / 3, 1e-9), agent=None, persisted=True
-    )
-    kept = generate.Kept(started, answer, None if cancelled else finished)
-    outcome = generate.RECORDER.outcome(IDENTITY, kept)
-    run = generate.RECORDER.replay(generate.RECORDER.kept.validate_json(outcome.payload))
-    expected = [started, answer] if cancelled else [started, answer, finished]
+async def test_those_that_come_while_one_looks_join_what_it_begins() -> None:
+    scene = Scene()
+    scene.look.clear()
+    sent = [asyncio.create_task(scene.send()) for _ in range(3)]
+    await asyncio.sleep(0)
+    scene.look.set()
+    first, *others = await asyncio.gather(*sent)
+    assert all(other is first for other in others)
+    assert scene.begun == 1
+    scene.commit.set()
+    await first.result()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_all_events_are_kept(cancelled: bool) -> None:
+    run = CODEC.replay(CODEC.outcome(IDENTITY, [1, 22, 333], cancelled=cancelled))
     with run.watch() as watch:
-        assert [await anext(watch) for _ in expected] == expected
+        assert [await anext(watch) for _ in range(3)] == [Recorded(1), Recorded(22), Recorded(333)]
     assert isinstance(run.error, RequestCancelled) is cancelled
+
+
+KEPT = CODEC.outcome(IDENTITY, [12345]).payload
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b'{"agent":{"record":{"tenant":"","agent_id":"a"}}}', b"\x02" + KEPT[1:], KEPT[:-1], KEPT[:4], b"", KEPT + b"x"],
+    ids=["the format before", "a later one", "cut short", "cut shorter", "nothing", "a rest"],
+)
+async def test_what_another_version_kept_is_not_done_again(payload: bytes) -> None:
+    scene = Scene()
+    scene.kept["", "retry-me"] = RequestOutcome("retry-me", IDENTITY.body_hash, payload)
+    with pytest.raises(OutcomeUnreadable):
+        await scene.send()
+    with pytest.raises(RequestIdReused):
+        await scene.send(Identity("retry-me", b"other body"))
+    assert scene.begun == 0

@@ -10,7 +10,7 @@ from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, AgentKey, Doing
 from warmkv_server.engine.fairness import Bound
-from warmkv_server.errors import AgentDeleted, QueueFull, RequestCancelled
+from warmkv_server.errors import AgentDeleted, QueueFull, RequestCancelled, StorageUnavailable
 
 KEY = AgentKey("", "a")
 
@@ -37,7 +37,8 @@ class Scene:
 
     def delete(self, key: AgentKey = KEY) -> Run[int]:
         async def work(run: Run[int]) -> None:
-            async with self.turns.overtake(key, run, AgentDeleted("deleted")) as stopped:
+            async with self.turns.overtake(key, run) as overtaking:
+                stopped = await overtaking.stop(AgentDeleted("deleted"))
                 self.order.append("delete")
                 run.publish(stopped)
 
@@ -113,6 +114,26 @@ async def test_a_delete_stops_all_that_was_there_and_goes_before_what_comes() ->
     assert all(isinstance(run.error, AgentDeleted) for run in early)
     assert late.error is None
     scene.let_go("late")
+
+
+async def test_a_delete_that_fails_has_stopped_nobody() -> None:
+    scene = Scene()
+    early = [scene.arrive(name) for name in "ab"]
+    await settle()
+
+    async def refused(run: Run[None]) -> None:
+        async with scene.turns.overtake(KEY, run):
+            raise StorageUnavailable("the disk refuses")
+
+    delete: Run[None] = Run("delete")
+    delete.start(refused)
+    late = scene.arrive("late")
+    await delete.over.wait()
+    assert isinstance(delete.error, StorageUnavailable)
+    scene.let_go("a", "b", "late")
+    await late.over.wait()
+    assert scene.order == ["a", "b", "late"]
+    assert [run.error for run in (*early, late)] == [None, None, None]
 
 
 async def test_two_deletes_run_one_after_another() -> None:

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from tests.e2e.harness import Client, refused, serving, some_tokens, text, token_ids
+from tests.e2e.harness import Client, refusal_of, refused, serving, some_tokens, text, token_ids
 from tests.e2e.waiting import await_that, found
 from warmkv import v1
 
@@ -240,3 +240,21 @@ def test_a_damaged_agent_can_be_deleted(tmp_path: Path, damage: str) -> None:
         client.delete("a")
         with refused(*NOT_FOUND):
             client.get("a")
+
+
+def test_update_during_the_first_commit_never_blames_the_disk(client: Client, agent: str, seed: int) -> None:
+    """It waits for the commit, or there is no such agent yet."""
+    for number in range(40):
+        name = f"{agent}-{number}"
+        request = v1.PrimeRequest(agent_id=name, content=token_ids(some_tokens(10, seed + number)))
+        priming = client.agents.Prime.future(request)
+        reasons: list[str] = []
+        while True:
+            try:
+                client.update(v1.Agent(agent_id=name, labels={"k": "v"}), "labels")
+                break
+            except grpc.RpcError as error:
+                reasons.append(refusal_of(error).reason)
+        assert set(reasons) <= {"AGENT_NOT_FOUND"}
+        assert priming.result().persisted
+        assert client.get(name).labels == {"k": "v"}

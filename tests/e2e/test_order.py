@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,30 @@ def test_delete_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
         server.kill()
     with serving(tmp_path / "data") as (_, client):
         assert not client.list().agents
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux lets a process's limits be set from outside")
+def test_a_delete_that_the_disk_refuses_ends_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as (server, client):
+        client.prime("a", token_ids(some_tokens(50)))
+        stream = client.stream("a", text(" and"), max_tokens=600, ignore_eos=True)
+        read_deltas(stream, 3)
+        waiting = client.agents.Extend.future(v1.ExtendRequest(agent_id="a", content=text(" x")))
+        await_that(lambda: client.stats().gauges.queue_depth == 1)
+        _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        with refused(grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE"):
+            client.delete("a")
+        assert client.get("a").activity == v1.ACTIVITY_DECODING
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+        finished = list(stream)[-1].finished
+        assert finished.usage.completion_tokens == 600
+        assert finished.persisted
+        extended = waiting.result(timeout=PATIENCE)
+        assert extended.agent.token_count == finished.agent.token_count + extended.cache.prefilled_tokens
+        server.kill()
+    with serving(tmp_path / "data") as (_, client):
+        assert client.get("a").token_count == extended.agent.token_count
 
 
 def test_delete_ends_what_is_about_to_create_the_agent(client: Client, agent: str, seed: int) -> None:

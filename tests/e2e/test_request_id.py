@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,18 @@ def test_it_is_refused_where_nothing_is_kept(client: Client, agent: str, fields:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusals:
         client.generate(**{"agent_id": agent, "content": text("x"), "request_id": "some", **fields})
     assert refusals[0].fields == ["request_id"]
+
+
+def test_what_a_version_before_has_kept_is_not_done_again(tmp_path: Path) -> None:
+    content = token_ids(some_tokens(20))
+    with serving(tmp_path / "data") as (server, client):
+        client.prime("a", content)
+        client.extend("a", content, request_id="r")
+        assert server.terminate() == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "data" / "index.sqlite")) as index, index:
+        index.execute("UPDATE outcomes SET payload = ?", (b'{"agent":{"record":{"tenant":"","agent_id":"a"}}}',))
+    with serving(tmp_path / "data") as (_, client):
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "OUTCOME_UNREADABLE") as refusals:
+            client.extend("a", content, request_id="r")
+        assert "GetAgent" in refusals[0].message
+        assert (client.get("a").revision, client.get("a").token_count) == (2, 40)

@@ -17,9 +17,9 @@ import pytest
 
 from tests.engine.runs import Solo, outcome, running
 from tests.engine.spans import filled, grown, needed
+from warmkv_evaluation.windows import read_text
 from warmkv_server.engine.codec import Codec
 from warmkv_server.engine.types import Answer, Job
-from warmkv_server.evaluation.windows import read_text
 from warmkv_server.kv.types import Growth
 
 CASES = 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,16 @@ from warmkv_server.kv.records import Durability
 
 
 class RefusingFiles(Files):
-    """Real files, until `refusal` is an errno: then new content is cut off, and names can't be changed."""
+    """Real files, until `refusal` is an errno: then new content is cut off, and names can't be changed.
+
+    Attributes:
+        unlinking: whether block files can be removed.
+    """
 
     def __init__(self, durability: Durability = Durability.NONE) -> None:
         super().__init__(durability)
         self.refusal: int | None = None
+        self.unlinking = True
 
     def fill(self, fd: int, buffers: Sequence[memoryview]) -> None:
         if self.refusal is not None:
@@ -30,6 +36,8 @@ class RefusingFiles(Files):
 
     def unlink(self, path: Path) -> None:
         self._refuse(path)
+        if not self.unlinking and "blocks" in path.parts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         super().unlink(path)
 
     def _refuse(self, path: Path | None) -> None:

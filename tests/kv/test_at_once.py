@@ -87,11 +87,11 @@ async def test_two_commits_that_find_one_bad_file_make_it_anew_once(tmp_path: Pa
     driver = await Driver.open(tmp_path)
     await driver.put("a", TOKENS)
     await driver.store.evict(TENANT, "a")
-    files, taken = driver.store.stats().disk_bytes, driver.store._core.block_bytes
+    files, taken = driver.store.stats().disk_bytes, driver.store._core.accounts.block_bytes
     damage_all(tmp_path)
     done = await asyncio.gather(*(compute(driver, agent, TOKENS) for agent in "bcd"))
     assert all(committed.persisted for committed in done)
-    assert driver.store._core.block_bytes == taken
+    assert driver.store._core.accounts.block_bytes == taken
     assert driver.store.stats().disk_bytes > files  # what is in quarantine
     await driver.store.evict(TENANT, "a")
     assert (await driver.reuse("d", TOKENS)).warm_tokens == 1000
@@ -138,7 +138,10 @@ async def test_an_outcome_that_the_disk_refused_is_written_with_the_next_commit_
     assert committed.persisted
     await driver.close()
     driver = await Driver.open(tmp_path)
-    assert [driver.store.outcome(TENANT, name) for name in ("first", "second")] == [outcome("first"), outcome("second")]
+    assert [await driver.store.outcome(TENANT, name) for name in ("first", "second")] == [
+        outcome("first"),
+        outcome("second"),
+    ]
     await driver.close()
 
 
@@ -154,8 +157,8 @@ async def test_an_outcome_is_never_written_before_its_commit(tmp_path: Path) -> 
     await driver.close()
     driver = await Driver.open(tmp_path)
     assert [record.agent_id for record in driver.store.agents(TENANT)] == ["a"]
-    assert driver.store.outcome(TENANT, "of a") == outcome("of a")
-    assert driver.store.outcome(TENANT, "of b") is None
+    assert await driver.store.outcome(TENANT, "of a") == outcome("of a")
+    assert await driver.store.outcome(TENANT, "of b") is None
     await driver.close()
 
 
@@ -166,8 +169,9 @@ async def test_who_is_wanted_after_all_while_others_expire_lives_on(tmp_path: Pa
     with contextlib.ExitStack() as leases:
         for agent in "abc":
             tokens = context([ord(agent)] * 300)
-            await driver.put(agent, tokens, ttl=1e-6)
+            await driver.put(agent, tokens)
             leases.enter_context(driver.store.resolve(TENANT, agent, tokens, 300))
+            await driver.store.update(TENANT, agent, ttl=1e-6)
         await driver.store.settled()
         files.hold.clear()
     await asyncio.to_thread(files.held.wait, WAIT_SECONDS)  # one is being deleted, and the others are due

@@ -82,14 +82,14 @@ async def test_an_index_that_refuses_keeps_the_agent_in_ram_and_its_outcome_too(
         "a", context(300), request=lambda _, persisted: RequestOutcome("r", b"h", str(persisted).encode())
     )
     assert not committed.persisted
-    outcome = driver.store.outcome(TENANT, "r")
+    outcome = await driver.store.outcome(TENANT, "r")
     assert outcome is not None
     assert outcome.payload == b"False"
     make_index_refuse(driver, False)
     await recovered(driver)
     await driver.close()
     driver = await Driver.open(tmp_path)
-    assert driver.store.outcome(TENANT, "r") == outcome
+    assert await driver.store.outcome(TENANT, "r") == outcome
     assert (await driver.reuse("a", context(300))).length == 300
     await driver.close()
 

@@ -36,6 +36,23 @@ async def test_the_hot_tier_keeps_its_budget_and_what_is_pinned(tmp_path: Path) 
     await driver.close()
 
 
+async def test_pins_keep_within_the_budget_and_their_files(tmp_path: Path) -> None:
+    budget = 600_000
+    driver = await Driver.open(tmp_path, hot_bytes=budget)
+    for number in range(20):
+        await driver.put(str(number), context([number] * 500), pinned=True)
+        assert driver.store.stats().hot_bytes <= budget
+    await driver.put("unpinned", context([100] * 500))
+    assert driver.store.stats().hot_bytes <= budget
+    tiers = {record.agent_id: record.tier for record in driver.store.agents(TENANT)}
+    assert tiers["19"] is Tier.HOT
+    assert tiers["0"] is tiers["unpinned"] is Tier.WARM  # what is pinned goes last, the least recently used of it first
+    reuse = await driver.reuse("0", context([0] * 500))
+    assert (reuse.length, reuse.fallback) == (500, None)
+    assert driver.store.stats().hot_bytes <= budget
+    await driver.close()
+
+
 async def test_the_quota_takes_the_oldest_blocks_from_their_ends(tmp_path: Path) -> None:
     limit = 3_000_000
     driver = await Driver.open(tmp_path, disk_bytes=limit, hot_bytes=0)

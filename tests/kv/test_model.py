@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.kv.books import check_directory, check_sums
 from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
@@ -340,28 +341,26 @@ class StoreMachine(RuleBasedStateMachine):
         if self.driver is None:
             return
         self.run(self.d.store.settled())
-        core = self.d.store._core
-        agents = list(core.index.agents.values())
-        for node in core.index.nodes.values():
-            assert node.refs == sum(node in set(agent.all_nodes()) for agent in agents)
-            assert node.window_refs == sum(node in agent.windowed for agent in agents)
-            if self.settled:
-                assert node.refs > 0
-                assert node.pins == 0
-                assert node.saved
-                # A commit that comes to nothing may have replaced a damaged file; the next one writes the row.
-                assert self.damaged or not node.dirty
-        assert core.block_bytes == sum(node.disk_bytes for node in core.index.nodes.values())
-        assert core.hot.nbytes == sum(core.hot.bytes_of(node) for node in core.index.nodes.values())
+        check_sums(self.d.store)
+        if not self.damaged:
+            check_directory(self.d.store, self.data)
         if not self.settled:
             return
+        core = self.d.store._core
+        for node in core.index.nodes.values():
+            assert node.agents
+            assert node.pins == 0
+            assert node.saved
+            # A commit that comes to nothing may have replaced a damaged file; the next one writes the row.
+            assert self.damaged or not node.dirty
         assert not core.hot.unsaved_bytes
+        assert not core.accounts.going
         names = {path.name for path in self.data.glob("blocks/*/*")}
         expected = {core.path(n, k).name for n in core.index.nodes.values() for k in n.parts}
         assert names <= expected
         if not self.damaged:
             assert names == expected
-            for agent in agents:
+            for agent in core.index.agents.values():
                 assert all(PartKind.APPEND in node.parts for node in agent.nodes)
 
     @property

@@ -70,6 +70,45 @@ async def test_while_somebody_decodes_large_commits_go_one_by_one_and_a_turn_goe
     await driver.close()
 
 
+class OneAtATime(Files):
+    """Real files; no small commit's block is written before the next small commit has come to write, so that there is
+    always one."""
+
+    def __init__(self) -> None:
+        super().__init__(Durability.NONE)
+        self.waiting = threading.Semaphore(0)
+        self.let_go = threading.Semaphore(0)
+        self.large = threading.Event()
+
+    def write(self, path: Path, buffers: Sequence[memoryview]) -> int:
+        if path.suffix == SUFFIX:
+            if sum(len(buffer) for buffer in buffers) < 100 * 288:
+                self.waiting.release()
+                assert self.let_go.acquire(timeout=WAIT_SECONDS)
+            else:
+                self.large.set()
+        return super().write(path, buffers)
+
+
+async def test_a_large_commit_goes_on_beside_steady_small_ones(tmp_path: Path) -> None:
+    files = OneAtATime()
+    driver = await Driver.open(tmp_path, files=files, io_threads=4)
+    driver.store.give_way(lambda: True)
+    small = asyncio.create_task(driver.put("0", context([0] * 10)))
+    await asyncio.to_thread(files.waiting.acquire, timeout=WAIT_SECONDS)
+    large = asyncio.create_task(driver.put("large", context([1000] * 256 * 8)))
+    for number in range(1, 30):  # another has always begun before one is done
+        following = asyncio.create_task(driver.put(str(number), context([number] * 10)))
+        await asyncio.to_thread(files.waiting.acquire, timeout=WAIT_SECONDS)
+        files.let_go.release()
+        await small
+        small = following
+    assert large.done()
+    files.let_go.release()
+    await asyncio.gather(small, large)
+    await driver.close()
+
+
 def test_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [3 << 20, 0, 7, (256 << 10) - 7, 12, 1]
     content = np.random.default_rng(0).bytes(sum(sizes))

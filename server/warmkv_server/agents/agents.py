@@ -13,7 +13,7 @@ from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
-from warmkv_server.agents.requests import Requests
+from warmkv_server.agents.requests import Codecs, Requests
 from warmkv_server.agents.run import Events, Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import (
@@ -26,6 +26,7 @@ from warmkv_server.agents.types import (
     Identity,
     PrimeRequest,
     PrimeResult,
+    Recorded,
 )
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.fairness import Bound
@@ -35,7 +36,7 @@ from warmkv_server.kv.store import AgentRecord, Store, TokenIds
 
 Event = TypeVar("Event")
 
-_LOOKED_AT = 10_000
+_LOOKED_AT = 2_000
 """Agents that one page of a filtered list looks at, so that the event loop is never held up for long."""
 
 
@@ -59,9 +60,10 @@ class Agents:
 
     Args:
         fingerprint: digest of all that the KV depends on besides the tokens.
+        codecs: how answers are kept for retries.
     """
 
-    def __init__(self, engine: Engine, store: Store, fingerprint: str, settings: AgentSettings) -> None:
+    def __init__(self, engine: Engine, store: Store, fingerprint: str, settings: AgentSettings, codecs: Codecs) -> None:
         self.engine = engine
         self.store = store
         self.fingerprint = fingerprint
@@ -69,29 +71,32 @@ class Agents:
         self._turns = Turns(settings.waiting)
         self._admission = Admission(settings.loaded_bytes, settings.waiting)
         self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, settings.synced)
+        self._codecs = codecs
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
         self._stopping: WarmKVError | None = None
 
-    async def prime(self, request: PrimeRequest) -> PrimeResult:
+    async def prime(self, request: PrimeRequest) -> PrimeResult | Recorded:
         """Prime and Extend."""
-        name = "extend" if request.append else "prime"
-        begin = partial(self._begin, name, partial(prime.prime, self._tools, request))
-        run = await self._requests.run_once(request.key, request.identity, prime.RECORDER, begin)
+        name, codec = ("extend", self._codecs.extend) if request.append else ("prime", self._codecs.prime)
+        begin = partial(self._begin, name, partial(prime.prime, self._tools, request, codec))
+        run: Run[PrimeResult | Recorded] = await self._requests.run_once(request.key, request.identity, codec, begin)
         return await run.result()
 
     async def generate(self, request: GenerateRequest) -> Run[GenerateEvent]:
         """Begin, join or replay an answer; `watch` the run for its events."""
+        codec = self._codecs.generate
 
         def begin() -> Run[GenerateEvent]:
             events = AnswerEvents(keep=request.identity is not None)
-            return self._begin("generate", partial(generate.generate, self._tools, request, events), events)
+            return self._begin("generate", partial(generate.generate, self._tools, request, codec, events), events)
 
-        return await self._requests.run_once(request.key, request.identity, generate.RECORDER, begin)
+        return await self._requests.run_once(request.key, request.identity, codec, begin)
 
-    async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView:
-        begin = partial(self._begin, "fork", partial(manage.fork, self._tools, source, target, identity))
-        run = await self._requests.run_once(target, identity, manage.FORK_RECORDER, begin)
+    async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView | Recorded:
+        codec = self._codecs.fork
+        begin = partial(self._begin, "fork", partial(manage.fork, self._tools, source, target, identity, codec))
+        run: Run[AgentView | Recorded] = await self._requests.run_once(target, identity, codec, begin)
         return await run.result()
 
     async def evict(self, key: AgentKey, drop_page_cache: bool) -> EvictResult:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-from pydantic import ConfigDict, TypeAdapter
+from dataclasses import replace
 
 from warmkv_server.agents.answer_log import AnswerEvents, AnswerLog
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
-from warmkv_server.agents.requests import Recorder, Sealed
+from warmkv_server.agents.requests import Codec, Sealed
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import (
     AgentView,
@@ -22,33 +20,18 @@ from warmkv_server.agents.types import (
     PrefillProgress,
 )
 from warmkv_server.engine.types import Answer, Delta, Event, Finish, Finished, Progress, Started
-from warmkv_server.errors import AgentDeleted, RequestCancelled
+from warmkv_server.errors import AgentDeleted
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
 from warmkv_server.kv.types import BLOCK_TOKENS
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What is written of a call that has a request id; without `finished` it was cancelled."""
-
-    started: GenerateStarted
-    answer: Delta
-    finished: GenerateFinished | None
-
-    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")  # log probabilities can be minus infinity
-
-
-def _replay(kept: Kept) -> Run[GenerateEvent]:
-    events: list[GenerateEvent] = [kept.started, kept.answer]
-    if kept.finished is not None:
-        return Run.replay("generate again", [*events, kept.finished])
-    return Run.replay("generate again", events, RequestCancelled("the call with this request_id was cancelled"))
-
-
-RECORDER = Recorder(TypeAdapter(Kept), _replay)
-
-
-async def generate(tools: Tools, request: GenerateRequest, events: AnswerEvents, run: Run[GenerateEvent]) -> None:
+async def generate(
+    tools: Tools,
+    request: GenerateRequest,
+    codec: Codec[GenerateEvent],
+    events: AnswerEvents,
+    run: Run[GenerateEvent],
+) -> None:
     """Publish the answer's events as they come, and GenerateFinished once it is committed.
 
     Args:
@@ -75,7 +58,7 @@ async def generate(tools: Tools, request: GenerateRequest, events: AnswerEvents,
                 cut_short = finished is not None and finished.finish is Finish.CANCELLED
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
                     run.check()
-                result = await _keep(work, request, stream, finished)
+                result = await _keep(work, request, codec, stream, finished)
         tools.tallies.add(work.key.tenant, work.cache)
         if cut_short:
             run.check()
@@ -154,7 +137,11 @@ def _without_answer(finished: Finished) -> Finish:
 
 
 async def _keep(
-    work: Computation, request: GenerateRequest, stream: AnswerStream, finished: Finished | None
+    work: Computation,
+    request: GenerateRequest,
+    codec: Codec[GenerateEvent],
+    stream: AnswerStream,
+    finished: Finished | None,
 ) -> GenerateFinished:
     """Commit, where something is to be kept, and make the last event."""
     store, key = work.tools.store, request.key
@@ -174,8 +161,10 @@ async def _keep(
 
     def write(event: GenerateFinished) -> RequestOutcome:
         assert request.identity is not None
-        cancelled = finish is Finish.CANCELLED
-        return RECORDER.outcome(request.identity, Kept(stream.started, stream.answer, None if cancelled else event))
+        sent: list[GenerateEvent] = [stream.started, stream.answer]
+        if finish is Finish.CANCELLED:
+            return codec.outcome(request.identity, sent, cancelled=True)
+        return codec.outcome(request.identity, [*sent, event])
 
     if request.ephemeral or not key.agent_id:
         return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import TypeAdapter
-
 from warmkv_server.agents.compute import Tools
-from warmkv_server.agents.requests import Recorder
+from warmkv_server.agents.requests import Codec
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import IDLE, AgentKey, AgentView, EvictResult, Identity
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
 
 
-def _replay(view: AgentView) -> Run[AgentView]:
-    return Run.replay("fork again", [view])
-
-
-FORK_RECORDER = Recorder(TypeAdapter(AgentView), _replay)
-
-
 async def fork(
-    tools: Tools, source: AgentKey, target: AgentKey, identity: Identity | None, run: Run[AgentView]
+    tools: Tools,
+    source: AgentKey,
+    target: AgentKey,
+    identity: Identity | None,
+    codec: Codec[AgentView],
+    run: Run[AgentView],
 ) -> None:
     """Publish the new agent.
 
@@ -30,7 +26,7 @@ async def fork(
 
     def write(agent: AgentRecord, persisted: bool) -> RequestOutcome:  # noqa: ARG001
         assert identity is not None
-        return FORK_RECORDER.outcome(identity, AgentView(agent))
+        return codec.outcome(identity, [AgentView(agent)])
 
     require(tools, source)
     if tools.store.agent(*target) is not None:
@@ -56,13 +52,18 @@ async def evict(tools: Tools, key: AgentKey, drop_page_cache: bool, run: Run[Evi
 
 
 async def delete(tools: Tools, key: AgentKey, allow_missing: bool, run: Run[None]) -> None:
-    """Stop what works on the agent, and remove it before anything that arrives from now on."""
+    """Remove the agent before anything that arrives from now on, and end what works on it, or waits to.
+
+    In this order: what a disk that refuses keeps alive goes on as if nobody had asked.
+    """
     reason = AgentDeleted(f"the agent {key.agent_id!r} was deleted")
     with run.uninterrupted():
-        async with tools.turns.overtake(key, run, reason) as stopped:
+        async with tools.turns.overtake(key, run) as overtaking:
             run.doing = IDLE
             existed = await tools.store.delete(key.tenant, key.agent_id)
-    # What was stopped may have been about to create the agent: then that is what was deleted.
+            stopped = await overtaking.stop(reason)
+            # What was at work may have made the agent just now: then that is what was to be deleted.
+            existed |= await tools.store.delete(key.tenant, key.agent_id)
     if not (existed or stopped or allow_missing):
         raise not_found(key)
     run.publish(None)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
-from warmkv_server.agents.requests import Recorder, Sealed
+from warmkv_server.agents.requests import Codec, Sealed
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
 from warmkv_server.engine.types import Event
 from warmkv_server.errors import AgentNotFound
 
 
-def _replay(result: PrimeResult) -> Run[PrimeResult]:
-    return Run.replay("prime again", [result])
-
-
-RECORDER = Recorder(TypeAdapter(PrimeResult), _replay)
-
-
-async def prime(tools: Tools, request: PrimeRequest, run: Run[PrimeResult]) -> None:
+async def prime(tools: Tools, request: PrimeRequest, codec: Codec[PrimeResult], run: Run[PrimeResult]) -> None:
     """Publish one PrimeResult, once the context is committed. All or nothing."""
-    key = request.key
+    key, identity = request.key, request.identity
     async with tools.turns.take(key, run):
         timings = queued_since(request.arrived)
         agent = tools.store.agent(key.tenant, key.agent_id)
@@ -43,7 +33,7 @@ async def prime(tools: Tools, request: PrimeRequest, run: Run[PrimeResult]) -> N
                 run.check()
                 sealed = Sealed(
                     lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
-                    partial(RECORDER.outcome, request.identity) if request.identity is not None else None,
+                    (lambda result: codec.outcome(identity, [result])) if identity is not None else None,
                 )
                 committed = await work.commit((), finished, sealed.request, _changes(request))
         run.publish(sealed.result(committed.agent, committed.persisted))

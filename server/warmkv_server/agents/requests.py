@@ -1,37 +1,86 @@
-"""Retries that do nothing twice: one run for each request id, joined while it runs and replayed when it is over."""
+"""Retries that do nothing twice: one run for each request id, joined while it runs and replayed when it is over.
+
+What is kept is what the client was sent, in the bytes of the messages, behind a header with the format's version. How
+a message looks is the service's affair: it hands in a codec for each kind of answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import TypeAdapter
-
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import AgentKey, Identity
-from warmkv_server.errors import RequestIdReused
+from warmkv_server.agents.types import AgentKey, Identity, Recorded
+from warmkv_server.errors import OutcomeUnreadable, RequestCancelled, RequestIdReused
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
 
 Event = TypeVar("Event")
-Kept = TypeVar("Kept")
 Result = TypeVar("Result")
+
+_FORMAT = b"\x01"
+"""First byte of what is kept. The second is 1 if the request was cancelled, else 0; then come the messages, each behind
+its length in four bytes, little-endian. The format before this one was JSON, which begins with a brace."""
 
 
 @dataclass(frozen=True)
-class Recorder(Generic[Kept, Event]):
-    """How one kind of request is kept: what is written at its commit, and the run that this makes again.
+class Codec(Generic[Event]):
+    """How one kind of request's answers are kept.
 
     Attributes:
-        kept: (de)serialises what is written.
-        replay: a run that is over, from what was written.
+        encode: the bytes of each message that an event sends.
+        decode: what `encode` gave, as it was; raises ValueError for other bytes.
     """
 
-    kept: TypeAdapter[Kept]
-    replay: Callable[[Kept], Run[Event]]
+    encode: Callable[[Event], Sequence[bytes]]
+    decode: Callable[[bytes], Recorded]
 
-    def outcome(self, identity: Identity, value: Kept) -> RequestOutcome:
-        return RequestOutcome(identity.request_id, identity.body_hash, self.kept.dump_json(value))
+    def outcome(self, identity: Identity, events: Sequence[Event], *, cancelled: bool = False) -> RequestOutcome:
+        """What is to be kept of a request that has sent these events, or would have."""
+        payload = bytearray(_FORMAT + bytes([cancelled]))
+        for event in events:
+            for message in self.encode(event):
+                payload += len(message).to_bytes(4, "little") + message
+        return RequestOutcome(identity.request_id, identity.body_hash, bytes(payload))
+
+    def replay(self, outcome: RequestOutcome) -> Run[Any]:
+        """A run that is over, from what was kept.
+
+        Raises:
+            OutcomeUnreadable
+        """
+        try:
+            events = [self.decode(message) for message in _messages(outcome.payload)]
+        except ValueError as error:
+            raise OutcomeUnreadable(
+                f"the request {outcome.request_id!r} was done, and nothing was done again, but its answer was kept by "
+                f"another version of WarmKV ({error}); see what the agent has with GetAgent, and use a new request_id"
+            ) from error
+        cancelled = RequestCancelled("the call with this request_id was cancelled")
+        return Run.replay("a kept answer", events, cancelled if outcome.payload[1] else None)
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """One for each kind of answer."""
+
+    prime: Codec[Any]
+    extend: Codec[Any]
+    generate: Codec[Any]
+    fork: Codec[Any]
+
+
+def _messages(payload: bytes) -> Iterator[bytes]:
+    if payload[:1] != _FORMAT or payload[1:2] not in (b"\0", b"\1"):
+        raise ValueError("in another format")
+    at = 2
+    while at < len(payload):
+        end = at + 4 + int.from_bytes(payload[at : at + 4], "little")
+        if end > len(payload) or at + 4 > len(payload):
+            raise ValueError("cut short")
+        yield payload[at + 4 : end]
+        at = end
 
 
 class Sealed(Generic[Result]):
@@ -74,43 +123,59 @@ class Requests:
     """The running requests that have an id, and those that are over.
 
     Args:
-        kept: finds what was written of a request that is over, by tenant and request id.
+        kept: finds what was written of a request that is over, by tenant and request id. It may wait.
     """
 
-    def __init__(self, kept: Callable[[str, str], RequestOutcome | None]) -> None:
+    def __init__(self, kept: Callable[[str, str], Awaitable[RequestOutcome | None]]) -> None:
         self._kept = kept
         self._running: dict[tuple[str, str], tuple[Identity, Run[Any]]] = {}
+        self._looking: dict[tuple[str, str], asyncio.Event] = {}
 
     async def run_once(
         self,
         key: AgentKey,
         identity: Identity | None,
-        recorder: Recorder[Any, Event],
+        codec: Codec[Event],
         begin: Callable[[], Run[Event]],
     ) -> Run[Event]:
         """The run of this request: a new one, the one that still runs, or a replay.
 
         Raises:
             RequestIdReused: if the id was used for another request.
+            OutcomeUnreadable: if it is over, and its answer can't be replayed.
         """
         if identity is None:
             return begin()
         name = (key.tenant, identity.request_id)
-        while name in self._running:
-            known, run = self._running[name]
-            _require_same(known.body_hash, identity)
-            if run.stopped is None:
-                return run
-            # It is being cancelled. What it leaves, if anything, is in the store once it is over.
-            await run.over.wait()
-        outcome = self._kept(key.tenant, identity.request_id)
+        while True:
+            if name in self._looking:
+                await self._looking[name].wait()
+            elif name in self._running:
+                known, run = self._running[name]
+                _require_same(known.body_hash, identity)
+                if run.stopped is None:
+                    return run
+                # It is being cancelled. What it leaves, if anything, is in the store once it is over.
+                await run.over.wait()
+            else:
+                break
+        outcome = await self._look(name)
         if outcome is not None:
             _require_same(outcome.body_hash, identity)
-            return recorder.replay(recorder.kept.validate_json(outcome.payload))
+            return codec.replay(outcome)
         run = begin()
         self._running[name] = identity, run
         run.when_over(lambda: self._running.pop(name))
         return run
+
+    async def _look(self, name: tuple[str, str]) -> RequestOutcome | None:
+        """What was kept; others with this id wait meanwhile."""
+        looked = self._looking[name] = asyncio.Event()
+        try:
+            return await self._kept(*name)
+        finally:
+            del self._looking[name]
+            looked.set()
 
 
 def _require_same(body_hash: bytes, identity: Identity) -> None:

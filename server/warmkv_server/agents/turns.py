@@ -26,6 +26,26 @@ class Place:
     first: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True)
+class Overtaking:
+    """A run that goes before others.
+
+    Attributes:
+        overtaken: the runs that were there and hadn't been told to stop.
+    """
+
+    overtaken: list[Run[Any]]
+    place: Place
+
+    async def stop(self, reason: WarmKVError) -> int:
+        """Stop what was overtaken, and wait until the turn is free. Returns how many were stopped."""
+        stopped = [run for run in self.overtaken if run.stopped is None and not run.over.is_set()]
+        for run in stopped:
+            run.stop(reason)
+        await self.place.first.wait()
+        return len(stopped)
+
+
 class Turns:
     """A line of runs for each agent that has any; the first in the line has the turn.
 
@@ -57,21 +77,17 @@ class Turns:
             yield
 
     @asynccontextmanager
-    async def overtake(self, key: AgentKey, run: Run[Any], reason: WarmKVError) -> AsyncIterator[int]:
-        """Stop the runs of the agent with this reason, and take the turn as soon as the present one has let go.
+    async def overtake(self, key: AgentKey, run: Run[Any]) -> AsyncIterator[Overtaking]:
+        """Go before everything that waits, beside what has the turn. What arrives from now on comes after the block.
 
         Others that overtook keep their place.
-
-        Yields:
-            How many were stopped.
         """
         line = self._lines.get(key, [])
-        overtaken = [place for place in line if not place.overtakes and place.run.stopped is None]
-        for place in overtaken:
-            place.run.stop(reason)
+        overtaken = [place.run for place in line if not place.overtakes and place.run.stopped is None]
         waiting_first = sum(place.overtakes for place in line[1:])
-        async with self._stand(key, Place(run, overtakes=True), min(1, len(line)) + waiting_first):
-            yield len(overtaken)
+        place = Place(run, overtakes=True)
+        async with self._stand(key, place, min(1, len(line)) + waiting_first, wait=False):
+            yield Overtaking(overtaken, place)
 
     def doing(self, key: AgentKey) -> Doing:
         """What is being done for an agent."""
@@ -87,11 +103,13 @@ class Turns:
         return sum(len(line) - 1 for key, line in self._lines.items() if key.tenant == tenant)
 
     @asynccontextmanager
-    async def _stand(self, key: AgentKey, place: Place, position: int) -> AsyncIterator[None]:
+    async def _stand(self, key: AgentKey, place: Place, position: int, *, wait: bool = True) -> AsyncIterator[None]:
         line = self._lines.setdefault(key, [])
         line.insert(position, place)
+        if line[0] is place:
+            place.first.set()
         try:
-            if line[0] is not place:
+            if wait:
                 await place.first.wait()
             yield
         finally:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from warmkv_server.engine.text import Content
 from warmkv_server.engine.types import Answer, Delta, Finish
@@ -184,7 +184,14 @@ class GenerateFinished:
     persisted: bool
 
 
-GenerateEvent = GenerateStarted | PrefillProgress | Delta | GenerateFinished
+@dataclass(frozen=True)
+class Recorded:
+    """What was sent before, under the same request id. Only the service, which sends it again, knows what it says."""
+
+    message: Any
+
+
+GenerateEvent = GenerateStarted | PrefillProgress | Delta | GenerateFinished | Recorded
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,11 @@ class Engine:
     def cancel(self, ident: int) -> None:
         self._loop.send(Cancel(ident))
 
+    @property
+    def decoding(self) -> bool:
+        """Whether somebody's answer is being sampled. From any thread, and cheap."""
+        return self._loop.decoding
+
     def stats(self) -> EngineStats:
         return self._loop.stats()
 

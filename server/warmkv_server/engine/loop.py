@@ -145,6 +145,11 @@ class StepLoop:
         """Wait until the thread has ended."""
         self._thread.join()
 
+    @property
+    def decoding(self) -> bool:
+        """Whether somebody decodes. From any thread."""
+        return bool(self._roster.groups)
+
     def stats(self) -> EngineStats:
         """From any thread."""
         speculator = self._decoder.speculator

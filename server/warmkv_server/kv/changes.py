@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
-from warmkv_server.errors import AgentDeleted, AgentExists, StorageUnavailable
+from warmkv_server.errors import AgentExists, StorageUnavailable
 from warmkv_server.kv import rows
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
-from warmkv_server.kv.core import Core, KeptOutcome
+from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Agent
 from warmkv_server.kv.manifests import Manifests
+from warmkv_server.kv.outcomes import KeptOutcome
 from warmkv_server.kv.records import AgentRecord, OutcomeOf, RequestOutcome, Unset
 
 
@@ -52,28 +54,21 @@ class Changes:
                 f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.settings.retry_seconds
             )
         agent = _copy(source, target_id, core.index.new_incarnation(), core.clock.now())
-        core.index.add_agent(agent)
         nodes = list(agent.all_nodes())
-
-        def undo() -> None:
-            if core.index.agents.get(agent.key) is agent:
-                core.index.remove_agent(agent)
-            self._collector.suspect(nodes)
-
         made = core.clock.awake()
-        with self._or(undo, "the disk doesn't take the fork"):
-            outcome = request(core.record(agent), True) if callable(request) else request
+        async with self._committer.working_on(target, nodes), core.last_step(target):
+            outcome = request(core.record(core.accounts.sized(agent)), True) if callable(request) else request
             statements = [rows.put_node(node) for node in nodes if node.dirty or not node.saved]
             statements += rows.insert_agent(agent)
             if outcome is not None:
                 statements.append(rows.insert_outcome(tenant, outcome, made))
-            await core.journal.apply(statements)
-        agent.saved = True
-        if core.index.agents.get(agent.key) is not agent:
-            raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
-        self._manifests.note(agent)
-        if outcome is not None:
-            core.outcomes[tenant, outcome.request_id] = KeptOutcome(outcome, made)
+            with self._or(_nothing, "the disk doesn't take the fork"):
+                await core.journal.apply(statements)
+            agent.saved = True
+            core.accounts.add(agent)
+            self._manifests.note(agent)
+            if outcome is not None:
+                core.outcomes.add(KeptOutcome(tenant, outcome, made))
         self._changed()
         return core.record(agent)
 
@@ -87,53 +82,57 @@ class Changes:
     ) -> AgentRecord:
         """See `Store.update`."""
         core = self._core
-        agent = core.existing(tenant, agent_id)
-        before = agent.pinned, agent.ttl, agent.labels, agent.update_time
-
-        def undo() -> None:
-            core.index.set_pinned(agent, before[0])
-            _, agent.ttl, agent.labels, agent.update_time = before
-
-        with self._or(undo, "the disk doesn't take the change"):
-            if not isinstance(pinned, Unset):
-                core.index.set_pinned(agent, pinned)
-            if not isinstance(ttl, Unset):
-                agent.ttl = ttl
-            if not isinstance(labels, Unset):
-                agent.labels = dict(labels)
-            if (agent.pinned, agent.ttl, agent.labels) != before[:3]:
-                agent.update_time = core.clock.now()
+        key = tenant, agent_id
+        if key not in core.index.agents:
+            await self._committer.idle(key)  # It may be about to be there.
+        async with core.last_step(key):
+            agent = core.existing(tenant, agent_id)
             if not agent.saved:
-                raise OSError("the agent is not on disk yet")
-            columns = {**rows.option_columns(agent), "update_time": agent.update_time}
-            await core.journal.apply([rows.update_columns(agent.incarnation, columns)])
-        self._manifests.note(agent)
+                raise StorageUnavailable(
+                    f"agent {agent_id!r} is in RAM only, because the disk refused it; free disk space, and it is "
+                    "written by itself",
+                    retry_after=core.settings.retry_seconds,
+                )
+            after = replace(agent)
+            if not isinstance(pinned, Unset):
+                after.pinned = pinned
+            if not isinstance(ttl, Unset):
+                after.ttl = ttl
+            if not isinstance(labels, Unset):
+                after.labels = dict(labels)
+            if (after.pinned, after.ttl, after.labels) != (agent.pinned, agent.ttl, agent.labels):
+                after.update_time = core.clock.now()
+            columns = {**rows.option_columns(after), "update_time": after.update_time}
+            with self._or(_nothing, "the disk doesn't take the change"):
+                await core.journal.apply([rows.update_columns(agent.incarnation, columns)])
+            core.index.set_pinned(agent, after.pinned)
+            agent.ttl, agent.labels, agent.update_time = after.ttl, after.labels, after.update_time
+            self._manifests.note(agent)
         self._changed()
         return core.record(agent)
 
     async def delete(self, tenant: str, agent_id: str) -> bool:
-        """See `Store.delete`."""
+        """See `Store.delete`. What is at work on the agent is not touched unless the agent is gone."""
         core = self._core
         key = tenant, agent_id
-        ticket = self._committer.tickets.get(key)
-        if ticket is not None:
-            ticket.deleted = True
-        agent = core.index.agents.get(key)
-        if agent is None:
-            return ticket is not None
-        agent.deleting = True
+        async with core.last_step(key):
+            agent = core.index.agents.get(key)
+            if agent is None:
+                ticket = self._committer.tickets.get(key)
+                if ticket is not None:
+                    ticket.deleted = True
+                return ticket is not None
+            agent.deleting = True
 
-        def undo() -> None:
-            agent.deleting = False
-            self._manifests.note(agent)
+            def undo() -> None:
+                agent.deleting = False
+                self._manifests.note(agent)
 
-        with self._or(undo, "the disk doesn't take the deletion; the agent is still there"):
-            if agent.saved or agent.durable or ticket is not None:
-                await self._manifests.remove(agent)
-                await core.journal.remove([*rows.delete_agent(agent.incarnation)])
-        if core.index.agents.get(key) is agent:
-            core.index.remove_agent(agent)
-            core.was_hot.discard(agent)
+            with self._or(undo, "the disk doesn't take the deletion; the agent is still there"):
+                if agent.saved or agent.durable:
+                    await self._manifests.remove(agent)
+                    await core.journal.remove([*rows.delete_agent(agent.incarnation)])
+            core.accounts.remove(agent)
             self._committer.forget(agent)
             self._collector.suspect(agent.all_nodes())
         return True
@@ -166,3 +165,7 @@ def _copy(source: Agent, agent_id: str, incarnation: int, now: float) -> Agent:
     agent.parent_agent_id = source.agent_id
     agent.durable = True
     return agent
+
+
+def _nothing() -> None:
+    """Undoes nothing."""

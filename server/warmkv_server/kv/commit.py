@@ -1,27 +1,28 @@
 """Making a new context an agent's own: files first, then one transaction.
 
-A commit pins the nodes that it works on, so that nothing it counts on is collected meanwhile. It ends in one step on
-the event loop's thread, in which the index changes and the transaction is submitted. Transactions run in the order in
-which they were submitted, so a delete that comes later also deletes what the commit has just added.
+A commit pins the nodes that it works on, so that nothing it counts on is collected meanwhile. In its last step the
+transaction comes first and the index second, so that nobody sees what may yet be lost; see `Core.last_step`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
 from warmkv_server.kv import rows
 from warmkv_server.kv.collect import Collector
-from warmkv_server.kv.core import Core, KeptOutcome
+from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Agent, AgentKey, Node
 from warmkv_server.kv.journal import Statement
 from warmkv_server.kv.manifests import Manifests
+from warmkv_server.kv.outcomes import KeptOutcome
 from warmkv_server.kv.parts import Effort, PartWriter
 from warmkv_server.kv.plan import Plan, Planner
 from warmkv_server.kv.records import Commit, Committed, RequestOutcome, Unset
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Ticket:
-    """A commit in flight on one agent. `deleted` is set if the agent is deleted before the commit's last step."""
+    """A commit in flight on one agent. `deleted` is set if it was to make an agent that has been deleted before."""
 
     done: asyncio.Future[None]
     deleted: bool = False
@@ -85,8 +86,9 @@ class Committer:
             nodes = plan.all_nodes()
             self._adopt(nodes)
             try:
-                effort = await self._writer.write(plan.parts, Words(commit.reuse, commit.growth))
-                return await self._finish(commit, self._agent(commit, ticket), plan, effort, began)
+                effort = await self._writer.write(commit.tenant, plan.parts, Words(commit.reuse, commit.growth))
+                async with self._core.last_step((commit.tenant, commit.agent_id)):
+                    return await self._finish(commit, self._agent(commit, ticket), plan, effort, began)
             finally:
                 self._let_go(nodes)
         finally:
@@ -100,13 +102,17 @@ class Committer:
         for node in nodes:
             node.pins += 1
         try:
-            effort = await self._writer.write_unsaved((node, kind) for node in nodes for kind in PartKind)
-            gone = agent.deleting or core.index.agents.get(agent.key) is not agent
-            if effort.refusal is not None or gone:
-                return False
-            statements = [rows.put_node(node) for node in nodes]
-            statements += [*rows.delete_agent(agent.incarnation), *rows.insert_agent(agent)]
-            return await self._apply(agent, statements, nodes, [])
+            unsaved = ((node, kind) for node in nodes for kind in PartKind)
+            effort = await self._writer.write_unsaved(agent.tenant, unsaved)
+            async with core.last_step(agent.key):
+                if effort.refusal is not None or core.index.agents.get(agent.key) is not agent:
+                    return False
+                statements = [rows.put_node(node) for node in nodes]
+                statements += [*rows.delete_agent(agent.incarnation), *rows.insert_agent(agent)]
+                if not await self._transact(agent, statements, nodes):
+                    return False
+                self._note_durable(agent, [])
+                return True
         finally:
             self._let_go(nodes)
             self._return_ticket(agent.key, ticket)
@@ -123,9 +129,26 @@ class Committer:
         self._let_go(self.not_durable.pop(agent, []))
         self._core.disk.note(len(self.not_durable))
 
+    @contextlib.asynccontextmanager
+    async def working_on(self, key: AgentKey, nodes: Iterable[Node]) -> AsyncIterator[None]:
+        """Keep commits away from an agent, and what it is made of from collection. Nothing may be in flight on it."""
+        nodes = list(nodes)
+        ticket = self.tickets[key] = Ticket(asyncio.get_running_loop().create_future())
+        for node in nodes:
+            node.pins += 1
+        try:
+            yield
+        finally:
+            self._let_go(nodes)
+            self._return_ticket(key, ticket)
+
+    async def idle(self, key: AgentKey) -> None:
+        """Wait until no commit is in flight on an agent."""
+        while (ticket := self.tickets.get(key)) is not None:
+            await asyncio.shield(ticket.done)
+
     async def _take_ticket(self, key: AgentKey) -> Ticket:
-        while (before := self.tickets.get(key)) is not None:
-            await asyncio.shield(before.done)
+        await self.idle(key)
         ticket = self.tickets[key] = Ticket(asyncio.get_running_loop().create_future())
         return ticket
 
@@ -136,7 +159,7 @@ class Committer:
     def _agent(self, commit: Commit, ticket: Ticket) -> Agent | None:
         agent = self._core.index.agents.get((commit.tenant, commit.agent_id))
         gone = commit.incarnation is not None and (agent is None or agent.incarnation != commit.incarnation)
-        if ticket.deleted or gone or (agent is not None and agent.deleting):
+        if ticket.deleted or gone:
             raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
         if commit.incarnation is None and agent is not None:
             raise AgentExists(f"agent {commit.agent_id!r} was created while the request ran; send it again")
@@ -155,7 +178,7 @@ class Committer:
             node.pins += 1
             if node.id not in index.nodes:
                 node.row = index.new_row()
-                index.nodes[node.id] = node
+                self._core.accounts.enter(node)
 
     def _let_go(self, nodes: Iterable[Node]) -> None:
         nodes = list(nodes)
@@ -171,52 +194,74 @@ class Committer:
         if effort.refusal is not None:
             self._bear(commit, effort.refusal)
         before = _State.of(agent)
-        agent = self._apply_to_index(commit, agent, plan)
-        for node in before.all_nodes():
-            node.pins += 1
+        after = self._after(commit, agent, plan)
+        agent = agent or after
+        outcome = self._outcome(commit, after, persisted=effort.refusal is None)
         try:
-            outcome = await self._write_down(commit, agent, before, plan, effort)
-        finally:
-            self._let_go(before.all_nodes())
-            gone = core.index.agents.get(agent.key) is not agent
-            if gone:
-                self.forget(agent)
-        if gone:
-            raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
-        if outcome is not None:
-            owed_by = None if agent.durable else agent
-            core.outcomes[commit.tenant, outcome.request_id] = KeptOutcome(outcome, core.clock.awake(), owed_by)
-        return Committed(core.record(agent), agent.durable, time.perf_counter() - began, effort.bytes_written)
-
-    async def _write_down(
-        self, commit: Commit, agent: Agent, before: _State, plan: Plan, effort: Effort
-    ) -> RequestOutcome | None:
-        """Have the journal take the agent as it is now; if it can't, take note that only RAM has it."""
-        agent.durable = effort.refusal is None
-        try:
-            if agent.durable:
-                outcome = self._outcome(commit, agent, persisted=True)
-                statements = self._statements(agent, before, plan)
-                if outcome is not None:
-                    statements.append(rows.insert_outcome(commit.tenant, outcome, self._core.clock.awake()))
-                if await self._apply(agent, statements, plan.all_nodes(), before.all_nodes()):
-                    return outcome
+            durable = effort.refusal is None and await self._write_down(agent, after, before, plan, outcome)
         except Exception:
             # Nobody foresaw this, so nobody knows what the journal has: it is written whole, soon.
+            self._put_into_index(agent, after)
             self._note_not_durable(agent, before)
+            self._collector.suspect(before.all_nodes())
             raise
-        self._note_not_durable(agent, before)
-        return self._outcome(commit, agent, persisted=False)
+        self._put_into_index(agent, after)
+        if durable:
+            self._note_durable(agent, before.all_nodes())
+        else:
+            self._note_not_durable(agent, before)
+            if effort.refusal is None:
+                outcome = self._outcome(commit, after, persisted=False)
+        self._collector.suspect(before.all_nodes())
+        if outcome is not None:
+            kept = KeptOutcome(commit.tenant, outcome, core.clock.awake())
+            if durable:
+                core.outcomes.add(kept)
+            else:
+                core.outcomes.owe(kept, agent)
+        return Committed(core.record(agent), durable, time.perf_counter() - began, effort.bytes_written)
+
+    async def _write_down(
+        self, agent: Agent, after: Agent, before: _State, plan: Plan, outcome: RequestOutcome | None
+    ) -> bool:
+        """Have the journal take what the agent is to be."""
+        statements = self._statements(after, before, plan)
+        if outcome is not None:
+            statements.append(rows.insert_outcome(after.tenant, outcome, self._core.clock.awake()))
+        return await self._transact(agent, statements, plan.all_nodes())
+
+    def _put_into_index(self, agent: Agent, after: Agent) -> None:
+        """What was written down is what everybody sees from now on."""
+        accounts = self._core.accounts
+        if agent is after:
+            accounts.add(agent)
+        else:
+            accounts.take(agent, after)
+        for node in agent.all_nodes():
+            node.last_used = max(node.last_used, agent.last_used)
+        for node in reversed(agent.nodes):
+            self._core.hot.touch(node)
 
     def _bear(self, commit: Commit, refusal: OSError) -> None:
         """Go on in RAM, if it has room."""
-        hot = self._core.hot
-        if hot.unsaved_bytes > hot.limit:
+        hot, outcomes, settings = self._core.hot, self._core.outcomes, self._core.settings
+        # It can't be taken from anybody, so each tenant has its share from the start.
+        alone = hot.unsaved_of(commit.tenant) > hot.limit // settings.tenants
+        if alone or hot.unsaved_bytes + outcomes.owed_bytes > hot.limit:
             raise MemoryBudget(
                 "the disk refuses writes, and what it refused before fills the memory budget; free disk space",
-                retry_after=self._core.settings.retry_seconds,
+                retry_after=settings.retry_seconds,
             )
         log.warning("the last commit of agent %r stays in RAM: %s", commit.agent_id, refusal)
+
+    def _note_durable(self, agent: Agent, replaced: Iterable[Node]) -> None:
+        """
+        Args:
+            replaced: what the agent referenced before.
+        """
+        agent.saved = agent.durable = True
+        self._manifests.note(agent, [*replaced, *self.not_durable.get(agent, [])])
+        self.forget(agent)
 
     def _note_not_durable(self, agent: Agent, before: _State) -> None:
         agent.durable = False
@@ -239,54 +284,44 @@ class Committer:
             statements += [*rows.delete_agent(agent.incarnation), *rows.insert_agent(agent)]
         return statements
 
-    def _apply_to_index(self, commit: Commit, agent: Agent | None, plan: Plan) -> Agent:
-        index = self._core.index
+    def _after(self, commit: Commit, agent: Agent | None, plan: Plan) -> Agent:
+        """What the agent is to be; for a new one, the agent itself."""
         now = self._core.clock.now()
         changed = agent is None or not np.array_equal(agent.tokens, commit.tokens)
         if agent is None:
-            agent = Agent(commit.tenant, commit.agent_id, index.new_incarnation(), self._core.fingerprint)
-            agent.create_time, agent.revision = now, 0
-            index.add_agent(agent)
-        index.replace_nodes(agent, plan.nodes, plan.snapshots, plan.windowed)
-        for node in agent.all_nodes():
-            node.last_used = now
-        for node in reversed(agent.nodes):
-            self._core.hot.touch(node)
+            incarnation = self._core.index.new_incarnation()
+            after = Agent(commit.tenant, commit.agent_id, incarnation, self._core.fingerprint)
+            after.create_time, after.revision = now, 0
+        else:
+            after = replace(agent)
+        after.nodes, after.snapshots, after.windowed = plan.nodes, plan.snapshots, plan.windowed
         if changed:
-            agent.tokens = commit.tokens.astype(np.int32)
-            agent.tokens.flags.writeable = False
-            agent.revision += 1
-        agent.fingerprint = self._core.fingerprint
-        agent.kept, agent.previous, agent.ending, agent.last_used = plan.kept, plan.previous, commit.ending, now
-        if not isinstance(commit.pinned, Unset) and commit.pinned != agent.pinned:
-            index.set_pinned(agent, commit.pinned)
-            changed = True
-        if not isinstance(commit.ttl, Unset) and commit.ttl != agent.ttl:
-            agent.ttl = commit.ttl
-            changed = True
-        if not isinstance(commit.labels, Unset) and commit.labels != agent.labels:
-            agent.labels = dict(commit.labels)
-            changed = True
-        if changed:
-            agent.update_time = now
-        return agent
+            after.tokens = commit.tokens.astype(np.int32)
+            after.tokens.flags.writeable = False
+            after.revision += 1
+        after.fingerprint = self._core.fingerprint
+        after.kept, after.previous, after.ending, after.last_used = plan.kept, plan.previous, commit.ending, now
+        options = after.pinned, after.ttl, after.labels
+        if not isinstance(commit.pinned, Unset):
+            after.pinned = commit.pinned
+        if not isinstance(commit.ttl, Unset):
+            after.ttl = commit.ttl
+        if not isinstance(commit.labels, Unset):
+            after.labels = dict(commit.labels)
+        if changed or options != (after.pinned, after.ttl, after.labels):
+            after.update_time = now
+        return after
 
-    def _outcome(self, commit: Commit, agent: Agent, *, persisted: bool) -> RequestOutcome | None:
+    def _outcome(self, commit: Commit, after: Agent, *, persisted: bool) -> RequestOutcome | None:
         if commit.request is None or isinstance(commit.request, RequestOutcome):
             return commit.request
-        return commit.request(self._core.record(agent), persisted)
+        after.durable = persisted
+        return commit.request(self._core.record(self._core.accounts.sized(after)), persisted)
 
-    async def _apply(
-        self, agent: Agent, statements: list[Statement], nodes: Iterable[Node], replaced: Iterable[Node]
-    ) -> bool:
-        """One transaction, with the outcomes of earlier commits that the journal doesn't have.
-
-        Args:
-            replaced: what the agent referenced before.
-        """
-        outcomes = self._core.outcomes.items() if agent in self.not_durable else ()
-        owed = [(tenant, kept) for (tenant, _), kept in outcomes if kept.owed_by is agent]
-        statements += [rows.insert_outcome(tenant, kept.outcome, kept.time) for tenant, kept in owed]
+    async def _transact(self, agent: Agent, statements: list[Statement], nodes: Iterable[Node]) -> bool:
+        """One transaction, with the outcomes of earlier commits that the journal doesn't have."""
+        owed = self._core.outcomes.owed_by(agent) if agent in self.not_durable else []
+        statements += [rows.insert_outcome(kept.tenant, kept.outcome, kept.time) for kept in owed]
         dirty = [node for node in nodes if node.dirty]
         for node in dirty:
             node.dirty = False  # Now, not afterwards: what changes meanwhile is for the next commit to write.
@@ -301,11 +336,7 @@ class Committer:
             return False
         for node in nodes:
             node.saved = True
-        for _, kept in owed:
-            kept.owed_by = None
-        agent.saved = agent.durable = True
-        self._manifests.note(agent, [*replaced, *self.not_durable.get(agent, [])])
-        self.forget(agent)
+        self._core.outcomes.paid(owed)
         return True
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv import blockfile
+from warmkv_server.kv.accounts import Accounts
 from warmkv_server.kv.blockfile import BlockInfo
-from warmkv_server.kv.boundaries import in_window
 from warmkv_server.kv.clock import LATEST, Clock
 from warmkv_server.kv.disk_state import DiskState
 from warmkv_server.kv.files import Files
@@ -24,7 +26,8 @@ from warmkv_server.kv.index import Agent, AgentKey, Index, Node
 from warmkv_server.kv.inflight import InFlight
 from warmkv_server.kv.journal import Journal
 from warmkv_server.kv.manifest import FOLDER, file_name
-from warmkv_server.kv.records import AgentRecord, RequestOutcome, StoreSettings, Tier
+from warmkv_server.kv.outcomes import Outcomes
+from warmkv_server.kv.records import AgentRecord, StoreSettings, Tier
 from warmkv_server.kv.types import KVLayout, PartKind, TensorSpec
 
 BLOCKS = "blocks"
@@ -46,19 +49,6 @@ class Counters:
     commits_failed: int = 0
 
 
-@dataclass
-class KeptOutcome:
-    """
-    Attributes:
-        time: of the commit, by `Clock.awake`.
-        owed_by: the agent whose commit it belongs to, if the journal has neither.
-    """
-
-    outcome: RequestOutcome
-    time: float
-    owed_by: Agent | None = None
-
-
 class Core:
     """Used on the event loop's thread only, but for `path` and `info`."""
 
@@ -69,6 +59,7 @@ class Core:
         fingerprint: str,
         index: Index,
         journal: Journal,
+        outcomes: Outcomes,
         files: Files,
         clock: Clock,
         foreign: Foreign,
@@ -78,10 +69,12 @@ class Core:
         self.fingerprint = fingerprint
         self.index = index
         self.journal = journal
+        self.outcomes = outcomes
         self.files = files
         self.clock = clock
         self.foreign = foreign
-        self.hot = HotTier(settings.hot_bytes, may_evict=lambda node: not node.pinned_refs)
+        self.hot = HotTier(settings.hot_bytes)
+        self.accounts = Accounts(index, self.hot, layout, fingerprint)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
         }
@@ -89,11 +82,6 @@ class Core:
         self.disk = DiskState()
         self.used: set[Agent] = set()
         """Agents whose last use is not written down yet."""
-        self.was_hot: set[Agent] = set()
-        """Agents that were in RAM when they were last used or looked at."""
-        self.outcomes: dict[AgentKey, KeptOutcome] = {}
-        self.block_bytes = 0
-        """Of all block files that the index knows."""
         self.quarantine_bytes = 0
         self.aside_bytes = 0
         """Of damaged or replaced indexes that were kept."""
@@ -101,6 +89,7 @@ class Core:
         """Of all manifests on disk, and of those that are still to be written."""
         self.manifest_sizes: dict[AgentKey, int] = {}
         self.reads, self.writes = InFlight(), InFlight()
+        self._last_steps: WeakValueDictionary[AgentKey, asyncio.Lock] = WeakValueDictionary()
         self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
         self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
 
@@ -132,8 +121,9 @@ class Core:
     @property
     def disk_bytes(self) -> int:
         """Everything that the store has under the data directory."""
-        files = self.block_bytes + self.quarantine_bytes + self.manifest_bytes + self.aside_bytes
-        return files + self.journal.database.disk_bytes
+        blocks = self.accounts.block_bytes + self.accounts.going_bytes
+        others = self.quarantine_bytes + self.manifest_bytes + self.aside_bytes
+        return blocks + others + self.journal.database.disk_bytes
 
     def shutdown(self) -> None:
         self._readers.shutdown()
@@ -151,19 +141,20 @@ class Core:
             raise AgentNotFound(f"there is no agent {agent_id!r}")
         return agent
 
-    def tier(self, agent: Agent) -> Tier:
-        """HOT if the next request can go on from the head without reading a file."""
-        head = len(agent.tokens)
-        needed = [(node, PartKind.APPEND) for node in agent.nodes]
-        needed += [(node, PartKind.WINDOW) for node in in_window(agent.nodes, head, self.layout.window)]
-        if head in agent.snapshots:
-            needed.append((agent.snapshots[head], PartKind.STATE))
-        ours = agent.fingerprint == self.fingerprint
-        hot = ours and all(self.hot.has(node, kind) for node, kind in needed if self.specs[kind])
-        return Tier.HOT if hot else Tier.WARM
+    @contextlib.asynccontextmanager
+    async def last_step(self, key: AgentKey) -> AsyncIterator[None]:
+        """Be the only one that changes an agent during the block: it has the transaction, and the index behind it.
+
+        What the index says of agents is what the journal has of them, or, where the disk refuses, what was acknowledged
+        as such: nobody sees what may yet be lost.
+        """
+        lock = self._last_steps.get(key)
+        if lock is None:
+            lock = self._last_steps[key] = asyncio.Lock()
+        async with lock:
+            yield
 
     def record(self, agent: Agent) -> AgentRecord:
-        nodes = list(agent.all_nodes())
         last_used = self.clock.shown(agent.last_used)
         ours = agent.fingerprint == self.fingerprint
         return AgentRecord(
@@ -172,13 +163,13 @@ class Core:
             incarnation=agent.incarnation,
             revision=agent.revision,
             token_count=len(agent.tokens),
-            tier=self.tier(agent),
-            hot_bytes=sum(self.hot.bytes_of(node) for node in nodes),
-            warm_bytes=sum(node.disk_bytes for node in nodes),
-            shared_bytes=sum(node.disk_bytes for node in nodes if node.refs > 1),
+            tier=Tier.WARM if agent.cold_parts else Tier.HOT,
+            hot_bytes=agent.hot_bytes,
+            warm_bytes=agent.warm_bytes,
+            shared_bytes=agent.shared_bytes,
             pinned=agent.pinned,
             ttl=agent.ttl,
-            labels=dict(agent.labels),
+            labels=agent.labels,
             create_time=self.clock.shown(agent.create_time),
             update_time=self.clock.shown(agent.update_time),
             last_used_time=last_used,
@@ -194,6 +185,11 @@ class Core:
 def block_path(data_dir: Path, node: str, kind: PartKind) -> Path:
     """Where a node's file is; `node` in hex. Spread over 256 folders."""
     return data_dir.joinpath(BLOCKS, node[:2], blockfile.file_name(node, kind))
+
+
+def node_of(path: Path) -> bytes:
+    """The id of the node whose block file this is, or was."""
+    return bytes.fromhex(path.name.partition(".")[0])
 
 
 def block_info(node: Node, kind: PartKind) -> BlockInfo:

@@ -42,10 +42,11 @@ class Node:
         block_tokens: int32 ids from the start of its block to its end.
         parts: files on disk.
         lost: why a file it should have is gone.
-        refs: agents that reference it. Without any it is never reused, only collected.
+        agents: that reference it. Without any it is never reused, only collected.
         pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
         window_refs: agents that need its WINDOW part.
         pinned_refs: pinned agents that reference it.
+        hot_bytes: its parts in RAM.
         last_used: of the store's time (see clock.py).
     """
 
@@ -60,11 +61,17 @@ class Node:
     lost: Fallback | None = None
     saved: bool = False
     dirty: bool = True
-    refs: int = 0
+    agents: set[Agent] = field(default_factory=set)
     pins: int = 0
     window_refs: int = 0
     pinned_refs: int = 0
+    hot_bytes: int = 0
     last_used: float = 0.0
+
+    @property
+    def refs(self) -> int:
+        """Agents that reference it."""
+        return len(self.agents)
 
     @property
     def block_start(self) -> int:
@@ -110,6 +117,8 @@ class Agent:
         deleting: its deletion is on its way to the journal; nothing may be committed to it.
         create_time, update_time, last_used: of the store's time (see clock.py).
         leases: requests that work on it now; it doesn't expire meanwhile.
+        hot_bytes, warm_bytes, shared_bytes: as in `AgentRecord`. These and the next are `Accounts`' to change.
+        cold_parts: that have to be read, or computed anew, before a request can go on from the head; 0 is hot.
     """
 
     tenant: str
@@ -135,6 +144,10 @@ class Agent:
     saved: bool = False
     deleting: bool = False
     leases: int = 0
+    hot_bytes: int = 0
+    warm_bytes: int = 0
+    shared_bytes: int = 0
+    cold_parts: int = 0
 
     @property
     def key(self) -> AgentKey:
@@ -147,6 +160,13 @@ class Agent:
     def all_nodes(self) -> Iterator[Node]:
         yield from self.nodes
         yield from self.snapshots.values()
+
+
+_COMMITTED = (
+    *("fingerprint", "tokens", "nodes", "snapshots", "windowed", "kept", "previous", "ending", "revision"),
+    *("ttl", "labels", "update_time", "last_used"),
+)
+"""What a commit may change of an agent, its pin apart."""
 
 
 class Index:
@@ -185,16 +205,18 @@ class Index:
             node.pinned_refs += pinned - agent.pinned
         agent.pinned = pinned
 
-    def replace_nodes(self, agent: Agent, nodes: list[Node], snapshots: dict[int, Node], windowed: set[Node]) -> None:
-        """Give an agent of the index another context."""
-        old, new = set(agent.all_nodes()), {*nodes, *snapshots.values()}
+    def take(self, agent: Agent, after: Agent) -> None:
+        """Give an agent of the index the context and the options of another, which is not in the index."""
+        old, new = set(agent.all_nodes()), set(after.all_nodes())
         self._reference(new - old, agent)
         self._dereference(old - new, agent)
-        for node in windowed - agent.windowed:
+        for node in after.windowed - agent.windowed:
             node.window_refs += 1
-        for node in agent.windowed - windowed:
+        for node in agent.windowed - after.windowed:
             node.window_refs -= 1
-        agent.nodes, agent.snapshots, agent.windowed = nodes, snapshots, windowed
+        for name in _COMMITTED:
+            setattr(agent, name, getattr(after, name))
+        self.set_pinned(agent, after.pinned)
 
     def names(self, tenant: str, after: str) -> list[str]:
         """The tenant's agent ids behind `after`, sorted."""
@@ -214,8 +236,8 @@ class Index:
     def _reference(self, nodes: Iterable[Node], agent: Agent) -> None:
         for node in nodes:
             node.pinned_refs += agent.pinned
-            node.refs += 1
-            if node.refs > 1:
+            node.agents.add(agent)
+            if len(node.agents) > 1:
                 continue
             if node.snapshot:
                 self._snapshots[node.parent].append(node)
@@ -225,8 +247,8 @@ class Index:
     def _dereference(self, nodes: Iterable[Node], agent: Agent) -> None:
         for node in nodes:
             node.pinned_refs -= agent.pinned
-            node.refs -= 1
-            if node.refs:
+            node.agents.remove(agent)
+            if node.agents:
                 continue
             if node.snapshot:
                 self._snapshots[node.parent].remove(node)
@@ -241,7 +263,7 @@ class Index:
     def live(self, ident: bytes) -> Node | None:
         """The node of this id, if an agent references it."""
         node = self.nodes.get(ident)
-        return node if node is not None and node.refs else None
+        return node if node is not None and node.agents else None
 
     def snapshots_after(self, parent: bytes) -> list[Node]:
         """Referenced snapshots taken in the block that follows `parent`."""

@@ -34,22 +34,25 @@ REST_SECONDS = 30.0
 
 @dataclass(eq=False, slots=True)
 class _Read:
-    """A part on its way from its file."""
+    """A part on its way from its file.
+
+    Attributes:
+        part: the file as it was when it was asked for; None if there was none.
+    """
 
     node: Node
     kind: PartKind
+    part: Part | None
     future: asyncio.Future[Tensors]
-
-    @property
-    def part(self) -> Part:
-        return self.node.parts[self.kind]
 
 
 class Loader:
     def __init__(self, core: Core, manifests: Manifests) -> None:
         self._core = core
         self._manifests = manifests
-        self._reads: dict[PartKey, asyncio.Future[Tensors]] = {}
+        self._reads: dict[tuple[Node, PartKind], asyncio.Future[Tensors]] = {}
+        self._losing: set[tuple[Node, PartKind]] = set()
+        self._quarantine = asyncio.Lock()
         self._batches: set[asyncio.Task[None]] = set()
         self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self._rest: asyncio.TimerHandle | None = None
@@ -83,16 +86,22 @@ class Loader:
         """`read` for many: small files share a trip to a thread, which costs more than reading one of them."""
         new: list[_Read] = []
         for node, kind in wanted:
-            key = node.id, kind
+            key = node, kind  # The node itself: another with its id may have come while a slow disk was asked.
             if key not in self._reads:
                 future = self._reads[key] = asyncio.get_running_loop().create_future()
                 future.add_done_callback(partial(self._done, key))
-                new.append(_Read(node, kind, future))
+                new.append(_Read(node, kind, node.parts.get(kind), future))
         for batch in _batches(new, self._core.settings.io_threads):
             task = asyncio.create_task(self._read_batch(batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
-        return [self._reads[node.id, kind] for node, kind in wanted]
+        return [self._reads[key] for key in wanted]
+
+    async def put_away(self, node: Node, kind: PartKind) -> None:
+        """Wait until a bad file of this part, if there was one, is out of the way of a new one."""
+        while (node, kind) in self._losing:
+            async with self._quarantine:
+                pass
 
     async def idle(self) -> None:
         """Wait for reads that nobody waits for any more."""
@@ -103,7 +112,7 @@ class Loader:
             self._rest.cancel()
         self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._spare.rest)
 
-    def _done(self, key: PartKey, future: asyncio.Future[Tensors]) -> None:
+    def _done(self, key: tuple[Node, PartKind], future: asyncio.Future[Tensors]) -> None:
         del self._reads[key]
         if not future.cancelled():
             future.exception()  # Seen: whoever waits for it gets it.
@@ -175,22 +184,27 @@ class Loader:
 
     async def _read_batch(self, batch: list[_Read]) -> None:
         core = self._core
-        asked = [read for read in batch if read.kind in read.node.parts]
-        orders = [
-            PartOrder(core.path(r.node, r.kind), core.info(r.node, r.kind), core.specs[r.kind], r.part.digest)
-            for r in asked
-        ]
+        orders = {
+            read: PartOrder(
+                core.path(read.node, read.kind),
+                core.info(read.node, read.kind),
+                core.specs[read.kind],
+                read.part.digest,
+            )
+            for read in batch
+            if read.part is not None
+        }
         try:
-            outcomes = dict(zip(asked, await core.reading(read_parts, orders, self._spare), strict=True))
+            outcomes = dict(zip(orders, await core.reading(read_parts, [*orders.values()], self._spare), strict=True))
             for read in batch:
                 gone = BadFile(read.node.lost or Fallback.MISSING_BLOCK, "gone")
                 outcome = outcomes.get(read, gone)
-                if isinstance(outcome, BadFile) and read.kind in read.node.parts:
+                if isinstance(outcome, BadFile) and self._is_there(read):
                     await self._lose(read.node, read.kind, outcome)
                 if isinstance(outcome, Exception):
                     read.future.set_exception(outcome)
                 else:
-                    read.future.set_result(self._keep(read.node, read.kind, outcome))
+                    read.future.set_result(self._keep(read, outcome))
             core.hot.shrink()
         except Exception as error:
             for read in batch:
@@ -201,10 +215,18 @@ class Loader:
                 read.future.cancel()  # What isn't done by now never will be.
             self._rest_later()
 
-    def _keep(self, node: Node, kind: PartKind, tensors: Tensors) -> Tensors:
-        core = self._core
-        core.counters.bytes_loaded += node.parts[kind].nbytes if kind in node.parts else 0
-        if core.index.nodes.get(node.id) is not node:  # collected meanwhile
+    def _is_there(self, read: _Read) -> bool:
+        """Whether the store still has what was read: slow disks answer when the agent may have been deleted, and its
+        blocks been made anew by another."""
+        node = read.node
+        known = self._core.index.nodes.get(node.id) is node
+        return known and read.part is not None and node.parts.get(read.kind) is read.part
+
+    def _keep(self, read: _Read, tensors: Tensors) -> Tensors:
+        core, node, kind = self._core, read.node, read.kind
+        core.counters.bytes_loaded += read.part.nbytes if read.part is not None else 0
+        without_file = core.index.nodes.get(node.id) is node and kind not in node.parts  # the quota took it meanwhile
+        if not self._is_there(read) and not without_file:
             return tensors
         core.hot.put(node, kind, tensors)
         return core.hot.get(node, kind) or tensors
@@ -213,24 +235,34 @@ class Loader:
         """Take note that a file can't be used, and put it away."""
         core = self._core
         log.warning("block %s (%s) can't be used: %s", node.id.hex(), kind, bad)
-        part = node.parts.pop(kind)
-        core.block_bytes -= part.nbytes
+        part = core.accounts.lost(node, kind)
         missing = bad.reason is Fallback.MISSING_BLOCK
         node.lost = Fallback.MISSING_BLOCK if missing else Fallback.QUARANTINED
         if not node.parts:
             self._manifests.note_lost([node])
         try:
             if not missing:
-                folder = core.settings.data_dir / QUARANTINE
-                core.counters.quarantined += 1
-                core.quarantine_bytes = await core.writing(
-                    quarantine, core.files, core.path(node, kind), folder, core.settings.quarantine_limit
-                )
+                await self._put_away(node, kind, part)
             if node.saved:
                 await core.journal.apply([rows.update_node(node)])
         except OSError as error:
             node.dirty = True
             log.warning("block %s can't be put into quarantine: %s", node.id.hex(), error)
+
+    async def _put_away(self, node: Node, kind: PartKind, part: Part) -> None:
+        """One at a time: each counts what the folder holds afterwards."""
+        core = self._core
+        path, folder = core.path(node, kind), core.settings.data_dir / QUARANTINE
+        core.counters.quarantined += 1
+        core.accounts.go({path: part.nbytes})
+        self._losing.add((node, kind))
+        try:
+            async with self._quarantine:
+                limit = core.settings.quarantine_limit
+                core.quarantine_bytes = await core.writing(quarantine, core.files, path, folder, limit)
+            core.accounts.gone([path])
+        finally:
+            self._losing.discard((node, kind))
 
     def _reuse(self, lease: Lease, held: dict[PartKey, Tensors], read: dict[PartKey, int], seconds: float) -> Reuse:
         core = self._core
@@ -283,7 +315,7 @@ def _batches(reads: Sequence[_Read], threads: int) -> Iterator[list[_Read]]:
     nbytes = 0
     for read in reads:
         batch.append(read)
-        nbytes += read.part.nbytes if read.kind in read.node.parts else 0
+        nbytes += read.part.nbytes if read.part is not None else 0
         if nbytes >= BATCH_BYTES or len(batch) >= most:
             yield batch
             batch, nbytes = [], 0

@@ -13,7 +13,7 @@ from warmkv_server.kv.core import Core
 from warmkv_server.kv.hot import PartKey
 from warmkv_server.kv.index import Node
 from warmkv_server.kv.loader import Loader
-from warmkv_server.kv.quota import Quota
+from warmkv_server.kv.quota import Quota, Room
 from warmkv_server.kv.types import PartKind, Tensors
 from warmkv_server.kv.words import Words, write_part
 
@@ -25,11 +25,13 @@ class Effort:
     Attributes:
         folders: with names that are to be synced.
         refusal: the disk's, once it has refused; nothing more is tried then.
+        room: what the files may take of the quota.
     """
 
     folders: set[Path] = field(default_factory=set)
     bytes_written: int = 0
     refusal: OSError | None = None
+    room: Room | None = None
 
 
 class PartWriter:
@@ -40,45 +42,48 @@ class PartWriter:
         self._loader = loader
         self._quota = quota
         self._making: dict[PartKey, asyncio.Future[None]] = {}
-        self._writing: set[asyncio.Task[None]] = set()
+        self._large: set[asyncio.Task[None]] = set()
+        """Files in work of commits that have many."""
 
-    async def write(self, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
+    async def write(self, tenant: str, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
         """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
         parts = list(parts)
         effort = Effort(self._perhaps_not_synced(parts))
         wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, words.reuse.length)]
-        async with self._room(wanted, effort):
+        async with self._room(tenant, wanted, effort):
             await self._write_all(wanted, words, effort)
             await self._sync(effort)
         return effort
 
     async def _write_all(self, wanted: list[tuple[Node, PartKind]], words: Words, effort: Effort) -> None:
         """Several at once. Where somebody decodes, a commit of more than a few goes one by one: what writes competes
-        for the interpreter's lock and for processors with whoever computes tokens and sends them."""
+        for the interpreter's lock and for processors with whoever computes tokens and sends them. It waits for others
+        of its size alone: of small ones there may always be one in work."""
         large = len(wanted) > self._core.settings.io_threads
         tasks: list[asyncio.Task[None]] = []
         for node, kind in wanted:
-            while large and len(self._writing) >= self._at_once():
-                await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
+            while large and len(self._large) >= self._at_once():
+                await asyncio.wait(self._large, return_when=asyncio.FIRST_COMPLETED)
             task = asyncio.create_task(self._write(node, kind, words, effort))
-            self._writing.add(task)
-            task.add_done_callback(self._writing.discard)
+            if large:
+                self._large.add(task)
+                task.add_done_callback(self._large.discard)
             tasks.append(task)
         if tasks:
             await asyncio.wait(tasks)  # All of them, also when one fails: the nodes are theirs until then.
             await asyncio.gather(*tasks)
 
     def _at_once(self) -> int:
-        """Files in work before a large commit begins with another; enough for every thread where nobody decodes."""
+        """Large commits' files in work before one begins with another; enough for all threads where nobody decodes."""
         return 1 if self._core.files.busy() else 2 * self._core.settings.io_threads
 
-    async def write_unsaved(self, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
+    async def write_unsaved(self, tenant: str, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
         """Try once more what the disk has refused."""
         parts = list(parts)
         effort = Effort(self._perhaps_not_synced(parts))
         hot = self._core.hot
         wanted = [(node, kind) for node, kind in parts if kind not in node.parts and hot.has(node, kind)]
-        async with self._room(wanted, effort):
+        async with self._room(tenant, wanted, effort):
             for node, kind in wanted:
                 async with self._alone(node, kind):
                     tensors = hot.get(node, kind)
@@ -94,7 +99,7 @@ class PartWriter:
         return {self._core.path(node, kind).parent for node, kind in known}
 
     @contextlib.asynccontextmanager
-    async def _room(self, parts: list[tuple[Node, PartKind]], effort: Effort) -> AsyncIterator[None]:
+    async def _room(self, tenant: str, parts: list[tuple[Node, PartKind]], effort: Effort) -> AsyncIterator[None]:
         """Room in the quota for files that don't exist yet; without it, nothing is written."""
         new = [(node, kind) for node, kind in parts if kind not in node.parts]
         size = sum(
@@ -102,7 +107,7 @@ class PartWriter:
         )
         async with contextlib.AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(self._quota.room(size))
+                effort.room = await stack.enter_async_context(self._quota.room(tenant, size))
             except OSError as error:
                 effort.refusal = error
             yield
@@ -117,6 +122,7 @@ class PartWriter:
     async def _write(self, node: Node, kind: PartKind, words: Words, effort: Effort) -> None:
         core = self._core
         async with self._alone(node, kind):
+            await self._loader.put_away(node, kind)
             if kind in node.parts:
                 # Somebody was first with this context: their bytes are the ones to go on with.
                 effort.folders.add(core.path(node, kind).parent)
@@ -161,9 +167,11 @@ class PartWriter:
         except OSError as error:
             effort.refusal = error
             return
-        node.parts[kind] = part
+        core.accounts.gone([path])  # It may have lain there: what the disk had refused to remove.
+        core.accounts.wrote(node, kind, part)
         node.lost, node.dirty = None, True
-        core.block_bytes += part.nbytes
+        if effort.room is not None:
+            effort.room.spend(part.nbytes)
         core.counters.kv_bytes_written += part.nbytes
         core.hot.saved(node, kind)
         effort.folders.add(path.parent)

@@ -48,8 +48,9 @@ class StoreSettings:
     """
     Attributes:
         data_dir: created if missing; one server at a time.
-        hot_bytes: RAM that KV at rest may take. What a running request holds, and what the disk refused, comes on top;
-            so does memory kept for reading into, at most 40 MiB for each of `io_threads`, and none after a rest.
+        hot_bytes: RAM that KV at rest may take, pinned or refused by the disk or neither. What a running request holds
+            comes on top; so does memory kept for reading into, at most 40 MiB for each of `io_threads`, and none after
+            a rest.
         disk_bytes: everything under data_dir; 0 for no quota.
         headroom_bytes: free space of the filesystem that commits leave alone, so that deletes always have room.
         io_threads: files read or written at once.
@@ -57,6 +58,9 @@ class StoreSettings:
         quarantine_bytes: bad files kept for inspection; the oldest go first.
         retry_seconds: pause between attempts to write what the disk refused.
         outcome_seconds: how long the outcome of a request id is kept.
+        outcome_bytes: RAM that outcomes may take; older ones are in the index alone.
+        tenants: that share the budgets. How many have something to lose is seen; this one is for what can't be taken
+            back, RAM that holds what the disk refused.
         manifest_seconds: pause between writing manifests; what commits meanwhile is written together.
     """
 
@@ -70,6 +74,8 @@ class StoreSettings:
     quarantine_bytes: int = 1 << 30
     retry_seconds: float = 5.0
     outcome_seconds: float = 3600.0
+    outcome_bytes: int = 32 << 20
+    tenants: int = 1
     manifest_seconds: float = 1.0
 
     @property
@@ -243,6 +249,8 @@ class StoreStats:
     """Commits that the disk refused."""
     hot_bytes: int = 0
     disk_bytes: int = 0
+    outcome_bytes: int = 0
+    """RAM that outcomes of requests take."""
     agents_by_tier: Mapping[str, int] = field(default_factory=dict)
     not_durable: int = 0
     """Agents whose last commit is in RAM only. Above 0 the disk is refusing writes."""

@@ -149,9 +149,10 @@ def read_fingerprints(db: Queryable) -> dict[str, Fingerprint]:
     return {digest: Fingerprint(json.loads(fields)) for digest, fields in rows}
 
 
-def read_outcomes(db: Queryable) -> Iterator[tuple[str, RequestOutcome, float]]:
+def read_outcomes(db: Queryable, first: int) -> Iterator[tuple[str, RequestOutcome, float]]:
+    """Tenant, outcome and time of each from this row on."""
     for tenant, request_id, body_hash, payload, time in db.query(
-        "SELECT tenant, request_id, body_hash, payload, time FROM outcomes ORDER BY row"
+        "SELECT tenant, request_id, body_hash, payload, time FROM outcomes WHERE row >= ? ORDER BY row", (first,)
     ):
         yield tenant, RequestOutcome(request_id, body_hash, payload), time
 
@@ -171,6 +172,17 @@ def read_clock(db: Queryable, index: Index, source: TimeSource | None = None) ->
     found = db.query("SELECT time, wall, elapsed, boot, shift, away FROM clock") if there else []
     used = (agent.last_used for agent in index.agents.values())
     return Clock(Reading.of_row(found[0]) if found else None, used, source)
+
+
+def read_outcome_sizes(db: Queryable) -> list[tuple[int, int, float]]:
+    """Row, bytes and time of each, newest first."""
+    return db.query("SELECT row, length(payload) + length(request_id), time FROM outcomes ORDER BY row DESC")
+
+
+def find_outcome(tenant: str, request_id: str) -> Statement:
+    """A query for its body_hash and payload."""
+    sql = "SELECT body_hash, payload FROM outcomes WHERE tenant = ? AND request_id = ? ORDER BY row DESC LIMIT 1"
+    return sql, (tenant, request_id)
 
 
 def read_index(db: Queryable) -> Index:

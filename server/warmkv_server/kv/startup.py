@@ -13,14 +13,15 @@ from warmkv_server.kv import journal, rows
 from warmkv_server.kv.blockfile import SUFFIX
 from warmkv_server.kv.boundaries import in_window
 from warmkv_server.kv.clock import Clock, TimeSource
-from warmkv_server.kv.core import BLOCKS, QUARANTINE, KeptOutcome, block_path
+from warmkv_server.kv.core import BLOCKS, QUARANTINE, block_path
 from warmkv_server.kv.files import TEMP_SUFFIX, Files
 from warmkv_server.kv.foreign import Foreign
-from warmkv_server.kv.index import AgentKey, Index
+from warmkv_server.kv.index import Index
 from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.manifest import FOLDER
 from warmkv_server.kv.manifests import UpToDate, bring_up_to_date
+from warmkv_server.kv.outcomes import StoredOutcomes
 from warmkv_server.kv.rebuild import aside_files, holds_contexts, rebuild_index
 from warmkv_server.kv.records import Fingerprint, StoreSettings
 from warmkv_server.kv.types import Fallback, KVLayout
@@ -37,8 +38,7 @@ class Opened:
     index: Index
     clock: Clock
     foreign: Foreign
-    outcomes: dict[AgentKey, KeptOutcome]
-    block_bytes: int
+    outcomes: StoredOutcomes
     quarantine_bytes: int
     aside_bytes: int
     manifests: UpToDate
@@ -85,12 +85,8 @@ def open_directory(
             foreign = Foreign(fingerprint, rows.read_fingerprints(database))
             database.apply([rows.insert_fingerprint(fingerprint), *rows.put_clock(clock.reading())])
             files.sync_folders([settings.data_dir])
-            outcomes = {
-                (tenant, outcome.request_id): KeptOutcome(outcome, time)
-                for tenant, outcome, time in rows.read_outcomes(database)
-            }
+            outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
             kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
-            blocks = sum(n.disk_bytes for n in index.nodes.values())
             aside = sum(path.stat().st_size for path in aside_files(settings.data_dir))
         except BaseException:
             database.close()
@@ -112,7 +108,7 @@ def open_directory(
         manifests.removed,
     )
     foreign.say(index, settings.data_dir)
-    return Opened(lock, database, index, clock, foreign, outcomes, blocks, kept, aside, manifests)
+    return Opened(lock, database, index, clock, foreign, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

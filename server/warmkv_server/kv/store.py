@@ -25,6 +25,7 @@ from warmkv_server.kv.loader import Loader
 from warmkv_server.kv.lock import DirectoryLock
 from warmkv_server.kv.manifests import Manifests
 from warmkv_server.kv.match import Matcher
+from warmkv_server.kv.outcomes import Outcomes
 from warmkv_server.kv.parts import PartWriter
 from warmkv_server.kv.quota import Quota
 from warmkv_server.kv.records import (
@@ -74,7 +75,7 @@ class Store:
     def __init__(self, core: Core, lock: DirectoryLock) -> None:
         self._core = core
         self._lock = lock
-        self._collector = Collector(core)
+        self._collector = Collector(core, was_refused=lambda: self._upkeep.wake())
         self._manifests = Manifests(core, self._collector.suspect)
         self._loader = Loader(core, self._manifests)
         writer = PartWriter(core, self._loader, Quota(core, self._collector, self._manifests))
@@ -84,7 +85,7 @@ class Store:
             core, self._committer, self._collector, self._manifests, changed=lambda: self._upkeep.wake()
         )
         self._eviction = Eviction(core)
-        self._upkeep = Upkeep(core, self._committer, self._manifests, self.delete)
+        self._upkeep = Upkeep(core, self._committer, self._collector, self._manifests, self.delete)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -107,19 +108,20 @@ class Store:
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
         opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, times)
+        journal = Journal(opened.database)
         core = Core(
             settings,
             layout,
             fingerprint.digest,
             opened.index,
-            Journal(opened.database),
+            journal,
+            Outcomes(journal, settings.outcome_bytes, opened.outcomes),
             files,
             opened.clock,
             opened.foreign,
         )
-        core.outcomes = opened.outcomes
-        core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
-        core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
+        core.quarantine_bytes, core.aside_bytes = opened.quarantine_bytes, opened.aside_bytes
+        core.manifest_sizes = opened.manifests.sizes
         core.manifest_bytes = sum(core.manifest_sizes.values())
         store = cls(core, opened.lock)
         for agent in opened.manifests.stale:
@@ -146,7 +148,12 @@ class Store:
 
     async def flush(self) -> bool:
         """Try now to write what the disk has refused. Whether every agent is durable afterwards."""
-        return await self._finish(self._committer.retry_all())
+        return await self._finish(self._flush())
+
+    async def _flush(self) -> bool:
+        durable = await self._committer.retry_all()
+        await self._collector.retry()
+        return durable
 
     def owed(self) -> list[tuple[str, str]]:
         """Tenant and agent_id of those whose last commit the disk has refused, or not taken yet; sorted."""
@@ -195,32 +202,33 @@ class Store:
         """
         return self._core.existing(tenant, agent_id).tokens
 
-    def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
-        """What the request of this id answered, if it is still kept."""
-        kept = self._core.outcomes.get((tenant, request_id))
-        return None if kept is None else kept.outcome
+    async def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
+        """What the request of this id answered, if it is still kept. Seldom waits; see `Outcomes.find`.
+
+        Raises:
+            StorageUnavailable: it can't be looked up.
+        """
+        return await self._core.outcomes.find(tenant, request_id)
 
     def tiers(self, tenant: str) -> dict[str, int]:
         """A tenant's agents by tier."""
-        index, core = self._core.index, self._core
-        own = (index.agents.get((tenant, agent_id)) for agent_id in index.names(tenant, ""))
-        return dict(Counter(core.tier(agent).value for agent in own if agent is not None))
+        return dict(Counter(record.tier.value for record in self.agents(tenant)))
 
     def stats(self) -> StoreStats:
         core = self._core
-        tiers = Counter(core.tier(agent).value for agent in core.index.agents.values())
-        self._eviction.note_cooled()
-        counters = core.counters
+        counters, hot = core.counters, core.accounts.hot_agents
+        tiers = {Tier.HOT: hot, Tier.WARM: len(core.index.agents) - hot}
         return StoreStats(
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
             metadata_bytes_written=core.journal.database.bytes_written + counters.manifest_bytes_written,
-            evictions=counters.evictions,
+            evictions=core.accounts.evictions + counters.evictions,
             quarantined=counters.quarantined,
             commits_failed=counters.commits_failed,
             hot_bytes=core.hot.nbytes,
             disk_bytes=core.disk_bytes,
-            agents_by_tier=dict(tiers),
+            outcome_bytes=core.outcomes.nbytes + core.outcomes.owed_bytes,
+            agents_by_tier={tier.value: number for tier, number in tiers.items() if number},
             not_durable=len(self._committer.not_durable),
             stale_agents=sum(agent.fingerprint != core.fingerprint for agent in core.index.agents.values()),
         )
@@ -264,11 +272,7 @@ class Store:
 
         A bad, missing or slow file shortens the result, which then says why; it never raises for one.
         """
-        reuse = await self._loader.load(lease)
-        agent = self._core.index.agents.get((lease.tenant, lease.agent_id))
-        if agent is not None:
-            self._eviction.note_loaded(agent, reuse)
-        return reuse
+        return await self._loader.load(lease)
 
     async def commit(self, commit: Commit) -> Committed:
         """Make `commit.tokens` the agent's context: files first, then one transaction.
@@ -292,15 +296,11 @@ class Store:
 
     async def _commit(self, commit: Commit, pinned: Iterable[Node]) -> Committed:
         try:
-            committed = await self._committer.commit(commit)
+            return await self._committer.commit(commit)
         finally:
             for node in pinned:
                 node.pins -= 1
             self._collector.suspect(pinned)
-        agent = self._core.index.agents.get((commit.tenant, commit.agent_id))
-        if agent is not None:
-            self._core.was_hot.add(agent)
-        return committed
 
     # Changing
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from warmkv_server.errors import StorageUnavailable
 from warmkv_server.kv import rows
+from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
 from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Agent
@@ -29,11 +30,13 @@ class Upkeep:
         self,
         core: Core,
         committer: Committer,
+        collector: Collector,
         manifests: Manifests,
         delete: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self._core = core
         self._committer = committer
+        self._collector = collector
         self._manifests = manifests
         self._delete = delete
         self._changed = asyncio.Event()
@@ -81,9 +84,10 @@ class Upkeep:
         if self._retry_at is not None and self._retry_at <= now:
             self._retry_at = now + self._core.settings.retry_seconds  # also where this breaks
             await self._committer.retry_all()
+            await self._collector.retry()
             await self._manifests.flush()
             self._retry_at = None
-        if not self._committer.not_durable and not self._manifests.refused:
+        if not self._committer.not_durable and not self._manifests.refused and not self._collector.refused:
             self._retry_at = None
         elif self._retry_at is None:
             self._retry_at = now + self._core.settings.retry_seconds
@@ -120,12 +124,9 @@ class Upkeep:
                 log.warning("when agents were used can't be written down: %s", error)
 
     async def _forget(self) -> None:
-        before = self._core.clock.awake() - self._core.settings.outcome_seconds
-        old = [key for key, kept in self._core.outcomes.items() if kept.time < before]
-        if old:
-            for key in old:
-                del self._core.outcomes[key]
+        statements = self._core.outcomes.forget(self._core.clock.awake() - self._core.settings.outcome_seconds)
+        if statements:
             try:
-                await self._core.journal.apply([rows.delete_outcomes(before)])
+                await self._core.journal.apply(statements)
             except OSError as error:
                 log.warning("old request outcomes can't be removed: %s", error)

@@ -55,7 +55,7 @@ class AgentServicer:
         validate.fork(request)
         source, target = call.key(request.source_agent_id), call.key(request.agent_id)
         forked = await call.agents.fork(source, target, convert.identity(request))
-        return pb.ForkAgentResponse(agent=convert.agent(forked))
+        return convert.fork_response(forked)
 
     async def evict_agent(self, request: pb.EvictAgentRequest, call: Call) -> pb.EvictAgentResponse:
         validate.agent_id(request.agent_id)

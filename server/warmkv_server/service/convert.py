@@ -24,6 +24,7 @@ from warmkv_server.agents.types import (
     PrefillProgress,
     PrimeRequest,
     PrimeResult,
+    Recorded,
     Timings,
 )
 from warmkv_server.engine.text import Chat, Content, RawText, TokenIds
@@ -143,7 +144,10 @@ def sampling(message: pb.SamplingParams, defaults: Sampling) -> Sampling:
     return replace(defaults, logit_bias=dict(message.logit_bias) or defaults.logit_bias, **given)
 
 
-def prime_response(result: PrimeResult) -> pb.PrimeResponse:
+def prime_response(result: PrimeResult | Recorded) -> pb.PrimeResponse:
+    if isinstance(result, Recorded):
+        again: pb.PrimeResponse = result.message
+        return again
     return pb.PrimeResponse(
         agent=agent(result.agent),
         cache=cache_report(result.cache),
@@ -152,13 +156,23 @@ def prime_response(result: PrimeResult) -> pb.PrimeResponse:
     )
 
 
-def extend_response(result: PrimeResult) -> pb.ExtendResponse:
+def extend_response(result: PrimeResult | Recorded) -> pb.ExtendResponse:
+    if isinstance(result, Recorded):
+        again: pb.ExtendResponse = result.message
+        return again
     return pb.ExtendResponse(
         agent=agent(result.agent),
         cache=cache_report(result.cache),
         timings=timings(result.timings),
         persisted=result.persisted,
     )
+
+
+def fork_response(forked: AgentView | Recorded) -> pb.ForkAgentResponse:
+    if isinstance(forked, Recorded):
+        again: pb.ForkAgentResponse = forked.message
+        return again
+    return pb.ForkAgentResponse(agent=agent(forked))
 
 
 def evict_response(result: EvictResult) -> pb.EvictAgentResponse:
@@ -185,6 +199,8 @@ def generate_responses(event: GenerateEvent) -> Iterator[pb.GenerateResponse]:
                 yield pb.GenerateResponse(delta=delta)
         case GenerateFinished():
             yield pb.GenerateResponse(finished=_finished(event))
+        case Recorded(message):
+            yield message
 
 
 def agent(view: AgentView) -> pb.Agent:

@@ -25,6 +25,7 @@ CODES: dict[type[errors.WarmKVError], grpc.StatusCode] = {
     errors.AgentNotFound: grpc.StatusCode.NOT_FOUND,
     errors.AgentExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
+    errors.OutcomeUnreadable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NotDurable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
     errors.RevisionMismatch: grpc.StatusCode.ABORTED,

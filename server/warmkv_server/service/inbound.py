@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from warmkv_server.errors import MalformedMessage, MessageTooLarge
+from warmkv_server.errors import MalformedMessage, MessageTooLarge, WarmKVError
+from warmkv_server.malloc import give_back_later
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Kind = TypeVar("Kind", bound=Message)
+Refusal = Callable[[bytes], WarmKVError | None]
+"""Why a message can't be taken, as far as its bytes tell before a message is made of them."""
 
 OPTIONS = (
     ("grpc.per_message_decompression", 0),
@@ -29,31 +32,41 @@ OPTIONS = (
 
 _GZIP = b"\x1f\x8b"
 _GZIP_WINDOW = zlib.MAX_WBITS | 16
+_LARGE_BYTES = 1 << 20
+"""Of a message that leaves much memory free behind it."""
 _STEP = 1 << 18
 """Bytes that are inflated before others get a turn on the event loop."""
 
 
-async def read(context: Context, kind: type[Kind], limit: int) -> Kind:
+def _nothing(_: bytes) -> None:
+    """Refuses nothing."""
+
+
+async def read(context: Context, kind: type[Kind], limit: int, refusal: Refusal = _nothing) -> Kind:
     """The one message of a request.
 
     Args:
         limit: most bytes of it, inflated or not.
 
     Raises:
-        MalformedMessage, MessageTooLarge
+        MalformedMessage, MessageTooLarge, and what `refusal` gives
     """
-    async for message in read_all(context, kind, limit):
+    async for message in read_all(context, kind, limit, refusal):
         return message
     raise MalformedMessage(f"the call ended before its {kind.DESCRIPTOR.full_name} had come")
 
 
-async def read_all(context: Context, kind: type[Kind], limit: int) -> AsyncIterator[Kind]:
+async def read_all(context: Context, kind: type[Kind], limit: int, refusal: Refusal = _nothing) -> AsyncIterator[Kind]:
     """The messages of a request, as they come."""
     while (data := await context.read()) is not grpc.aio.EOF:
         if len(data) > limit:
             raise _too_large(f"{len(data)} bytes", limit)
         if data.startswith(_GZIP):
             data = await _inflate(data, limit)
+        if len(data) > _LARGE_BYTES:
+            give_back_later()
+        if (refused := refusal(data)) is not None:
+            raise refused
         try:
             yield kind.FromString(data)
         except DecodeError:

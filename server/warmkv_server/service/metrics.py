@@ -138,6 +138,7 @@ def _families(agents: Agents) -> Iterator[Metric]:
     gauges: dict[str, tuple[str, float]] = {
         "hot_bytes": ("Bytes of RAM that the hot tier holds", store.hot_bytes),
         "disk_bytes": ("Bytes that the data directory holds", store.disk_bytes),
+        "outcome_bytes": ("Bytes of RAM that answers kept for retries take", store.outcome_bytes),
         "in_flight_bytes": ("Bytes that running sequences may take", engine.in_flight_bytes),
         "not_durable_agents": ("Agents whose last commit is in RAM only", store.not_durable),
         "stale_agents": ("Agents whose KV belongs to another model or other KV settings", store.stale_agents),

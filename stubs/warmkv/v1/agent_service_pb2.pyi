@@ -716,7 +716,13 @@ class Agent(_message.Message):
     shared_bytes: _builtins.int
     """The part of warm_bytes that other agents reference as well."""
     pinned: _builtins.bool
-    """Whether automatic eviction and the disk quota pass the agent by."""
+    """Whether automatic eviction and the disk quota pass the agent by. In RAM that holds as far as the server's budget
+    (`hot_bytes_limit`) reaches: the budget is kept, so where pinned agents alone exceed it, the least recently used of
+    them leave RAM, and load from their files when they are used again. Where tenants share a server, a pin holds within
+    the tenant's equal share of the RAM budget and of the disk quota. Beyond it, blocks of pinned agents can go when a
+    tenant that has less than its share needs the room, after all that is not pinned; such an agent keeps its tokens, and
+    what is gone from the disk is computed anew when it is used.
+    """
     parent_agent_id: _builtins.str
     """The agent that it was forked from, which may be gone by now. Empty if it was not forked."""
     activity: Global___Activity.ValueType
@@ -836,6 +842,11 @@ class PrimeRequest(_message.Message):
     """Makes a retry safe: the same id with the same body returns the first outcome and does nothing twice. Kept at least
     ten minutes, also across a restart; another body is ALREADY_EXISTS / REQUEST_ID_REUSED. What failed before its commit
     is not recorded. Up to 128 characters; empty turns it off.
+
+    An outcome that another version of the server kept, and that this one can't read, is FAILED_PRECONDITION /
+    OUTCOME_UNREADABLE: the request was done, nothing is done again, and GetAgent tells what the agent has. Where the
+    disk does not tell whether the id was used, the request fails with UNAVAILABLE / STORAGE_UNAVAILABLE before anything
+    is done.
     """
     @_builtins.property
     def content(self) -> Global___Content:

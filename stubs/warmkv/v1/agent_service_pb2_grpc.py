@@ -120,8 +120,8 @@ class AgentServiceServicer:
 
         All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and
-        ALREADY_EXISTS (REQUEST_ID_REUSED).
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
+        those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,7 +133,7 @@ class AgentServiceServicer:
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
         Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,7 +152,7 @@ class AgentServiceServicer:
         `finished`.
 
         Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,8 +164,8 @@ class AgentServiceServicer:
         Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
         starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-        Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
-        (STORAGE_UNAVAILABLE).
+        Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS), UNAVAILABLE (STORAGE_UNAVAILABLE), and
+        those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,6 +187,9 @@ class AgentServiceServicer:
 
     def GetAgent(self, request, context):
         """GetAgent returns an agent as of its last commit, with its present activity.
+
+        What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
+        disk refused it. An agent whose first commit is under way does not exist yet.
 
         It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -222,7 +225,8 @@ class AgentServiceServicer:
 
         The removal is durable before the RPC returns OK; the agent never comes back, not even after a crash. No tensors are
         loaded, so agents with corrupt blocks, or of another model, can be deleted. An RPC that is running or waiting on the
-        agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards.
+        agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards. Where the RPC
+        fails, nothing has happened: what is running or waiting on the agent goes on.
 
         Adds the errors NOT_FOUND (AGENT_NOT_FOUND, unless `allow_missing`) and UNAVAILABLE (STORAGE_UNAVAILABLE: the disk
         does not take the deletion; the agent is still there).

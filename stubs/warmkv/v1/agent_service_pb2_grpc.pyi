@@ -85,8 +85,8 @@ class AgentServiceStub:
 
     All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and
-    ALREADY_EXISTS (REQUEST_ID_REUSED).
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
+    those of `request_id`.
     """
     Extend: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]
     """Extend appends content to an agent's context and computes its KV, without generating.
@@ -94,7 +94,7 @@ class AgentServiceStub:
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -109,7 +109,7 @@ class AgentServiceStub:
     `finished`.
 
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     ForkAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -117,8 +117,8 @@ class AgentServiceStub:
     Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
     starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-    Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
-    (STORAGE_UNAVAILABLE).
+    Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS), UNAVAILABLE (STORAGE_UNAVAILABLE), and
+    those of `request_id`.
     """
     EvictAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.EvictAgentRequest, _agent_service_pb2.EvictAgentResponse]
     """EvictAgent drops the RAM copy of the agent's blocks, once their copy on disk is durable.
@@ -132,6 +132,9 @@ class AgentServiceStub:
     """
     GetAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.GetAgentRequest, _agent_service_pb2.GetAgentResponse]
     """GetAgent returns an agent as of its last commit, with its present activity.
+
+    What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
+    disk refused it. An agent whose first commit is under way does not exist yet.
 
     It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -155,7 +158,8 @@ class AgentServiceStub:
 
     The removal is durable before the RPC returns OK; the agent never comes back, not even after a crash. No tensors are
     loaded, so agents with corrupt blocks, or of another model, can be deleted. An RPC that is running or waiting on the
-    agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards.
+    agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards. Where the RPC
+    fails, nothing has happened: what is running or waiting on the agent goes on.
 
     Adds the errors NOT_FOUND (AGENT_NOT_FOUND, unless `allow_missing`) and UNAVAILABLE (STORAGE_UNAVAILABLE: the disk
     does not take the deletion; the agent is still there).
@@ -189,8 +193,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and
-    ALREADY_EXISTS (REQUEST_ID_REUSED).
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
+    those of `request_id`.
     """
     Extend: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]  # type: ignore[assignment]
     """Extend appends content to an agent's context and computes its KV, without generating.
@@ -198,7 +202,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
     Generate: _aio.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -213,7 +217,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
     `finished`.
 
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     ForkAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]  # type: ignore[assignment]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -221,8 +225,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
     starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-    Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
-    (STORAGE_UNAVAILABLE).
+    Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS), UNAVAILABLE (STORAGE_UNAVAILABLE), and
+    those of `request_id`.
     """
     EvictAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.EvictAgentRequest, _agent_service_pb2.EvictAgentResponse]  # type: ignore[assignment]
     """EvictAgent drops the RAM copy of the agent's blocks, once their copy on disk is durable.
@@ -236,6 +240,9 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """
     GetAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.GetAgentRequest, _agent_service_pb2.GetAgentResponse]  # type: ignore[assignment]
     """GetAgent returns an agent as of its last commit, with its present activity.
+
+    What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
+    disk refused it. An agent whose first commit is under way does not exist yet.
 
     It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -259,7 +266,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     The removal is durable before the RPC returns OK; the agent never comes back, not even after a crash. No tensors are
     loaded, so agents with corrupt blocks, or of another model, can be deleted. An RPC that is running or waiting on the
-    agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards.
+    agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards. Where the RPC
+    fails, nothing has happened: what is running or waiting on the agent goes on.
 
     Adds the errors NOT_FOUND (AGENT_NOT_FOUND, unless `allow_missing`) and UNAVAILABLE (STORAGE_UNAVAILABLE: the disk
     does not take the deletion; the agent is still there).
@@ -296,8 +304,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and
-        ALREADY_EXISTS (REQUEST_ID_REUSED).
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
+        those of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -311,7 +319,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
         Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -332,7 +340,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         `finished`.
 
         Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED) and ALREADY_EXISTS (REQUEST_ID_REUSED).
+        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -346,8 +354,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         Metadata is copied, no KV bytes: both agents reference the same immutable blocks until one of them goes on. The fork
         starts at revision 1 with the source's labels and ttl, and unpinned. The blocks count as its own in a CacheReport.
 
-        Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS, REQUEST_ID_REUSED) and UNAVAILABLE
-        (STORAGE_UNAVAILABLE).
+        Adds the errors NOT_FOUND (AGENT_NOT_FOUND), ALREADY_EXISTS (AGENT_EXISTS), UNAVAILABLE (STORAGE_UNAVAILABLE), and
+        those of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -373,6 +381,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_service_pb2.GetAgentResponse, _abc.Awaitable[_agent_service_pb2.GetAgentResponse]]:
         """GetAgent returns an agent as of its last commit, with its present activity.
+
+        What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
+        disk refused it. An agent whose first commit is under way does not exist yet.
 
         It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -414,7 +425,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The removal is durable before the RPC returns OK; the agent never comes back, not even after a crash. No tensors are
         loaded, so agents with corrupt blocks, or of another model, can be deleted. An RPC that is running or waiting on the
-        agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards.
+        agent ends ABORTED (AGENT_DELETED). Blocks that no live agent references are not reused afterwards. Where the RPC
+        fails, nothing has happened: what is running or waiting on the agent goes on.
 
         Adds the errors NOT_FOUND (AGENT_NOT_FOUND, unless `allow_missing`) and UNAVAILABLE (STORAGE_UNAVAILABLE: the disk
         does not take the deletion; the agent is still there).

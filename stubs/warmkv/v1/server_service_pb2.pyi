@@ -250,7 +250,7 @@ class GetServerInfoResponse(_message.Message):
     kv_bytes_per_token: _builtins.int
     """Bytes that one token adds to the caches that grow with every token, at rest."""
     hot_bytes_limit: _builtins.int
-    """Limit of the hot tier, in bytes of RAM."""
+    """Limit of the hot tier, in bytes of RAM; KV of pinned agents counts."""
     disk_bytes_limit: _builtins.int
     """Limit of the data directory, in bytes."""
     durability: Global___Durability.ValueType

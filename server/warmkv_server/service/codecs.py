@@ -1,0 +1,36 @@
+"""Answers as they are kept for retries: the bytes of the messages that were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from warmkv.v1 import agent_service_pb2 as pb
+from warmkv_server.agents.requests import Codec, Codecs
+from warmkv_server.agents.types import Recorded
+from warmkv_server.service import convert
+
+Event = TypeVar("Event")
+
+
+def codecs() -> Codecs:
+    return Codecs(
+        prime=_codec(pb.PrimeResponse, lambda result: [convert.prime_response(result)]),
+        extend=_codec(pb.ExtendResponse, lambda result: [convert.extend_response(result)]),
+        generate=_codec(pb.GenerateResponse, convert.generate_responses),
+        fork=_codec(pb.ForkAgentResponse, lambda result: [convert.fork_response(result)]),
+    )
+
+
+def _codec(kind: type[Message], messages_of: Callable[[Event], Iterable[Message]]) -> Codec[Event]:
+    def decode(content: bytes) -> Recorded:
+        message = kind()
+        try:
+            message.ParseFromString(content)
+        except DecodeError as error:
+            raise ValueError("not a message of its kind") from error
+        return Recorded(message)
+
+    return Codec(lambda event: [message.SerializeToString() for message in messages_of(event)], decode)

@@ -1,0 +1,27 @@
+"""What SQLite's refusals are called."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from warmkv_server.kv.journal import Database, Statement
+from warmkv_server.kv.records import Durability
+
+
+def refusal(database: Database, *statements: Statement) -> int | None:
+    with pytest.raises(OSError, match="refused a transaction") as caught:
+        database.apply(statements)
+    return caught.value.errno
+
+
+def test_a_full_disk_is_told_by_its_code_and_not_by_a_word(tmp_path: Path) -> None:
+    database = Database(tmp_path / "index.sqlite", Durability.NONE)
+    assert refusal(database, ("INSERT INTO full_of_words VALUES (1)", ())) == errno.EIO
+    (pages,) = database.query("PRAGMA page_count")[0]
+    database.query(f"PRAGMA max_page_count = {pages}")
+    large: Statement = ("INSERT INTO fingerprints (digest, fields) VALUES (?, ?)", ("d", "x" * 1_000_000))
+    assert refusal(database, large) == errno.ENOSPC
+    database.close()
