@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from warmkv_server import blas
@@ -58,7 +59,8 @@ async def serve(settings: Settings) -> None:
         engine = await _unless_stopped(_load_engine(settings, auth.tenants), signals.first)
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
-            store = await Store.open(_store_settings(settings), engine.info.layout, fingerprint)
+            layout = replace(engine.info.layout, vocabulary=engine.info.vocab_size)
+            store = await Store.open(_store_settings(settings), layout, fingerprint)
             engine.relieve = store.relieve
             store.give_way(lambda: engine.stats().decoding > 0)
             agent_settings = AgentSettings(

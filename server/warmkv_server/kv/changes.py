@@ -12,6 +12,7 @@ from warmkv_server.errors import AgentDeleted, AgentExists, StorageUnavailable
 from warmkv_server.kv import rows
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
+from warmkv_server.kv.commit_log import dies, lives
 from warmkv_server.kv.core import Core, KeptOutcome
 from warmkv_server.kv.index import Agent
 from warmkv_server.kv.manifests import Manifests
@@ -67,7 +68,7 @@ class Changes:
             statements += rows.insert_agent(agent)
             if outcome is not None:
                 statements.append(rows.insert_outcome(tenant, outcome, agent.create_time))
-            await core.journal.apply(statements)
+            await core.journal.apply(statements, lives(agent))
         agent.saved = True
         if core.index.agents.get(agent.key) is not agent:
             raise AgentDeleted(f"agent {target_id!r} was deleted while it was made")
@@ -106,7 +107,8 @@ class Changes:
             if not agent.saved:
                 raise OSError("the agent is not on disk yet")
             columns = {**rows.option_columns(agent), "update_time": agent.update_time}
-            await core.journal.apply([rows.update_columns(agent.incarnation, columns)])
+            record = lives(agent) if agent.durable else None  # What only RAM has is in no manifest.
+            await core.journal.apply([rows.update_columns(agent.incarnation, columns)], record)
         self._manifests.note(agent)
         self._changed()
         return core.record(agent)
@@ -130,7 +132,7 @@ class Changes:
         with self._or(undo, "the disk doesn't take the deletion; the agent is still there"):
             if agent.saved or agent.durable or ticket is not None:
                 await self._manifests.remove(agent)
-                await core.journal.remove([*rows.delete_agent(agent.incarnation)])
+                await core.journal.remove([*rows.delete_agent(agent.incarnation)], dies(agent))
         if core.index.agents.get(key) is agent:
             core.index.remove_agent(agent)
             core.was_hot.discard(agent)

@@ -18,6 +18,7 @@ import numpy as np
 from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
 from warmkv_server.kv import rows
 from warmkv_server.kv.collect import Collector
+from warmkv_server.kv.commit_log import lives
 from warmkv_server.kv.core import Core, KeptOutcome
 from warmkv_server.kv.index import Agent, AgentKey, Node
 from warmkv_server.kv.journal import Statement
@@ -291,7 +292,7 @@ class Committer:
         for node in dirty:
             node.dirty = False  # Now, not afterwards: what changes meanwhile is for the next commit to write.
         try:
-            await self._core.journal.apply(statements)
+            await self._core.journal.apply(statements, lives(agent))
         except BaseException as error:
             for node in dirty:
                 node.dirty = True

@@ -82,7 +82,7 @@ class Core:
         """Of all block files that the index knows."""
         self.quarantine_bytes = 0
         self.aside_bytes = 0
-        """Of damaged or replaced indexes that were kept."""
+        """Of damaged or replaced indexes that were kept, and of block files that no agent references."""
         self.manifest_bytes = 0
         """Of all manifests on disk, and of those that are still to be written."""
         self.manifest_sizes: dict[AgentKey, int] = {}
@@ -116,7 +116,7 @@ class Core:
     def disk_bytes(self) -> int:
         """Everything that the store has under the data directory."""
         files = self.block_bytes + self.quarantine_bytes + self.manifest_bytes + self.aside_bytes
-        return files + self.journal.database.disk_bytes
+        return files + self.journal.database.disk_bytes + self.journal.commits.nbytes
 
     def shutdown(self) -> None:
         self._readers.shutdown()

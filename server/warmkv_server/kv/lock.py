@@ -24,7 +24,7 @@ class DirectoryLock:
         """
         path = data_dir / FILE_NAME
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         except OSError as error:
             raise OperatorError(
                 f"the data directory {data_dir} can't be written ({error.strerror}); "

@@ -101,7 +101,7 @@ class Store:
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
         opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files)
-        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database), files)
+        core = Core(settings, layout, fingerprint.digest, opened.index, Journal(opened.database, opened.commits), files)
         core.outcomes = opened.outcomes
         core.block_bytes, core.quarantine_bytes = opened.block_bytes, opened.quarantine_bytes
         core.aside_bytes, core.manifest_sizes = opened.aside_bytes, opened.manifests.sizes
@@ -179,7 +179,9 @@ class Store:
         return StoreStats(
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
-            metadata_bytes_written=core.journal.database.bytes_written + counters.manifest_bytes_written,
+            metadata_bytes_written=core.journal.database.bytes_written
+            + core.journal.commits.bytes_written
+            + counters.manifest_bytes_written,
             evictions=counters.evictions,
             quarantined=counters.quarantined,
             commits_failed=counters.commits_failed,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import journal, lock, rows
+from warmkv_server.kv import commit_log, journal, lock, rows, signing
+from warmkv_server.kv.commit_log import CommitLog
+from warmkv_server.kv.evidence import Evidence, gather
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.index import Agent, Index, Node
 from warmkv_server.kv.journal import Database, JournalDamaged
@@ -20,6 +23,7 @@ from warmkv_server.kv.readonly import ReadOnlyDatabase
 from warmkv_server.kv.rebuild import holds_contexts
 from warmkv_server.kv.records import Durability, Fingerprint, StoreSettings
 from warmkv_server.kv.startup import make_folders
+from warmkv_server.kv.truth import believe
 from warmkv_server.kv.types import PartKind
 
 _REBUILD = "`warmkv store rebuild-index` builds it anew, and so does a server that starts"
@@ -31,19 +35,27 @@ class View:
 
     Attributes:
         fingerprints: by digest; of all models that the directory was served with.
+        vocabularies: by digest; token ids are below. Not all models' are known.
+        not_the_last: why the index is older than what else the directory says, if it is.
     """
 
     data_dir: Path
     index: Index
     fingerprints: Mapping[str, Fingerprint]
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
+    not_the_last: str | None = None
 
 
 @dataclass(frozen=True)
 class Taken(View):
     """A directory that nobody else changes meanwhile."""
 
-    database: Database
-    files: Files
+    database: Database = field(kw_only=True)
+    files: Files = field(kw_only=True)
+
+    def settle(self) -> None:
+        """Have every agent's manifest in its file, so that what is removed afterwards stays removed."""
+        _settle(self, gather(self.data_dir))
 
 
 def look(data_dir: Path) -> View:
@@ -53,9 +65,17 @@ def look(data_dir: Path) -> View:
         OperatorError: there is no readable index.
     """
     path = _index_path(data_dir)
+    told = commit_log.read(data_dir)  # Before the index: a server writes them in the other order.
     try:
         with ReadOnlyDatabase(path) as database:
-            return View(data_dir, rows.read_index(database), rows.read_fingerprints(database))
+            number, _ = journal.read_number(database)
+            return View(
+                data_dir,
+                rows.read_index(database),
+                rows.read_fingerprints(database),
+                rows.read_vocabularies(database),
+                Evidence(told=told).against(Index(), number),
+            )
     except JournalDamaged as error:
         raise _damaged(path, error) from error
 
@@ -70,15 +90,18 @@ def take(data_dir: Path) -> Iterator[Taken]:
     path = _index_path(data_dir)
     with locked(data_dir), _open_index(path) as database:
         try:
-            index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
+            evidence = gather(data_dir)
+            believed = believe(database, evidence)
+            fingerprints, vocabularies = rows.read_fingerprints(database), rows.read_vocabularies(database)
         except JournalDamaged as error:
             raise _damaged(path, error) from error
         headroom = StoreSettings(data_dir).headroom_bytes
-        taken = Taken(data_dir, index, fingerprints, database, Files(Durability.FULL, headroom))
+        files, before = Files(Durability.FULL, headroom), database.number
+        taken = Taken(data_dir, believed.index, fingerprints, vocabularies, database=database, files=files)
         try:
             yield taken
         finally:
-            if database.bytes_written:
+            if database.number != before:
                 _renew_manifests(taken)
 
 
@@ -100,7 +123,7 @@ def make(data_dir: Path) -> None:
     if is_new(data_dir):
         make_folders(data_dir, Files(Durability.FULL))
         with locked(data_dir), _open_index(data_dir / journal.FILE_NAME):
-            pass
+            signing.make_key(data_dir)
 
 
 def is_new(data_dir: Path) -> bool:
@@ -177,12 +200,23 @@ def _index_path(data_dir: Path) -> Path:
 def _renew_manifests(taken: Taken) -> None:
     """Of the agents as they are now."""
     try:
-        bring_up_to_date(taken.data_dir, rows.read_index(taken.database), taken.files)
+        _settle(replace(taken, index=rows.read_index(taken.database)), gather(taken.data_dir))
     except OSError as error:
         raise OperatorError(
             f"the change is made, but the disk refuses the agents' manifests ({error.strerror or error}); "
             "the next start of a server puts them right"
         ) from error
+
+
+def _settle(taken: Taken, evidence: Evidence) -> None:
+    number = taken.database.number
+    limit = StoreSettings(taken.data_dir).quarantine_bytes
+    found = bring_up_to_date(taken.data_dir, taken.index, number, taken.files, evidence, limit)
+    if found.stale:
+        raise OSError(errno.EIO, "the manifests can't be written")
+    commits = CommitLog(taken.data_dir, taken.files)
+    commits.begin(number)
+    commits.close()
 
 
 def _damaged(path: Path, error: JournalDamaged) -> OperatorError:
