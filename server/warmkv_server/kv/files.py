@@ -173,13 +173,16 @@ def read_file(path: Path, limit: int) -> bytes:
         os.close(fd)
 
 
-def open_file(path: Path) -> int:
+def open_file(path: Path, *, follow: bool = False) -> int:
     """A descriptor to read a plain file from.
+
+    Args:
+        follow: a link may lead to it.
 
     Raises:
         OSError: also where it isn't one.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a plain file", str(path))

@@ -65,9 +65,9 @@ def fault(agent: AgentLike, length: int) -> str | None:
     """
     times = (agent.create_time, agent.update_time, agent.last_used)
     rules = {
-        "its tenant is no text": _is_text(agent.tenant),
-        "its agent_id can't be one": _is_text(agent.agent_id) and AGENT_ID.fullmatch(agent.agent_id),
-        "its fingerprint is none": _is_text(agent.fingerprint) and _FINGERPRINT.fullmatch(agent.fingerprint),
+        "its tenant is no text": is_text(agent.tenant),
+        "its agent_id can't be one": is_text(agent.agent_id) and AGENT_ID.fullmatch(agent.agent_id),
+        "its fingerprint is none": is_text(agent.fingerprint) and _FINGERPRINT.fullmatch(agent.fingerprint),
         "its revision can't be one": _is_count(agent.revision, 1, _LAST_REVISION),
         "its boundaries are not of this context": all(_is_count(b, 0, length) for b in (*agent.kept, agent.previous)),
         "its pin is neither on nor off": isinstance(agent.pinned, bool),
@@ -75,8 +75,8 @@ def fault(agent: AgentLike, length: int) -> str | None:
         "its times can't be": all(_is_number(time) and 0 <= time <= _LAST_TIME for time in times),
         "its labels can't be": _are_labels(agent.labels),
         "its parent can't be one": agent.parent_agent_id == ""
-        or (_is_text(agent.parent_agent_id) and AGENT_ID.fullmatch(agent.parent_agent_id)),
-        "its ending is no text": _is_text(agent.ending),
+        or (is_text(agent.parent_agent_id) and AGENT_ID.fullmatch(agent.parent_agent_id)),
+        "its ending is no text": is_text(agent.ending),
     }
     return next((wrong for wrong, good in rules.items() if not good), None)
 
@@ -101,7 +101,7 @@ def spans_fault(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str
     """
     at = 0
     for ident, start, end in spans:
-        if not (_is_text(ident) and NODE_ID.fullmatch(ident)):
+        if not (is_text(ident) and NODE_ID.fullmatch(ident)):
             return "it has a node whose id is none"
         if not _is_count(end, at + 1, at - at % block_tokens + block_tokens) or start != at:
             return f"its node {ident} doesn't continue the context at token {at}"
@@ -109,7 +109,7 @@ def spans_fault(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str
     return None
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     if not isinstance(value, str) or len(value) > _TEXT_LIMIT:
         return False
     try:
@@ -131,6 +131,6 @@ def _are_labels(labels: object) -> bool:
     if not isinstance(labels, Mapping) or len(labels) > _LABELS:
         return False
     return all(
-        _is_text(key) and _is_text(value) and 1 <= len(key) <= _KEY_LIMIT and len(value) <= _VALUE_LIMIT
+        is_text(key) and is_text(value) and 1 <= len(key) <= _KEY_LIMIT and len(value) <= _VALUE_LIMIT
         for key, value in labels.items()
     )

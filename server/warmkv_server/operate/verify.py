@@ -79,7 +79,7 @@ def _examine(path: Path, node: Node | None, kind: PartKind | None) -> Bad | None
     except OSError as error:
         return Bad(path, Trouble.UNREADABLE, error.strerror or str(error), node, kind)
     info = parsed.info
-    if (wrong := _impossible(path, info)) is not None:
+    if (wrong := _impossible(path, info, node)) is not None:
         return Bad(path, Trouble.DAMAGED, wrong, node, kind)
     if node is None or kind is None:
         return Bad(path, Trouble.UNKNOWN, "the index doesn't have it; no agent uses it")
@@ -92,8 +92,12 @@ def _examine(path: Path, node: Node | None, kind: PartKind | None) -> Bad | None
     return None
 
 
-def _impossible(path: Path, info: BlockInfo) -> str | None:
-    """What a header with a right checksum says that can't be."""
+def _impossible(path: Path, info: BlockInfo, node: Node | None) -> str | None:
+    """What a header with a right checksum says that can't be.
+
+    Args:
+        node: what the index has under this name; of an imported context it begins below a root of its own.
+    """
     if path.name != file_name(info.node, info.kind) or path.parent.name != info.node[:2]:
         return f"it is the file of node {info.node} ({info.kind}), under another name"
     try:
@@ -102,7 +106,8 @@ def _impossible(path: Path, info: BlockInfo) -> str | None:
         return "the parent's id is no id"
     if node_id(parent, info.start, info.block_tokens).hex() != info.node:
         return "the id is not that of these tokens"
-    if block_of(info.start) == 0 and parent != root_id(info.tenant, info.fingerprint):
+    known = node is not None and node.parent == parent
+    if block_of(info.start) == 0 and parent != root_id(info.tenant, info.fingerprint) and not known:
         return "it begins a context of another tenant or fingerprint"
     return None
 
