@@ -189,6 +189,18 @@ def open_file(path: Path, *, follow: bool = False) -> int:
     return fd
 
 
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor of a file that only its owner can use; made where there is none, whatever the umask takes away.
+
+    Raises:
+        OSError: also where a link has the name.
+    """
+    fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):  # somebody else's
+        os.fchmod(fd, 0o600)
+    return fd
+
+
 def in_words(path: Path) -> str:
     """A path as people can read it, whatever bytes are in it."""
     text = os.fsencode(path).decode(errors="backslashreplace")

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.commit_log import CommitLog, RecordOf
+from warmkv_server.kv.files import open_private
 from warmkv_server.kv.index import AgentKey
 from warmkv_server.kv.records import Durability
 
@@ -291,7 +292,7 @@ class Database:
     def _alone(self) -> Iterator[bool]:
         """Whether nobody copies the index during the block; waits for that a little."""
         try:
-            fd = os.open(self._readers, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = open_private(self._readers, os.O_RDONLY)
         except OSError:
             yield True  # Without the file there are no readers either.
             return
@@ -307,7 +308,7 @@ class Database:
     def _make_reserve(self) -> None:
         if _size(self._reserve) < _RESERVE_BYTES and _has_room(self.path.parent, 2 * _RESERVE_BYTES):
             with contextlib.suppress(OSError):  # No room now; the next checkpoint tries again.
-                fd = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                fd = open_private(self._reserve, os.O_WRONLY | os.O_TRUNC)
                 with os.fdopen(fd, "wb") as file:
                     file.write(bytes(_RESERVE_BYTES))
 
@@ -419,11 +420,7 @@ def _locked(fd: int) -> bool:
 def _make_private(path: Path) -> None:
     """An empty file where there is none; SQLite gives its log the same mode."""
     with contextlib.suppress(FileExistsError):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchmod(fd, 0o600)
-        finally:
-            os.close(fd)
+        os.close(open_private(path, os.O_WRONLY | os.O_EXCL))
 
 
 def _unusable(path: Path, error: Exception) -> OperatorError:

@@ -62,7 +62,10 @@ def _walk(data_dir: Path, is_own: Callable[[str], bool]) -> Iterator[tuple[Path,
         for entry in entries(folder):
             if folder == data_dir and not is_own(entry.name):
                 continue
-            mode = entry.stat(follow_symlinks=False).st_mode
+            try:
+                mode = entry.stat(follow_symlinks=False).st_mode
+            except OSError:
+                continue  # gone, or nobody may look
             if stat.S_ISDIR(mode):
                 waiting.append(Path(entry.path))
             if stat.S_ISDIR(mode) or stat.S_ISREG(mode):

@@ -154,4 +154,7 @@ def _in_use(taken: Taken, waste: Waste, fingerprint: str) -> bool:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from warmkv_server.kv import journal
 from warmkv_server.kv.blockfile import SUFFIX, BadFile, BlockInfo, file_name
 from warmkv_server.kv.core import block_info, block_path
-from warmkv_server.kv.files import TEMP_SUFFIX
+from warmkv_server.kv.files import TEMP_SUFFIX, is_plain
 from warmkv_server.kv.ids import block_of, node_id, root_id
 from warmkv_server.kv.index import Agent, Node
 from warmkv_server.kv.reader import verify_file
@@ -39,13 +40,18 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
     """
     view = look()
     report = Report(agents=len(view.index.agents))
+    if view.not_the_last is not None:
+        detail = f"{view.not_the_last}; the next start of a server, or `warmkv store rebuild-index`, builds it anew"
+        report.problems.append(Problem(Trouble.DAMAGED, journal.FILE_NAME, detail))
+    for agent, wrong in view.index.implausible:
+        report.problems.append(Problem(Trouble.DAMAGED, name_of(agent.tenant, agent.agent_id), wrong))
     paths: list[Path] = []
     for entry in block_files(view.data_dir):
         path = Path(entry.path)
-        if entry.name.endswith(SUFFIX):
+        if is_plain(entry) and entry.name.endswith(SUFFIX):
             paths.append(path)
             report.nbytes += _size(path)
-        elif entry.name.endswith(TEMP_SUFFIX):
+        elif is_plain(entry) and entry.name.endswith(TEMP_SUFFIX):
             report.notes.append(f"{short(path)} is a temporary file; the next start of a server removes it")
         else:
             report.notes.append(f"{short(path)} is not a file of WarmKV")
@@ -57,7 +63,7 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
         bad = [*_examine_all(view, [each.path for each in bad if each.path not in gone])]
         bad += [each for each in _missing(view) if each.path in gone]
     report.bad = [each for each in bad if not _in_the_making(view, each, report)]
-    report.problems = [Problem(each.trouble, short(each.path), each.detail) for each in report.bad]
+    report.problems += [Problem(each.trouble, short(each.path), each.detail) for each in report.bad]
     report.problems += _agents(view, report)
     check_manifests(look, report)
     return report
@@ -116,7 +122,7 @@ def _missing(view: View) -> Iterator[Bad]:
     for node in view.index.nodes.values():
         for kind in node.parts:
             path = block_path(view.data_dir, node.id.hex(), kind)
-            if not path.exists():
+            if not path.is_file() or path.is_symlink():
                 yield Bad(path, Trouble.MISSING, "the index has it", node, kind)
 
 
@@ -167,5 +173,5 @@ def _contiguous(agent: Agent) -> bool:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
