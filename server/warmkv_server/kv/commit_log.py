@@ -113,7 +113,7 @@ class CommitLog:
             return
         if os.pwrite(self._fd, line, self._end) != len(line):
             raise OSError("only a part of a line was written")
-        self._files.sync(self._fd)
+        self._files.sync_data(self._fd)
         self._end += len(line)
         self.bytes_written += len(line)
 

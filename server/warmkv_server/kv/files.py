@@ -103,6 +103,13 @@ class Files:
         else:
             os.fsync(fd)
 
+    def sync_data(self, fd: int) -> None:
+        """`sync` for a file that has its length already: what it says is to be on the medium, not when it said so."""
+        if self.durability is Durability.NONE or sys.platform == "darwin":
+            self.sync(fd)
+        else:
+            os.fdatasync(fd)
+
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
 
