@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from warmkv_server import blas, descriptors
@@ -69,7 +70,8 @@ async def serve(settings: Settings) -> int:
         engine = await _unless_stopped(_load_engine(settings, auth.tenants), signals.first)
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
-            store = await Store.open(_store_settings(settings, auth.tenants), engine.info.layout, fingerprint)
+            layout = replace(engine.info.layout, vocabulary=engine.info.vocab_size)
+            store = await Store.open(_store_settings(settings, auth.tenants), layout, fingerprint)
             shutdown = Shutdown(store, signals, settings.drain_seconds)
             try:
                 await _unless_stopped(engine.text.ready(), signals.first)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.kv.files import Files
-from warmkv_server.kv.journal import FILE_NAME, Database
+from warmkv_server.kv.journal import FILE_NAME, Database, Statement
 from warmkv_server.kv.records import Durability
 
 Image = dict[Path, bytes]
@@ -170,8 +170,8 @@ class RecordedDatabase(Database):
 
     files: PowerlessFiles
 
-    def apply(self, statements: object) -> None:
-        super().apply(statements)  # type: ignore[arg-type]
+    def apply(self, statements: Sequence[Statement], number: int | None = None) -> None:
+        super().apply(statements, number)
         self.files.committed()
 
 

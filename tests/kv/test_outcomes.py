@@ -11,6 +11,8 @@ from tests.kv.disk import RefusingFiles
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import context
 from warmkv_server.errors import MemoryBudget
+from warmkv_server.kv.commit_log import CommitLog
+from warmkv_server.kv.files import Files
 from warmkv_server.kv.journal import Database, Journal
 from warmkv_server.kv.outcomes import KeptOutcome, Outcomes, StoredOutcomes
 from warmkv_server.kv.records import Durability, RequestOutcome
@@ -43,7 +45,8 @@ async def test_those_beyond_the_bound_are_found_in_the_index(tmp_path: Path) -> 
 @pytest.mark.parametrize("limit", [LIMIT, 1 << 30])
 def test_old_ones_are_forgotten_wherever_they_are(tmp_path: Path, limit: int) -> None:
     database = Database(tmp_path / "index.sqlite", Durability.NONE)
-    outcomes = Outcomes(Journal(database), limit, StoredOutcomes([], None))
+    commits = CommitLog(tmp_path, Files(Durability.NONE))
+    outcomes = Outcomes(Journal(database, commits), limit, StoredOutcomes([], None))
     for number in range(COUNT):
         outcomes.add(KeptOutcome(TENANT, outcome(number), time=1000.0 * number))
     assert outcomes.forget(0.0) == []

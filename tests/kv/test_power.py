@@ -18,7 +18,7 @@ from tests.kv.driver import TENANT, Driver
 from tests.kv.power import Moment, PowerlessFiles, RecordedDatabase, put_down
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import startup
+from warmkv_server.kv import truth
 from warmkv_server.kv.journal import FILE_NAME
 from warmkv_server.kv.records import Durability, TokenIds
 from warmkv_server.kv.types import KVLayout
@@ -140,7 +140,7 @@ async def test_a_power_cut_at_any_moment(layout: str, folder: Path, monkeypatch:
     data = folder / "data"
     files = PowerlessFiles(data)
     monkeypatch.setattr(RecordedDatabase, "files", files, raising=False)
-    monkeypatch.setattr(startup, "Database", RecordedDatabase)
+    monkeypatch.setattr(truth, "Database", RecordedDatabase)
     driver = await Driver.open(data, LAYOUTS[layout], files=files, durability=Durability.FULL)
     files.moments.clear()
     story = Story(driver, files)

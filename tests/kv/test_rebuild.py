@@ -29,6 +29,11 @@ def lose_index(data_dir: Path) -> None:
         path.unlink()
 
 
+def lose_all_but_manifests(data_dir: Path) -> None:
+    lose_index(data_dir)
+    (data_dir / "commits.log").unlink()
+
+
 def ruin_index(data_dir: Path) -> None:
     path = data_dir / "index.sqlite"
     path.write_bytes(b"x" * 4096 + path.read_bytes()[4096:])
@@ -170,7 +175,7 @@ async def test_an_agent_whose_tokens_nobody_knows_is_left_out_and_named(
     await driver.put("whole", context([1] * 300))
     await driver.put("illegible", context([2] * 300))
     await driver.close()
-    lose_index(tmp_path)
+    lose_all_but_manifests(tmp_path)
     (tmp_path / "blocks" / first_block[:2] / f"{first_block}.append.safetensors").unlink()
     manifest_of(tmp_path, "illegible").write_bytes(b"{}")
     driver = await Driver.open(tmp_path)
@@ -203,7 +208,7 @@ async def test_without_manifests_nothing_is_thrown_away(tmp_path: Path) -> None:
     await driver.close()
     files = blocks_of(tmp_path)
     kept = (tmp_path / "index.sqlite").read_bytes()
-    lose_index(tmp_path)
+    lose_all_but_manifests(tmp_path)
     manifest_of(tmp_path, "a").unlink()
     for _ in range(2):
         with pytest.raises(OperatorError, match="has no readable manifest"):
@@ -294,7 +299,7 @@ async def test_a_manifest_that_waits_keeps_what_the_one_on_disk_refers_to(tmp_pa
     assert committed.persisted
     await driver.store.settled()
     await driver.close()
-    lose_index(tmp_path / "data")
+    lose_all_but_manifests(tmp_path / "data")
     driver = await Driver.open(tmp_path / "data", layout)
     assert (await driver.reuse("a", context(700))).length == 700
     await driver.close()

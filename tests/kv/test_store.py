@@ -202,7 +202,9 @@ async def test_a_tenants_agents_are_listed_in_order(driver: Driver) -> None:
     assert not list(driver.store.agents("nobody"))
 
 
-async def test_a_copy_of_a_block_in_another_folder_is_removed_and_the_block_stays(tmp_path: Path) -> None:
+async def test_a_copy_of_a_block_in_another_folder_is_left_alone_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     driver = await Driver.open(tmp_path)
     await driver.put("a", context(300))
     await driver.close()
@@ -212,7 +214,9 @@ async def test_a_copy_of_a_block_in_another_folder_is_removed_and_the_block_stay
     driver = await Driver.open(tmp_path)
     assert (await driver.reuse("a", context(300))).length == 300
     await driver.close()
-    assert len(block_names(tmp_path)) == 2
+    assert len(block_names(tmp_path)) == 4
+    (said,) = [record.getMessage() for record in caplog.records if "left alone" in record.getMessage()]
+    assert said.count(".append.safetensors") == 2
 
 
 async def test_a_window_that_a_deleted_agent_left_goes_with_its_row_written(tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def breaking(driver: Driver, *, after: bool) -> Iterator[None]:
     database = driver.store._core.journal.database
     apply = database.apply
 
-    def broken(statements: Any) -> None:
+    def broken(statements: Any, number: int | None = None) -> None:
         database.apply = apply  # type: ignore[method-assign]
         if after:
-            apply(statements)
+            apply(statements, number)
         raise Bug("the index")
 
     database.apply = broken  # type: ignore[method-assign]

@@ -96,7 +96,7 @@ def test_leftovers_and_what_a_crash_may_leave_are_notes(data_dir: Path) -> None:
     path = manifest_of(data_dir, "a")
     path.with_name(f"{path.name}.3.tmp").write_bytes(b"half")
     path.with_name("notes.txt").write_text("hello")
-    path.write_bytes(changed(path, revision=0))
+    path.write_bytes(changed(path, revision=5))
     manifest_of(data_dir, "b").unlink()
     report = verify(data_dir)
     assert report.problems == []

@@ -61,7 +61,7 @@ async def test_an_agent_moves_with_everything_that_is_its_own(tmp_path: Path, na
     file = tmp_path / "a.warmkv"
     assert run("agents", "export", "--data-dir", tmp_path / "from", "--tenant", TENANT, "a", "-o", file).exit_code == 0
     assert tree(tmp_path / "from") == before
-    result = run("agents", "import", "--data-dir", tmp_path / "to", file)
+    result = run("agents", "import", "--data-dir", tmp_path / "to", file, "--trust")
     assert result.exit_code == 0, result.output
 
     theirs, ours = agent_of(tmp_path / "from"), agent_of(tmp_path / "to")
@@ -106,7 +106,7 @@ async def test_what_the_directory_has_already_is_shared(archive: Path, tmp_path:
     await driver.put("b", TOKENS[:600])
     await driver.close()
     before = tree(to)
-    assert run("agents", "import", "--data-dir", to, archive).exit_code == 0
+    assert run("agents", "import", "--data-dir", to, archive, "--trust").exit_code == 0
     after = tree(to)
     assert all(after[path] == content for path, content in before.items() if path.startswith("blocks"))
     shared = {node.id for node in agent_of(to).nodes if node.refs == 2}
@@ -129,7 +129,7 @@ async def test_an_existing_agent_is_not_replaced_unasked(archive: Path, tmp_path
     await driver.close()
     assert "give --as NEW_ID, or --replace" in unchanged(to, archive)
     assert agent_of(to).tokens.tolist() == [7] * 700
-    assert run("agents", "import", "--data-dir", to, archive, "--replace").exit_code == 0
+    assert run("agents", "import", "--data-dir", to, archive, "--replace", "--trust").exit_code == 0
     assert np.array_equal(agent_of(to).tokens, TOKENS)
     assert {p for p in tree(to) if p.startswith("blocks")} == {
         p for p in tree(tmp_path / "from") if p.startswith("blocks")
@@ -241,6 +241,15 @@ async def test_a_disk_that_refuses_leaves_everything_as_it_was(archive: Path, tm
     with importing.opened(archive) as reader, directory.take(to) as taken:
         taken.database.query("PRAGMA query_only = 1")
         with pytest.raises(OperatorError, match="nothing was changed"):
-            importing.import_agent(reader, taken, tenant=TENANT, agent_id="a", replace=False, specs=None)
+            importing.import_agent(
+                reader,
+                taken,
+                tenant=TENANT,
+                agent_id="a",
+                replace=False,
+                trust=False,
+                specs=None,
+                vocabulary=None,
+            )
     assert [path for path in tree(to) if path.startswith("blocks")] == []
     assert look(to).index.agents == {}

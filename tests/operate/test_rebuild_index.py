@@ -42,6 +42,7 @@ async def test_it_refuses_where_it_can_only_do_harm(tmp_path: Path) -> None:
     assert "in use by process" in refusal("store", "rebuild-index", "--data-dir", tmp_path)
     await driver.close()
     manifest_of(tmp_path, "a").unlink()
+    (tmp_path / "commits.log").unlink()
     assert "no readable manifest" in refusal("store", "rebuild-index", "--data-dir", tmp_path)
     driver = await Driver.open(tmp_path)
     assert (await driver.reuse("a", context(300))).length == 300

@@ -51,8 +51,9 @@ def longest_usable(index: Index, layout: KVLayout, nodes: Sequence[Node], reach:
 
     Args:
         nodes: contiguous from token 0, with their APPEND parts at hand; `reach` lies in or at the end of the last.
-        root: what the first node's parent is.
+        root: what the first node's parent would be, if there is none.
     """
+    root = nodes[0].parent if nodes else root  # Not the tenant's own where the context was imported.
     if layout.has_state:
         return _longest_with_state(index, layout, nodes, reach, root, has)
     length = _end_of_window(layout, nodes, reach, has)

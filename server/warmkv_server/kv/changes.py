@@ -12,6 +12,7 @@ from warmkv_server.errors import AgentExists, StorageUnavailable
 from warmkv_server.kv import rows
 from warmkv_server.kv.collect import Collector
 from warmkv_server.kv.commit import Committer
+from warmkv_server.kv.commit_log import dies, lives
 from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Agent
 from warmkv_server.kv.manifests import Manifests
@@ -63,7 +64,7 @@ class Changes:
             if outcome is not None:
                 statements.append(rows.insert_outcome(tenant, outcome, made))
             with self._or(_nothing, "the disk doesn't take the fork"):
-                await core.journal.apply(statements)
+                await core.journal.apply(statements, lives(agent))
             agent.saved = True
             core.accounts.add(agent)
             self._manifests.note(agent)
@@ -104,7 +105,8 @@ class Changes:
                 after.update_time = core.clock.now()
             columns = {**rows.option_columns(after), "update_time": after.update_time}
             with self._or(_nothing, "the disk doesn't take the change"):
-                await core.journal.apply([rows.update_columns(agent.incarnation, columns)])
+                record = lives(after) if agent.durable else None  # What only RAM has is in no manifest.
+                await core.journal.apply([rows.update_columns(agent.incarnation, columns)], record)
             core.index.set_pinned(agent, after.pinned)
             agent.ttl, agent.labels, agent.update_time = after.ttl, after.labels, after.update_time
             self._manifests.note(agent)
@@ -131,7 +133,7 @@ class Changes:
             with self._or(undo, "the disk doesn't take the deletion; the agent is still there"):
                 if agent.saved or agent.durable:
                     await self._manifests.remove(agent)
-                    await core.journal.remove([*rows.delete_agent(agent.incarnation)])
+                    await core.journal.remove([*rows.delete_agent(agent.incarnation)], dies(agent))
             core.accounts.remove(agent)
             self._committer.forget(agent)
             self._collector.suspect(agent.all_nodes())

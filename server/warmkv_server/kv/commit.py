@@ -18,6 +18,7 @@ import numpy as np
 from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
 from warmkv_server.kv import rows
 from warmkv_server.kv.collect import Collector
+from warmkv_server.kv.commit_log import lives
 from warmkv_server.kv.core import Core
 from warmkv_server.kv.index import Agent, AgentKey, Node
 from warmkv_server.kv.journal import Statement
@@ -109,7 +110,7 @@ class Committer:
                     return False
                 statements = [rows.put_node(node) for node in nodes]
                 statements += [*rows.delete_agent(agent.incarnation), *rows.insert_agent(agent)]
-                if not await self._transact(agent, statements, nodes):
+                if not await self._transact(agent, agent, statements, nodes):
                     return False
                 self._note_durable(agent, [])
                 return True
@@ -228,7 +229,7 @@ class Committer:
         statements = self._statements(after, before, plan)
         if outcome is not None:
             statements.append(rows.insert_outcome(after.tenant, outcome, self._core.clock.awake()))
-        return await self._transact(agent, statements, plan.all_nodes())
+        return await self._transact(agent, after, statements, plan.all_nodes())
 
     def _put_into_index(self, agent: Agent, after: Agent) -> None:
         """What was written down is what everybody sees from now on."""
@@ -318,15 +319,19 @@ class Committer:
         after.durable = persisted
         return commit.request(self._core.record(self._core.accounts.sized(after)), persisted)
 
-    async def _transact(self, agent: Agent, statements: list[Statement], nodes: Iterable[Node]) -> bool:
-        """One transaction, with the outcomes of earlier commits that the journal doesn't have."""
+    async def _transact(self, agent: Agent, after: Agent, statements: list[Statement], nodes: Iterable[Node]) -> bool:
+        """One transaction, with the outcomes of earlier commits that the journal doesn't have.
+
+        Args:
+            after: what it makes of the agent.
+        """
         owed = self._core.outcomes.owed_by(agent) if agent in self.not_durable else []
         statements += [rows.insert_outcome(kept.tenant, kept.outcome, kept.time) for kept in owed]
         dirty = [node for node in nodes if node.dirty]
         for node in dirty:
             node.dirty = False  # Now, not afterwards: what changes meanwhile is for the next commit to write.
         try:
-            await self._core.journal.apply(statements)
+            await self._core.journal.apply(statements, lives(after))
         except BaseException as error:
             for node in dirty:
                 node.dirty = True

@@ -84,7 +84,7 @@ class Core:
         """Agents whose last use is not written down yet."""
         self.quarantine_bytes = 0
         self.aside_bytes = 0
-        """Of damaged or replaced indexes that were kept."""
+        """Of damaged or replaced indexes that were kept, and of block files that no agent references."""
         self.manifest_bytes = 0
         """Of all manifests on disk, and of those that are still to be written."""
         self.manifest_sizes: dict[AgentKey, int] = {}
@@ -123,7 +123,7 @@ class Core:
         """Everything that the store has under the data directory."""
         blocks = self.accounts.block_bytes + self.accounts.going_bytes
         others = self.quarantine_bytes + self.manifest_bytes + self.aside_bytes
-        return blocks + others + self.journal.database.disk_bytes
+        return blocks + others + self.journal.database.disk_bytes + self.journal.commits.nbytes
 
     def shutdown(self) -> None:
         self._readers.shutdown()

@@ -12,9 +12,10 @@ import errno
 import fcntl
 import itertools
 import os
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from warmkv_server.kv.records import Durability
@@ -74,7 +75,13 @@ class Files:
     # The steps, one system call each.
 
     def create(self, path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(fd, 0o600)  # Whatever the umask takes away.
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def fill(self, fd: int, buffers: Sequence[memoryview]) -> None:
         rest = [b for b in buffers if len(b)]
@@ -95,6 +102,13 @@ class Files:
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         else:
             os.fsync(fd)
+
+    def sync_data(self, fd: int) -> None:
+        """`sync` for a file that has its length already: what it says is to be on the medium, not when it said so."""
+        if self.durability is Durability.NONE or sys.platform == "darwin":
+            self.sync(fd)
+        else:
+            os.fdatasync(fd)
 
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
@@ -130,3 +144,71 @@ def _first(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
         if not nbytes:
             break
     return taken
+
+
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What lies in a folder, if it is one that can be read."""
+    try:
+        with os.scandir(folder) as found:
+            yield from found
+    except OSError:
+        return
+
+
+def is_plain(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file in its own place: no link, no folder, no pipe, no device."""
+    try:
+        return entry.is_file(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """A plain file's content. Whatever else has the name is neither followed nor waited for.
+
+    Raises:
+        OSError: also where it isn't a plain file, or longer than the limit.
+    """
+    fd = open_file(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size} bytes are too many", str(path))
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(limit)
+    finally:
+        os.close(fd)
+
+
+def open_file(path: Path, *, follow: bool = False) -> int:
+    """A descriptor to read a plain file from.
+
+    Args:
+        follow: a link may lead to it.
+
+    Raises:
+        OSError: also where it isn't one.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return fd
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor of a file that only its owner can use; made where there is none, whatever the umask takes away.
+
+    Raises:
+        OSError: also where a link has the name.
+    """
+    fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):  # somebody else's
+        os.fchmod(fd, 0o600)
+    return fd
+
+
+def in_words(path: Path) -> str:
+    """A path as people can read it, whatever bytes are in it."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -175,6 +175,8 @@ class Index:
     def __init__(self) -> None:
         self.nodes: dict[bytes, Node] = {}
         self.agents: dict[AgentKey, Agent] = {}
+        self.implausible: list[tuple[Agent, str]] = []
+        """Agents of the journal with values that can't be, and what; they are not among `agents`."""
         self.next_row = 1
         self.next_incarnation = 1
         self._names: defaultdict[str, list[str]] = defaultdict(list)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
+from warmkv_server.kv.files import open_private
 
 FILE_NAME = "lock"
 
@@ -24,7 +25,7 @@ class DirectoryLock:
         """
         path = data_dir / FILE_NAME
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = open_private(path, os.O_RDWR)
         except OSError as error:
             raise OperatorError(
                 f"the data directory {data_dir} can't be written ({error.strerror}); "

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Self
 
+from warmkv_server.kv import plausible
+from warmkv_server.kv.ids import TOKEN_BYTES, root_id
 from warmkv_server.kv.index import Agent
 from warmkv_server.kv.sealed import Damaged, seal, unseal
 from warmkv_server.kv.types import BLOCK_TOKENS
@@ -42,6 +44,9 @@ class Manifest:
         kept, previous: boundaries, as in `Agent`.
         ttl: seconds after the last use; None for ever.
         create_time, update_time, last_used: seconds since 1970.
+        root: parent of the first node, in hex, where it isn't the tenant's own: the context, or its beginning, was
+            imported from an archive that nobody vouched for.
+        number: the index had it so at this transaction; 0 where nobody counted them.
     """
 
     tenant: str
@@ -62,9 +67,11 @@ class Manifest:
     parent_agent_id: str
     ending: str
     tokens: Mapping[str, bytes] = field(default_factory=dict)
+    root: str = ""
+    number: int = 0
 
     @classmethod
-    def of(cls, agent: Agent) -> Self:
+    def of(cls, agent: Agent, number: int = 0) -> Self:
         full = len(agent.nodes)
         while full and not agent.nodes[full - 1].full:
             full -= 1
@@ -87,6 +94,8 @@ class Manifest:
             parent_agent_id=agent.parent_agent_id,
             ending=agent.ending,
             tokens={node.id.hex(): node.own_tokens for node in agent.nodes if not node.parts},
+            root=_foreign_root(agent),
+            number=number,
         )
 
     @property
@@ -98,8 +107,15 @@ class Manifest:
         return found
 
     def says_the_same(self, other: Manifest) -> bool:
-        """Whether they differ at most in the time of the last use, which is not written down at each."""
-        return replace(self, last_used=0.0) == replace(other, last_used=0.0)
+        """Whether they differ at most in the number, and in the time of the last use, which not each one has."""
+        return replace(self, last_used=0.0, number=0) == replace(other, last_used=0.0, number=0)
+
+
+def _foreign_root(agent: Agent) -> str:
+    """The hex of its first node's parent, if that isn't the tenant's root."""
+    if not agent.nodes or agent.nodes[0].parent == root_id(agent.tenant, agent.fingerprint):
+        return ""
+    return agent.nodes[0].parent.hex()
 
 
 def file_name(tenant: str, agent_id: str) -> str:
@@ -135,8 +151,29 @@ def decode(content: bytes) -> Manifest:
         described["tokens"] = {
             node: base64.b64decode(tokens, validate=True) for node, tokens in described["tokens"].items()
         }
-        return Manifest(**described)
+        manifest = Manifest(**described)
+        if (wrong := _fault(manifest)) is not None:
+            raise BadManifest(wrong)
+        return manifest
     except Damaged as error:
         raise BadManifest(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
         raise BadManifest(f"unreadable: {error!r}") from error
+
+
+def _fault(manifest: Manifest) -> str | None:
+    """What of it can't be, whatever its checksum says."""
+    spans = manifest.spans
+    wrong = plausible.spans_fault(spans, BLOCK_TOKENS)
+    if wrong is not None:
+        return wrong
+    length = spans[-1][2] if spans else 0
+    if manifest.root and not plausible.NODE_ID.fullmatch(manifest.root):
+        return "its root is no id"
+    if not all(type(at) is int and 0 < at <= length for at in manifest.snapshots):
+        return "its snapshots are not of this context"
+    if type(manifest.number) is not int or not 0 <= manifest.number < 1 << 63:
+        return "its number can't be one"
+    if any(len(tokens) % TOKEN_BYTES for tokens in manifest.tokens.values()):
+        return "its tokens are no tokens"
+    return plausible.fault(manifest, length)

@@ -1,8 +1,9 @@
 """Keeping the agents' manifests behind their commits, and the moment when one may be removed.
 
-The index is the commit point, so nobody waits for a manifest: it is written after the commit, at most once in a while
-for each agent, many of them with one sync of their folder. What a manifest on disk refers to stays there until a newer
-one is: nodes that a commit has replaced, and those whose window it doesn't need any more, are pinned for as long.
+The index is the commit point, and the log of commits has what its loss would cost, so nobody waits for a manifest: it
+is written after the commit, at most once in a while for each agent, many of them with one sync of their folder. What a
+manifest on disk refers to stays there until a newer one is: nodes that a commit has replaced, and those whose window it
+doesn't need any more, are pinned for as long.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from warmkv_server.kv.core import Core
-from warmkv_server.kv.files import TEMP_SUFFIX, Files
+from warmkv_server.kv.core import QUARANTINE, Core
+from warmkv_server.kv.evidence import Evidence
+from warmkv_server.kv.files import Files
 from warmkv_server.kv.index import Agent, AgentKey, Index, Node
-from warmkv_server.kv.manifest import FOLDER, BadManifest, Manifest, decode, encode, file_name
+from warmkv_server.kv.manifest import FOLDER, Manifest, encode, file_name
+from warmkv_server.kv.quarantine import quarantine
 from warmkv_server.kv.types import PartKind
 
 log = logging.getLogger(__name__)
@@ -28,9 +31,15 @@ _BATCH = 16
 
 @dataclass
 class _Owed:
-    """A manifest that is to be written, and the pinned nodes that the one on disk may still refer to."""
+    """A manifest that is to be written, and the pinned nodes that the one on disk may still refer to.
+
+    Attributes:
+        number: of the note.
+        durable: of the last transaction that it surely is not older than.
+    """
 
     number: int
+    durable: int
     content: bytes
     held: list[Node]
 
@@ -64,21 +73,23 @@ class Manifests:
             replaced: nodes that it referenced before.
         """
         core = self._core
-        if agent.deleting or not agent.durable or core.index.agents.get(agent.key) is not agent:
+        known = agent.saved and agent.durable and core.index.agents.get(agent.key) is agent
+        if agent.deleting or not known:
             return
         now = set(agent.all_nodes())
         held = [n for n in set(replaced) if n not in now or (PartKind.WINDOW in n.parts and n not in agent.windowed)]
         for node in held:
             node.pins += 1
-        content = encode(Manifest.of(agent))
+        durable = core.journal.durable
+        content = encode(Manifest.of(agent, durable))
         core.manifest_bytes += len(content)
         owed = self._owed.get(agent.key)
         if owed is None:
             self._noted += 1
-            self._owed[agent.key] = _Owed(self._noted, content, held)
+            self._owed[agent.key] = _Owed(self._noted, durable, content, held)
         else:
             core.manifest_bytes -= len(owed.content)
-            owed.content = content
+            owed.content, owed.durable = content, durable
             owed.held += held
         self._start()
 
@@ -151,6 +162,7 @@ class Manifests:
         contents = {core.manifest_path(key): owed.content for key, owed in batch.items()}
         try:
             await core.writing(_write, core.files, contents)
+            await core.journal.cover({key: owed.durable for key, owed in batch.items()})
         except BaseException:
             self._owe_again(batch)
             raise
@@ -186,6 +198,7 @@ class UpToDate:
 
     Attributes:
         sizes: bytes of the manifests there are.
+        removed: manifests of no agent; temporary files are not among them.
         stale: agents whose manifest the disk refused.
     """
 
@@ -195,22 +208,30 @@ class UpToDate:
     stale: list[Agent] = field(default_factory=list)
 
 
-def bring_up_to_date(data_dir: Path, index: Index, files: Files) -> UpToDate:
-    """Have a manifest for each agent of the index, as the index has it, and no others. Blocking."""
+def bring_up_to_date(
+    data_dir: Path, index: Index, number: int, files: Files, evidence: Evidence, quarantine_bytes: int
+) -> UpToDate:
+    """Have a manifest for each agent of the index, as the index has it. Blocking.
+
+    What is no agent's is put into quarantine: somebody may have put it there, or want to know what it was.
+
+    Args:
+        number: of the index's last transaction.
+        evidence: what there is; the index was compared with it.
+    """
     folder = data_dir / FOLDER
-    folder.mkdir(exist_ok=True)
-    strays = {path.name for path in folder.iterdir()}
+    strays = {*evidence.manifests, *evidence.unreadable}
     found = UpToDate()
     contents: dict[Path, bytes] = {}
     changed: list[Agent] = []
     for agent in index.agents.values():
-        name = file_name(*agent.key)
-        strays.discard(name)
-        wanted = Manifest.of(agent)
-        size = _size_if_same(folder / name, wanted)
-        if size is None:
+        path = folder / file_name(*agent.key)
+        strays.discard(path)
+        wanted = Manifest.of(agent, number)
+        before, size = evidence.manifests.get(path, (None, 0))
+        if before is None or not before.says_the_same(wanted):
             changed.append(agent)
-            content = contents[folder / name] = encode(wanted)
+            content = contents[path] = encode(wanted)
             size = len(content)
         found.sizes[agent.key] = size
     try:
@@ -219,21 +240,14 @@ def bring_up_to_date(data_dir: Path, index: Index, files: Files) -> UpToDate:
     except OSError as error:
         log.warning("%d manifests wait for the disk, which refuses: %s", len(changed), error)
         found.stale = changed
-    for name in strays:
-        files.unlink(folder / name)
-        found.removed += not name.endswith(TEMP_SUFFIX)
-    if strays:
+    for path in strays:
+        quarantine(files, path, data_dir / QUARANTINE, quarantine_bytes)
+        found.removed += 1
+    for path in evidence.temporary:
+        files.unlink(path)
+    if strays or evidence.temporary:
         files.sync_folders([folder])
     return found
-
-
-def _size_if_same(path: Path, wanted: Manifest) -> int | None:
-    """The manifest's size if it says what it should."""
-    try:
-        content = path.read_bytes()
-        return len(content) if decode(content).says_the_same(wanted) else None
-    except (BadManifest, OSError):
-        return None
 
 
 def _write(files: Files, contents: Mapping[Path, bytes]) -> None:

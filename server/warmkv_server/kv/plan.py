@@ -46,6 +46,9 @@ class Planner:
         """Lay out `commit.tokens`. Changes nothing."""
         raw = commit.tokens.astype("<i4").tobytes()
         tenant = commit.tenant
+        if commit.reuse.length:
+            # What goes on with KV that was imported stays under its root, where no other agent finds it.
+            root = commit.lease.nodes[0].parent
         nodes = self._full_blocks(tenant, root, raw, [n for n in commit.lease.nodes if n.end <= commit.reuse.length])
         parent = nodes[-1].id if nodes else root
         nodes += self._tail(tenant, parent, raw, nodes[-1].end if nodes else 0, commit)

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from warmkv_server.kv.files import Files
+from warmkv_server.kv.files import Files, entries, is_plain
 
 
 def quarantine(files: Files, path: Path, folder: Path, limit: int) -> int:
     """Move a file there. Blocking, from any thread. Returns the bytes that the folder holds afterwards."""
     target = folder / path.name
     number = 0
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = folder / f"{path.name}.{number}"
     with contextlib.suppress(FileNotFoundError):  # Somebody else may have moved it.
@@ -31,8 +31,7 @@ def quarantine(files: Files, path: Path, folder: Path, limit: int) -> int:
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Those that are there; other threads take away too what is too much."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
+    for entry in entries(folder):
+        if is_plain(entry):
             with contextlib.suppress(FileNotFoundError):
-                if entry.is_file():
-                    yield Path(entry.path), entry.stat()
+                yield Path(entry.path), entry.stat(follow_symlinks=False)

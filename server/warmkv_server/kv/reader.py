@@ -25,6 +25,7 @@ import numpy as np
 from warmkv_server.kv import blockfile
 from warmkv_server.kv.arrays import stored_shape, view
 from warmkv_server.kv.blockfile import BadFile, BlockInfo
+from warmkv_server.kv.files import open_file
 from warmkv_server.kv.spare import Part, SpareMemory
 from warmkv_server.kv.types import Fallback, Tensors, TensorSpec
 
@@ -166,7 +167,7 @@ def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> N
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_file(path)
     except FileNotFoundError as error:
         raise BadFile(Fallback.MISSING_BLOCK, "missing") from error
 

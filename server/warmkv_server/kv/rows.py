@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from warmkv_server.kv import plausible
 from warmkv_server.kv.clock import Clock, Reading, TimeSource
-from warmkv_server.kv.ids import node_id
+from warmkv_server.kv.ids import TOKEN_BYTES, node_id
 from warmkv_server.kv.index import Agent, Index, Node, Part
-from warmkv_server.kv.journal import JournalDamaged, Statement, as_json, insert
+from warmkv_server.kv.journal import JournalDamaged, Queryable, Statement, as_json, insert
 from warmkv_server.kv.records import Fingerprint, RequestOutcome
-from warmkv_server.kv.types import Fallback, PartKind
-
-
-class Queryable(Protocol):
-    """A database, for writing too or for reading only."""
-
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
+from warmkv_server.kv.types import BLOCK_TOKENS, Fallback, PartKind
 
 
 def put_node(node: Node) -> Statement:
@@ -144,6 +139,33 @@ def delete_fingerprint(digest: str) -> Statement:
     return "DELETE FROM fingerprints WHERE digest = ?", (digest,)
 
 
+def spare(name: str) -> Statement:
+    """A block file that no agent references, and that no start may remove."""
+    return "INSERT OR IGNORE INTO spared VALUES (?)", (name,)
+
+
+def spare_none() -> Statement:
+    return "DELETE FROM spared", ()
+
+
+def put_vocabulary(fingerprint: str, size: int) -> Statement:
+    return "INSERT OR REPLACE INTO vocabularies VALUES (?, ?)", (fingerprint, size)
+
+
+def read_spared(db: Queryable) -> set[str]:
+    return {name for (name,) in _of_addition(db, "SELECT name FROM spared")}
+
+
+def read_vocabularies(db: Queryable) -> dict[str, int]:
+    """By fingerprint: token ids are below."""
+    return {str(digest): int(size) for digest, size in _of_addition(db, "SELECT fingerprint, size FROM vocabularies")}
+
+
+def _of_addition(db: Queryable, sql: str) -> list[tuple[Any, ...]]:
+    """Nothing, in an index of a version that didn't have the table."""
+    return db.query(sql) if db.query("SELECT 1 FROM sqlite_master WHERE name = 'vocabularies'") else []
+
+
 def read_fingerprints(db: Queryable) -> dict[str, Fingerprint]:
     rows = db.query("SELECT digest, fields FROM fingerprints")
     return {digest: Fingerprint(json.loads(fields)) for digest, fields in rows}
@@ -206,8 +228,10 @@ def _read_index(db: Queryable) -> Index:
         "SELECT row, id, tenant, fingerprint, parent, start, tokens, parts, lost FROM nodes"
     ):
         node = Node(ident, row, tenant, fingerprint, parent, start, tokens, saved=True, dirty=False)
-        node.parts = {PartKind(kind): Part(*values) for kind, values in json.loads(parts).items()}
+        node.parts = {PartKind(kind): _part(*values) for kind, values in json.loads(parts).items()}
         node.lost = Fallback(lost) if lost else None
+        if not 0 <= start < 1 << 31 or len(tokens) % TOKEN_BYTES or not 0 <= node.count <= BLOCK_TOKENS:
+            raise JournalDamaged(f"node {row} is of tokens that can't be")
         if node_id(parent, start, tokens) != ident:
             raise JournalDamaged(f"the id of node {row} is not that of its tokens")
         by_row[row] = index.nodes[ident] = node
@@ -228,11 +252,17 @@ def _read_index(db: Queryable) -> Index:
         incarnation, tenant, agent_id, fingerprint, revision, kept, previous, pinned, ttl, labels, *rest = columns
         agent = Agent(tenant, agent_id, incarnation, fingerprint, durable=True, saved=True)
         agent.nodes = chains.get(incarnation, [])
+        if any(node.start != end for node, end in zip(agent.nodes, [0, *(n.end for n in agent.nodes)], strict=False)):
+            raise JournalDamaged(f"the blocks of agent {agent_id!r} don't follow each other")
         agent.snapshots = snapshots.get(incarnation, {})
         agent.tokens = join_tokens(agent.nodes)
         agent.revision, agent.kept, agent.previous = revision, tuple(json.loads(kept)), previous
         agent.pinned, agent.ttl, agent.labels = bool(pinned), ttl, json.loads(labels)
         agent.create_time, agent.update_time, agent.last_used, agent.parent_agent_id, agent.ending = rest
+        wrong = plausible.fault(agent, len(agent.tokens)) or plausible.tokens_fault(agent.tokens, None)
+        if wrong is not None:
+            index.implausible.append((agent, wrong))
+            continue
         index.add_agent(agent)
         for node in agent.all_nodes():
             node.last_used = max(node.last_used, agent.last_used)
@@ -254,6 +284,12 @@ def _node(by_row: Mapping[int, Node], row: int) -> Node:
         return by_row[row]
     except KeyError as error:
         raise JournalDamaged(f"an agent refers to node {row}, which isn't there") from error
+
+
+def _part(nbytes: int, digest: str) -> Part:
+    if type(nbytes) is not int or not 0 <= nbytes < 1 << 63 or not isinstance(digest, str):
+        raise JournalDamaged("a block file of a size or a checksum that can't be")
+    return Part(nbytes, digest)
 
 
 def _parts(parts: Mapping[PartKind, Part]) -> str:

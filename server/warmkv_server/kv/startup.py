@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import journal, rows
-from warmkv_server.kv.blockfile import SUFFIX
+from warmkv_server.kv import commit_log, journal, plausible, rows, signing
+from warmkv_server.kv import lock as locking
+from warmkv_server.kv.blockfile import SUFFIX, file_name
 from warmkv_server.kv.boundaries import in_window
 from warmkv_server.kv.clock import Clock, TimeSource
+from warmkv_server.kv.commit_log import CommitLog
 from warmkv_server.kv.core import BLOCKS, QUARANTINE, block_path
-from warmkv_server.kv.files import TEMP_SUFFIX, Files
+from warmkv_server.kv.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
 from warmkv_server.kv.foreign import Foreign
-from warmkv_server.kv.index import Index
-from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, JournalDamaged
+from warmkv_server.kv.index import Agent, AgentKey, Index
+from warmkv_server.kv.journal import CHECKPOINT_BYTES, Database, Statement
 from warmkv_server.kv.lock import DirectoryLock
-from warmkv_server.kv.manifest import FOLDER
+from warmkv_server.kv.manifest import FOLDER, Manifest, encode
 from warmkv_server.kv.manifests import UpToDate, bring_up_to_date
 from warmkv_server.kv.outcomes import StoredOutcomes
-from warmkv_server.kv.rebuild import aside_files, holds_contexts, rebuild_index
+from warmkv_server.kv.private import make_folder, tighten
+from warmkv_server.kv.rebuild import aside_files
 from warmkv_server.kv.records import Fingerprint, StoreSettings
-from warmkv_server.kv.types import Fallback, KVLayout
+from warmkv_server.kv.truth import open_index
+from warmkv_server.kv.types import Fallback, KVLayout, PartKind
 
 log = logging.getLogger(__name__)
+
+_NAMED = 20
+"""Strange things that a line names at most."""
 
 
 @dataclass
@@ -35,6 +44,7 @@ class Opened:
 
     lock: DirectoryLock
     database: Database
+    commits: CommitLog
     index: Index
     clock: Clock
     foreign: Foreign
@@ -50,10 +60,14 @@ class _Sweep:
 
     Attributes:
         temps, orphans: files that are to go.
+        spared: bytes of block files that no agent references, and that stay.
+        strange: what is no file of the store; it is left alone.
     """
 
     temps: list[Path] = field(default_factory=list)
     orphans: list[Path] = field(default_factory=list)
+    spared: int = 0
+    strange: list[Path] = field(default_factory=list)
     missing: int = 0
     unreferenced: int = 0
 
@@ -70,34 +84,48 @@ def open_directory(
     Raises:
         OperatorError
     """
-    make_folders(settings.data_dir, files)
-    lock = DirectoryLock(settings.data_dir)
+    data_dir = settings.data_dir
+    make_folders(data_dir, files)
+    lock = DirectoryLock(data_dir)
     try:
-        database, index = _open_index(settings, files)
+        tighten(data_dir, _is_own)
+        signing.make_key(data_dir)
+        small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
+        believed = open_index(data_dir, files, min(CHECKPOINT_BYTES, small), settings.quarantine_limit)
+        database, index, evidence = believed.database, believed.index, believed.evidence
         try:
+            _put_aside_the_implausible(index, layout, fingerprint.digest, database)
             _count_windows(index, layout, fingerprint.digest)
-            sweep = _sweep(settings.data_dir, index, database)
+            sweep = _sweep(data_dir, index, database)
             # Before the files that only older manifests refer to are gone.
-            manifests = bring_up_to_date(settings.data_dir, index, files)
-            for path in (*sweep.temps, *sweep.orphans):
-                files.unlink(path)
+            manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
+            _remove((*sweep.temps, *sweep.orphans), files)
             clock = rows.read_clock(database, index, times)
             foreign = Foreign(fingerprint, rows.read_fingerprints(database))
-            database.apply([rows.insert_fingerprint(fingerprint), *rows.put_clock(clock.reading())])
-            files.sync_folders([settings.data_dir])
+            database.apply(
+                [
+                    rows.insert_fingerprint(fingerprint),
+                    rows.put_vocabulary(fingerprint.digest, layout.vocabulary),
+                    *rows.put_clock(clock.reading()),
+                ]
+            )
+            commits = CommitLog(data_dir, files, small)
+            commits.begin(database.number, _lines(manifests.stale, database.number))
+            files.sync_folders([data_dir])
             outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
-            kept = sum(entry.stat().st_size for entry in (settings.data_dir / QUARANTINE).iterdir())
-            aside = sum(path.stat().st_size for path in aside_files(settings.data_dir))
+            kept = sum(_sizes(Path(entry.path) for entry in entries(data_dir / QUARANTINE)))
+            aside = sum(_sizes(aside_files(data_dir))) + sweep.spared
         except BaseException:
             database.close()
             raise
     except BaseException:
         lock.release()
         raise
+    _name_the_strange(data_dir, [*sweep.strange, *evidence.strange])
     log.info(
         "opened %s: %d agents, %d nodes; removed %d temporary and %d unknown files and %d unreferenced nodes;"
         " %d files are missing; wrote %d manifests and removed %d",
-        settings.data_dir,
+        data_dir,
         len(index.agents),
         len(index.nodes),
         len(sweep.temps),
@@ -108,7 +136,7 @@ def open_directory(
         manifests.removed,
     )
     foreign.say(index, settings.data_dir)
-    return Opened(lock, database, index, clock, foreign, outcomes, kept, aside, manifests)
+    return Opened(lock, database, commits, index, clock, foreign, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:
@@ -119,13 +147,10 @@ def make_folders(data_dir: Path, files: Files) -> None:
     """
     blocks = data_dir / BLOCKS
     try:
-        (data_dir / QUARANTINE).mkdir(parents=True, exist_ok=True)
-        blocks.mkdir(exist_ok=True)
-        (data_dir / FOLDER).mkdir(exist_ok=True)
-        missing = {f"{number:02x}" for number in range(256)} - {e.name for e in blocks.iterdir()}
-        for name in missing:
-            (blocks / name).mkdir()
-        if missing:
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (data_dir, data_dir / QUARANTINE, blocks, data_dir / FOLDER):
+            make_folder(folder)
+        if sum([make_folder(blocks / f"{number:02x}") for number in range(256)]):
             files.sync_folders([blocks, data_dir, data_dir.parent])
     except OSError as error:
         raise OperatorError(
@@ -136,34 +161,80 @@ def make_folders(data_dir: Path, files: Files) -> None:
 
 def block_files(data_dir: Path) -> Iterator[os.DirEntry[str]]:
     """Everything that lies in the block folders."""
-    for folder in sorted((data_dir / BLOCKS).iterdir()):
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                yield from entries
+    for folder in sorted(Path(entry.path) for entry in entries(data_dir / BLOCKS)):
+        yield from entries(folder)
 
 
-def _open_index(settings: StoreSettings, files: Files) -> tuple[Database, Index]:
-    """The index, rebuilt if it is lost."""
-    path = settings.data_dir / journal.FILE_NAME
-    try:
-        return _read_index(settings, create=not holds_contexts(settings.data_dir))
-    except JournalDamaged as error:
-        log.error("the index %s is lost (%s); building it anew from the files", path, error)
-    rebuilt = rebuild_index(settings.data_dir, files, settings.quarantine_limit, "damaged")
-    kept = f" (the damaged index is kept as {rebuilt.aside.name})" if rebuilt.aside is not None else ""
-    log.warning("the index %s was rebuilt%s: %s", path, kept, rebuilt.summary())
-    return _read_index(settings, create=False)
+def _is_block_folder(entry: os.DirEntry[str]) -> bool:
+    return len(entry.name) == 2 and set(entry.name) <= set("0123456789abcdef") and entry.is_dir()
 
 
-def _read_index(settings: StoreSettings, *, create: bool) -> tuple[Database, Index]:
-    path = settings.data_dir / journal.FILE_NAME
-    small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
-    database = Database(path, settings.durability, min(CHECKPOINT_BYTES, small), create=create)
-    try:
-        return database, rows.read_index(database)
-    except BaseException:
-        database.close()
-        raise
+def is_block(entry: os.DirEntry[str]) -> bool:
+    """Whether it has the name of a block file, in the folder where that belongs, and is a file."""
+    node, _, rest = entry.name.partition(".")
+    kind, _, end = rest.partition(".")
+    named = plausible.NODE_ID.fullmatch(node) and kind in [*PartKind] and f".{end}" == SUFFIX
+    return bool(named) and Path(entry.path).parent.name == node[:2] and is_plain(entry)
+
+
+def _is_own(name: str) -> bool:
+    """Whether something in a data directory is the store's, by its name."""
+    names = {BLOCKS, QUARANTINE, FOLDER, locking.FILE_NAME, "reserve", signing.FILE_NAME, journal.READERS_LOCK}
+    return name in names or name.startswith((journal.FILE_NAME, commit_log.FILE_NAME))
+
+
+def _lines(agents: Iterable[Agent], number: int) -> dict[AgentKey, tuple[int, bytes]]:
+    """For the log of commits: agents whose manifests the disk has refused."""
+    return {agent.key: (number, encode(Manifest.of(agent, number))) for agent in agents}
+
+
+def _remove(paths: Iterable[Path], files: Files) -> None:
+    """What the disk refuses to remove stays until the next start."""
+    refused: list[OSError] = []
+    for path in paths:
+        try:
+            files.unlink(path)
+        except OSError as error:
+            refused.append(error)
+    if refused:
+        log.warning("the disk refuses to remove %d files that nobody needs: %s", len(refused), refused[0])
+
+
+def _sizes(paths: Iterable[Path]) -> Iterator[int]:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                yield found.st_size
+
+
+def _name_the_strange(data_dir: Path, strange: list[Path]) -> None:
+    strange += [Path(e.path) for e in entries(data_dir / QUARANTINE) if not is_plain(e)]
+    strange += [Path(e.path) for e in entries(data_dir) if not _is_own(e.name)]
+    strange += [Path(e.path) for e in entries(data_dir) if e.name.startswith(journal.FILE_NAME) and not is_plain(e)]
+    if strange:
+        names = ", ".join(in_words(path.relative_to(data_dir)) for path in strange[:_NAMED])
+        more = f" and {len(strange) - _NAMED} more" * (len(strange) > _NAMED)
+        log.warning("left alone in %s, for they are not files of WarmKV: %s%s", in_words(data_dir), names, more)
+
+
+def _put_aside_the_implausible(index: Index, layout: KVLayout, fingerprint: str, database: Database) -> None:
+    """Agents with values that can't be are no agents any more. Their block files and manifests stay, unused."""
+    found = list(index.implausible)
+    for agent in list(index.agents.values()):
+        ours = agent.fingerprint == fingerprint
+        wrong = plausible.tokens_fault(agent.tokens, layout.vocabulary if ours else None)
+        if wrong is not None:
+            index.remove_agent(agent)
+            found.append((agent, wrong))
+    statements: list[Statement] = []
+    for agent, wrong in found:
+        log.error("agent %r of tenant %r is damaged and was put aside: %s", agent.agent_id, agent.tenant, wrong)
+        statements += rows.delete_agent(agent.incarnation)
+        files = (file_name(n.id.hex(), kind) for n in agent.all_nodes() if not n.refs for kind in n.parts)
+        statements += [rows.spare(name) for name in files]
+    if statements:
+        database.apply(statements)
 
 
 def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
@@ -188,14 +259,21 @@ def _sweep(data_dir: Path, index: Index, database: Database) -> _Sweep:
     known = {
         block_path(data_dir, node.id.hex(), kind): (node, kind) for node in index.nodes.values() for kind in node.parts
     }
-    for entry in list(block_files(data_dir)):
-        if known.pop(Path(entry.path), None) is not None:
+    spared = rows.read_spared(database)
+    for entry in block_files(data_dir):
+        path = Path(entry.path)
+        if is_plain(entry) and known.pop(path, None) is not None:
             continue
-        if entry.name.endswith(TEMP_SUFFIX):
-            sweep.temps.append(Path(entry.path))
-        elif entry.name.endswith(SUFFIX):
+        if is_plain(entry) and entry.name.endswith(TEMP_SUFFIX):
+            sweep.temps.append(path)
+        elif not is_block(entry):
+            sweep.strange.append(path)
+        elif entry.name in spared:
+            sweep.spared += entry.stat().st_size
+        else:
             # Its transaction never happened, or its removal was cut short: nobody was promised it.
-            sweep.orphans.append(Path(entry.path))
+            sweep.orphans.append(path)
+    sweep.strange += [Path(e.path) for e in entries(data_dir / BLOCKS) if not _is_block_folder(e)]
     for node, kind in known.values():
         del node.parts[kind]
         node.lost = Fallback.MISSING_BLOCK

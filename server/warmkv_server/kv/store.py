@@ -108,7 +108,7 @@ class Store:
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
         opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, times)
-        journal = Journal(opened.database)
+        journal = Journal(opened.database, opened.commits)
         core = Core(
             settings,
             layout,
@@ -221,7 +221,9 @@ class Store:
         return StoreStats(
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
-            metadata_bytes_written=core.journal.database.bytes_written + counters.manifest_bytes_written,
+            metadata_bytes_written=core.journal.database.bytes_written
+            + core.journal.commits.bytes_written
+            + counters.manifest_bytes_written,
             evictions=core.accounts.evictions + counters.evictions,
             quarantined=counters.quarantined,
             commits_failed=counters.commits_failed,

@@ -60,6 +60,8 @@ class KVLayout:
     tensors: tuple[TensorSpec, ...]
     window: int = 0
     """Tokens that the widest windowed layer looks back on; 0 without such layers."""
+    vocabulary: int = 1 << 31
+    """Token ids are below."""
 
     def of_kind(self, kind: PartKind) -> tuple[TensorSpec, ...]:
         return tuple(t for t in self.tensors if t.kind == kind)

@@ -203,6 +203,15 @@ def import_agent(
         ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Delete the agent that has this id already.")] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Share the archive's KV with every agent that asks for the same tokens, as what this server computed "
+            "is. Wrong KV makes their answers wrong, and no check finds it. An archive that this data directory "
+            "exported is trusted without.",
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -217,7 +226,8 @@ def import_agent(
     """Make an exported agent one of this data directory. Needs the server stopped.
 
     Refused, with nothing changed, if the archive is damaged or its KV is of another model or other settings. The
-    agent keeps its revision, labels, ttl and pin; a request id it answered before is not known here.
+    agent keeps its revision, labels, ttl and pin; a request id it answered before is not known here. Unless the archive
+    is trusted, its KV serves this agent and its forks alone.
     """
     from warmkv_server.config import Settings
     from warmkv_server.operate import show
@@ -228,6 +238,7 @@ def import_agent(
     flags = {"adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
     given = {name: value for name, value in flags.items() if value is not None}
     specs: Specs | None = None
+    vocabulary: int | None = None
     with _refusing():
         if given and model is None:
             raise OperatorError(f"--{next(iter(given)).replace('_', '-')} goes with --model")
@@ -236,7 +247,7 @@ def import_agent(
             if model is not None:
                 from warmkv_server.operate.model import load
 
-                fingerprint, specs = load(Settings.read({"model": model, **given}))
+                fingerprint, specs, vocabulary = load(Settings.read({"model": model, **given}))
                 require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
                 make(data_dir)
             else:
@@ -249,12 +260,15 @@ def import_agent(
                     tenant=told.agent.tenant if tenant is None else tenant,
                     agent_id=told.agent.agent_id if new_id is None else new_id,
                     replace=replace,
+                    trust=trust,
                     specs=specs,
+                    vocabulary=vocabulary,
                 )
     lost = _without_kv(done.tokens, done.usable_tokens)
+    alone = "; for this agent and its forks alone, as this directory didn't sign the archive" * (not done.shared)
     typer.echo(
         f"agent {done.agent_id} at revision {done.revision}, {done.tokens} tokens{lost}; {done.files} block files "
-        f"written, {show.size(done.nbytes)}"
+        f"written, {show.size(done.nbytes)}{alone}"
     )
 
 

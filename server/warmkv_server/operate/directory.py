@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import journal, lock, rows
+from warmkv_server.kv import commit_log, journal, lock, rows, signing
 from warmkv_server.kv.clock import Clock
+from warmkv_server.kv.commit_log import CommitLog
+from warmkv_server.kv.evidence import Evidence, gather
 from warmkv_server.kv.files import Files
 from warmkv_server.kv.index import Agent, Index, Node
 from warmkv_server.kv.journal import Database, JournalDamaged
@@ -21,6 +24,7 @@ from warmkv_server.kv.readonly import ReadOnlyDatabase
 from warmkv_server.kv.rebuild import holds_contexts
 from warmkv_server.kv.records import Durability, Fingerprint, StoreSettings
 from warmkv_server.kv.startup import make_folders
+from warmkv_server.kv.truth import believe
 from warmkv_server.kv.types import PartKind
 
 _REBUILD = "`warmkv store rebuild-index` builds it anew, and so does a server that starts"
@@ -33,20 +37,28 @@ class View:
     Attributes:
         fingerprints: by digest; of all models that the directory was served with.
         clock: the directory's time.
+        vocabularies: by digest; token ids are below. Not all models' are known.
+        not_the_last: why the index is older than what else the directory says, if it is.
     """
 
     data_dir: Path
     index: Index
     fingerprints: Mapping[str, Fingerprint]
     clock: Clock
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
+    not_the_last: str | None = None
 
 
 @dataclass(frozen=True)
 class Taken(View):
     """A directory that nobody else changes meanwhile."""
 
-    database: Database
-    files: Files
+    database: Database = field(kw_only=True)
+    files: Files = field(kw_only=True)
+
+    def settle(self) -> None:
+        """Have every agent's manifest in its file, so that what is removed afterwards stays removed."""
+        _settle(self, gather(self.data_dir))
 
 
 def look(data_dir: Path) -> View:
@@ -56,10 +68,18 @@ def look(data_dir: Path) -> View:
         OperatorError: there is no readable index.
     """
     path = _index_path(data_dir)
+    told = commit_log.read(data_dir)  # Before the index: a server writes them in the other order.
     try:
         with ReadOnlyDatabase(path) as database:
-            index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
-            return View(data_dir, index, fingerprints, rows.read_clock(database, index))
+            index, (number, _) = rows.read_index(database), journal.read_number(database)
+            return View(
+                data_dir,
+                index,
+                rows.read_fingerprints(database),
+                rows.read_clock(database, index),
+                rows.read_vocabularies(database),
+                Evidence(told=told).against(Index(), number),
+            )
     except JournalDamaged as error:
         raise _damaged(path, error) from error
 
@@ -74,16 +94,19 @@ def take(data_dir: Path) -> Iterator[Taken]:
     path = _index_path(data_dir)
     with locked(data_dir), _open_index(path) as database:
         try:
-            index, fingerprints = rows.read_index(database), rows.read_fingerprints(database)
-            clock = rows.read_clock(database, index)
+            evidence = gather(data_dir)
+            believed = believe(database, evidence)
+            clock = rows.read_clock(database, believed.index)
+            fingerprints, vocabularies = rows.read_fingerprints(database), rows.read_vocabularies(database)
         except JournalDamaged as error:
             raise _damaged(path, error) from error
         headroom = StoreSettings(data_dir).headroom_bytes
-        taken = Taken(data_dir, index, fingerprints, clock, database, Files(Durability.FULL, headroom))
+        files, before = Files(Durability.FULL, headroom), database.number
+        taken = Taken(data_dir, believed.index, fingerprints, clock, vocabularies, database=database, files=files)
         try:
             yield taken
         finally:
-            if database.bytes_written:
+            if database.number != before:
                 _renew_manifests(taken)
 
 
@@ -105,7 +128,7 @@ def make(data_dir: Path) -> None:
     if is_new(data_dir):
         make_folders(data_dir, Files(Durability.FULL))
         with locked(data_dir), _open_index(data_dir / journal.FILE_NAME):
-            pass
+            signing.make_key(data_dir)
 
 
 def is_new(data_dir: Path) -> bool:
@@ -182,12 +205,23 @@ def _index_path(data_dir: Path) -> Path:
 def _renew_manifests(taken: Taken) -> None:
     """Of the agents as they are now."""
     try:
-        bring_up_to_date(taken.data_dir, rows.read_index(taken.database), taken.files)
+        _settle(replace(taken, index=rows.read_index(taken.database)), gather(taken.data_dir))
     except OSError as error:
         raise OperatorError(
             f"the change is made, but the disk refuses the agents' manifests ({error.strerror or error}); "
             "the next start of a server puts them right"
         ) from error
+
+
+def _settle(taken: Taken, evidence: Evidence) -> None:
+    number = taken.database.number
+    limit = StoreSettings(taken.data_dir).quarantine_bytes
+    found = bring_up_to_date(taken.data_dir, taken.index, number, taken.files, evidence, limit)
+    if found.stale:
+        raise OSError(errno.EIO, "the manifests can't be written")
+    commits = CommitLog(taken.data_dir, taken.files)
+    commits.begin(number)
+    commits.close()
 
 
 def _damaged(path: Path, error: JournalDamaged) -> OperatorError:

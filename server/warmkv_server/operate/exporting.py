@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blockfile import BadFile, verify
 from warmkv_server.kv.core import block_info, block_path
-from warmkv_server.kv.files import TEMP_SUFFIX, Files
+from warmkv_server.kv.files import TEMP_SUFFIX, Files, read_file
 from warmkv_server.kv.index import Node, Part
 from warmkv_server.kv.records import Durability
+from warmkv_server.kv.signing import key_of
 from warmkv_server.kv.types import Fallback, PartKind
 from warmkv_server.operate.archive import ArchiveWriter, Manifest
 from warmkv_server.operate.directory import View, find_agent, usable_tokens
+
+_FILE_LIMIT = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,26 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
         OperatorError: there is no such agent, a block of it is bad, the target exists, or its disk refuses.
     """
     agent = find_agent(view, tenant, agent_id)
-    if target.exists():
+    if os.path.lexists(target):
         raise OperatorError(f"{target} exists already; remove it, or give another name with -o")
     if agent.fingerprint not in view.fingerprints:
         raise OperatorError(f"the index has lost what model agent {agent_id!r} belongs to; it can't be exported")
-    manifest = Manifest.of(agent, view.fingerprints[agent.fingerprint])
+    fingerprint, digests = view.fingerprints[agent.fingerprint], {}
+    for node, kind, part in Manifest.of(agent, fingerprint).files():
+        digests[node.id, kind] = hashlib.sha256(_read(view.data_dir, node, kind, part)).hexdigest()
+    manifest = Manifest.of(agent, fingerprint, digests)
     files = Files(Durability.FULL)
     temp = target.with_name(f"{target.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
         fd = files.create(temp)
         try:
             with os.fdopen(fd, "wb", closefd=False) as file:
-                writer = ArchiveWriter(file, manifest)
+                writer = ArchiveWriter(file, manifest, key_of(view.data_dir))
                 for node, kind, part in manifest.files():
-                    writer.add(node, kind, _read(view.data_dir, node, kind, part))
+                    content = _read(view.data_dir, node, kind, part)
+                    if hashlib.sha256(content).hexdigest() != digests[node.id, kind]:
+                        raise OperatorError(f"the block files of agent {agent_id!r} change meanwhile; try again")
+                    writer.add(node, kind, content)
                 writer.finish()
             nbytes = os.fstat(fd).st_size
             files.sync(fd)
@@ -73,7 +83,7 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
 def _read(data_dir: Path, node: Node, kind: PartKind, part: Part) -> bytes:
     path = block_path(data_dir, node.id.hex(), kind)
     try:
-        content = path.read_bytes()
+        content = read_file(path, _FILE_LIMIT)
         parsed = verify(content)
         if parsed.digest != part.digest or parsed.info != block_info(node, kind):
             raise BadFile(Fallback.FORMAT, "it is not the one that the index has")

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from warmkv_server.kv.core import BLOCKS
+from warmkv_server.kv.files import in_words
 from warmkv_server.kv.index import Node
 from warmkv_server.kv.types import PartKind
 
@@ -69,7 +70,8 @@ class Report:
 
 def short(path: Path) -> str:
     """From the data directory on."""
-    return "/".join(path.parts[-3:] if path.parts[-3] == BLOCKS else path.parts[-2:])
+    parts = path.parts[-3:] if path.parts[-3] == BLOCKS else path.parts[-2:]
+    return in_words(Path(*parts))
 
 
 def name_of(tenant: str, agent_id: str) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv import rows
-from warmkv_server.kv.blockfile import SUFFIX
 from warmkv_server.kv.core import QUARANTINE, block_path
-from warmkv_server.kv.files import TEMP_SUFFIX
+from warmkv_server.kv.files import TEMP_SUFFIX, entries, is_plain
 from warmkv_server.kv.index import Agent, Node
 from warmkv_server.kv.journal import Statement
+from warmkv_server.kv.manifest import FOLDER, file_name
 from warmkv_server.kv.rebuild import aside_files
-from warmkv_server.kv.startup import block_files
+from warmkv_server.kv.startup import block_files, is_block
 from warmkv_server.operate.directory import Taken, View
 
 
@@ -86,11 +86,11 @@ def find_waste(view: View, choice: Choice) -> Waste:
     known = {block_path(view.data_dir, n.id.hex(), kind) for n in index.nodes.values() for kind in n.parts}
     for entry in block_files(view.data_dir):
         path = Path(entry.path)
-        if path in known:
+        if path in known or not is_plain(entry):
             continue
         if entry.name.endswith(TEMP_SUFFIX):
             waste.temporary[path] = _size(path)
-        elif entry.name.endswith(SUFFIX):
+        elif is_block(entry):
             waste.unknown[path] = _size(path)
     waste.now = now = view.clock.now()
     for agent in list(index.agents.values()):
@@ -98,11 +98,13 @@ def find_waste(view: View, choice: Choice) -> Waste:
             (waste.kept if agent.pinned and not choice.pinned_too else waste.agents).append(agent)
     for agent in waste.agents:
         index.remove_agent(agent)
-    waste.nodes = [node for node in index.nodes.values() if not node.refs]
+    spared = {node for agent, _ in index.implausible for node in agent.all_nodes()}
+    waste.nodes = [node for node in index.nodes.values() if not node.refs and node not in spared]
     paths = (block_path(view.data_dir, node.id.hex(), kind) for node in waste.nodes for kind in node.parts)
-    waste.blocks = {path: _size(path) for path in paths if path.exists()}
+    waste.blocks = {path: _size(path) for path in paths if path.is_file()}
     if choice.quarantine:
-        waste.quarantine = {path: _size(path) for path in (view.data_dir / QUARANTINE).iterdir() if path.is_file()}
+        put_away = (Path(entry.path) for entry in entries(view.data_dir / QUARANTINE) if is_plain(entry))
+        waste.quarantine = {path: _size(path) for path in put_away}
         waste.aside = {path: _size(path) for path in aside_files(view.data_dir)}
     return waste
 
@@ -112,13 +114,19 @@ def remove(taken: Taken, waste: Waste, choice: Choice) -> None:
     Raises:
         OperatorError: the disk refuses. What is gone then was to go, and the next run removes the rest.
     """
-    statements: list[Statement] = []
+    statements: list[Statement] = [rows.spare_none()] if waste.unknown else []
     for agent in waste.agents:
         statements += rows.delete_agent(agent.incarnation)
     statements += [rows.delete_node(node) for node in waste.nodes]
     if choice.fingerprint is not None and not _in_use(taken, waste, choice.fingerprint):
         statements.append(rows.delete_fingerprint(choice.fingerprint))
     try:
+        if waste.agents:
+            # As a server does it: the manifest before the row, so that no lost index brings an agent back.
+            taken.settle()
+            for agent in waste.agents:
+                taken.files.unlink(taken.data_dir / FOLDER / file_name(*agent.key))
+            taken.files.sync_folders([taken.data_dir / FOLDER])
         if statements:
             taken.database.remove(statements)
         for path, _ in waste.files:
@@ -147,4 +155,7 @@ def _in_use(taken: Taken, waste: Waste, fingerprint: str) -> bool:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0

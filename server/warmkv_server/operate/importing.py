@@ -7,16 +7,20 @@ the directory has already under a node's id stays: the first committed file of a
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import rows
+from warmkv_server.kv import plausible, rows
 from warmkv_server.kv.blockfile import BadFile, Parsed, expect, renamed
 from warmkv_server.kv.core import block_info, block_path
+from warmkv_server.kv.files import open_file
+from warmkv_server.kv.ids import root_id
 from warmkv_server.kv.index import Agent, Node, Part
 from warmkv_server.kv.records import Fingerprint
+from warmkv_server.kv.signing import key_of
 from warmkv_server.kv.types import PartKind, TensorSpec
 from warmkv_server.operate import placing
 from warmkv_server.operate.archive import ArchiveReader, BadArchive
@@ -32,6 +36,7 @@ class Imported:
     Attributes:
         usable_tokens: how many of its tokens, from the first, have KV.
         files, nbytes: block files written; what the directory had already is not among them.
+        shared: others who ask for the same tokens get its KV.
     """
 
     tenant: str
@@ -41,6 +46,7 @@ class Imported:
     revision: int
     files: int
     nbytes: int
+    shared: bool
 
 
 @contextlib.contextmanager
@@ -51,14 +57,14 @@ def opened(path: Path) -> Iterator[ArchiveReader]:
         OperatorError: it can't be read or isn't one; also for what the block meets in it.
     """
     try:
-        with path.open("rb") as file:
-            reader = ArchiveReader(file)
+        with os.fdopen(open_file(path, follow=True), "rb") as file:
+            reader = ArchiveReader(file, os.fstat(file.fileno()).st_size)
             placing.check(reader.manifest)
             yield reader
     except BadArchive as bad:
         raise OperatorError(f"{path} can't be imported: {bad}; nothing was changed") from bad
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise OperatorError(f"{path} can't be read: {error.strerror}") from error
+    except OSError as error:
+        raise OperatorError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def require_same_model(theirs: Fingerprint, ours: Sequence[Fingerprint], where: str) -> None:
@@ -85,17 +91,29 @@ def require_same_model(theirs: Fingerprint, ours: Sequence[Fingerprint], where: 
 
 
 def import_agent(
-    reader: ArchiveReader, taken: Taken, *, tenant: str, agent_id: str, replace: bool, specs: Specs | None
+    reader: ArchiveReader,
+    taken: Taken,
+    *,
+    tenant: str,
+    agent_id: str,
+    replace: bool,
+    trust: bool,
+    specs: Specs | None,
+    vocabulary: int | None,
 ) -> Imported:
     """
     Args:
         tenant, agent_id: what it becomes.
         replace: an agent of that name goes; otherwise it is refused.
+        trust: the operator says that the KV is what the model computes for these tokens.
         specs: of the model that will serve it, if known: then each tensor is checked against them.
+        vocabulary: of that model: token ids are below. None if the directory isn't to know either.
 
     Raises:
         OperatorError, BadArchive: nothing has changed.
     """
+    if not plausible.is_text(tenant):
+        raise OperatorError("the tenant's name is no text")
     if not AGENT_ID.fullmatch(agent_id):
         raise OperatorError(f"{agent_id!r} can't be an agent_id; it {AGENT_ID_RULE}")
     old = taken.index.agents.get((tenant, agent_id))
@@ -105,8 +123,15 @@ def import_agent(
             f"there is an agent {agent_id!r}{of} in {taken.data_dir} already; give --as NEW_ID, or --replace"
         )
     written: dict[Path, int] = {}
+    told = reader.manifest
+    signed = told.is_signed_with(key_of(taken.data_dir))
+    root = placing.root_for(told, tenant, trusted=trust, signed=signed)
     try:
-        agent = _place(reader, taken, tenant, agent_id)
+        taken.settle()
+        agent = _place(reader, taken, tenant, agent_id, root)
+        vocabulary = taken.vocabularies.get(agent.fingerprint) if vocabulary is None else vocabulary
+        if (wrong := plausible.tokens_fault(agent.tokens, vocabulary)) is not None:
+            raise BadArchive(wrong)
         _write_files(reader, taken, agent, specs, written)
         taken.files.sync_folders(sorted({path.parent for path in written}))
         gone = _swap(taken, old, agent)
@@ -133,10 +158,11 @@ def import_agent(
         agent.revision,
         len(written),
         sum(written.values()),
+        root == root_id(tenant, agent.fingerprint),
     )
 
 
-def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str) -> Agent:
+def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str, root: bytes) -> Agent:
     """The agent with its nodes: those that the directory has, and new ones without files."""
     index, told = taken.index, reader.manifest.agent
     agent = Agent(tenant, agent_id, index.new_incarnation(), told.fingerprint)
@@ -148,7 +174,7 @@ def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str) -> A
             index.nodes[node.id] = there = node
         return there
 
-    nodes, snapshots = placing.placed(reader.manifest, tenant)
+    nodes, snapshots = placing.placed(reader.manifest, tenant, root)
     agent.nodes = [known(node) for node in nodes]
     agent.snapshots = {length: known(node) for length, node in snapshots.items()}
     agent.tokens = rows.join_tokens(agent.nodes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from warmkv_server.kv import journal
 from warmkv_server.kv.clock import Clock
 from warmkv_server.kv.core import QUARANTINE
+from warmkv_server.kv.files import entries
 from warmkv_server.kv.index import Agent
 from warmkv_server.kv.manifest import FOLDER, SUFFIX
 from warmkv_server.kv.rebuild import aside_files
@@ -84,9 +86,10 @@ class Listing:
 def listing(view: View) -> Listing:
     """Agents by tenant and id; models by bytes, the largest first."""
     nodes = view.index.nodes.values()
-    quarantined = _sizes((view.data_dir / QUARANTINE).glob("*"))
-    manifests = _sizes((view.data_dir / FOLDER).glob(f"*{SUFFIX}"))
+    quarantined = _sizes(Path(e.path) for e in entries(view.data_dir / QUARANTINE))
+    manifests = _sizes(Path(e.path) for e in entries(view.data_dir / FOLDER) if e.name.endswith(SUFFIX))
     aside = _sizes(aside_files(view.data_dir))
+    index = _sizes(Path(e.path) for e in entries(view.data_dir) if e.name.startswith(journal.FILE_NAME))
     return Listing(
         data_dir=str(view.data_dir),
         agents=[_agent(agent, view.clock) for _, agent in sorted(view.index.agents.items())],
@@ -98,7 +101,7 @@ def listing(view: View) -> Listing:
         quarantine_bytes=sum(quarantined),
         manifest_files=len(manifests),
         manifest_bytes=sum(manifests),
-        index_bytes=sum(_sizes(view.data_dir.glob(f"{journal.FILE_NAME}*"))) - sum(aside),
+        index_bytes=sum(index) - sum(aside),
         aside_bytes=sum(aside),
     )
 
@@ -141,10 +144,11 @@ def _models(view: View) -> list[ModelLine]:
 
 
 def _sizes(paths: Iterable[Path]) -> list[int]:
-    """Of the files among these; beside a running server some may go meanwhile."""
+    """Of the plain files among these; beside a running server some may go meanwhile."""
     found = []
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
-                found.append(path.stat().st_size)
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found.append(status.st_size)
     return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from warmkv_server.kv.files import TEMP_SUFFIX
+from warmkv_server.kv.evidence import MANIFEST_LIMIT
+from warmkv_server.kv.files import TEMP_SUFFIX, entries, is_plain, read_file
 from warmkv_server.kv.manifest import FOLDER, SUFFIX, BadManifest, Manifest, decode, file_name
 from warmkv_server.kv.rebuild import Builder, NotRebuildable
 from warmkv_server.operate.directory import View, in_use
@@ -24,8 +25,11 @@ def check_manifests(look: Callable[[], View], report: Report) -> None:
     """
     view = look()
     folder = view.data_dir / FOLDER
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name.endswith(TEMP_SUFFIX):
+    for entry in sorted(entries(folder), key=lambda each: each.name):
+        path = Path(entry.path)
+        if not is_plain(entry):
+            report.notes.append(f"{short(path)} is not a file of WarmKV")
+        elif path.name.endswith(TEMP_SUFFIX):
             report.notes.append(f"{short(path)} is a temporary file; the next start of a server removes it")
         elif not path.name.endswith(SUFFIX):
             report.notes.append(f"{short(path)} is not a file of WarmKV")
@@ -52,7 +56,7 @@ def _still_wrong(path: Path, look: Callable[[], View]) -> Problem | None:
 def _content(path: Path) -> bytes | OSError | None:
     """None for a manifest that has just gone with its agent."""
     try:
-        return path.read_bytes()
+        return read_file(path, MANIFEST_LIMIT)
     except FileNotFoundError:
         return None
     except OSError as error:

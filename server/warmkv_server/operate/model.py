@@ -12,8 +12,8 @@ from warmkv_server.kv.types import PartKind
 from warmkv_server.operate.importing import Specs
 
 
-def load(settings: Settings) -> tuple[Fingerprint, Specs]:
-    """Load the model as `warmkv serve` would, and forget it again.
+def load(settings: Settings) -> tuple[Fingerprint, Specs, int]:
+    """Load the model as `warmkv serve` would, and forget it again. The number is the vocabulary's.
 
     Raises:
         OperatorError
@@ -22,4 +22,4 @@ def load(settings: Settings) -> tuple[Fingerprint, Specs]:
     codec = Codec(settings.kv_bits, settings.kv_group_size)
     info = models.load(settings.model, adapter=settings.adapter, codec=codec, context_limit=None).info
     specs = {kind: blockfile.ordered(info.layout.of_kind(kind)) for kind in PartKind}
-    return Fingerprint.of_model(info.fingerprint_fields), specs
+    return Fingerprint.of_model(info.fingerprint_fields), specs, info.vocab_size

@@ -6,9 +6,14 @@ the same tokens and the same words under other ids.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator
 
-from warmkv_server.kv.ids import TOKEN_BYTES, block_of, node_id, root_id
+import numpy as np
+
+from warmkv_server.kv import plausible
+from warmkv_server.kv.boundaries import MAX_KEPT
+from warmkv_server.kv.ids import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
 from warmkv_server.kv.index import Node
 from warmkv_server.kv.types import BLOCK_TOKENS, PartKind
 from warmkv_server.operate.archive import BadArchive, Manifest
@@ -27,7 +32,11 @@ def check(manifest: Manifest) -> None:
     for node, kind, _ in manifest.files():
         if (kind is PartKind.STATE) != node.snapshot:
             raise BadArchive(f"its node {node.id.hex()} can't have a file of kind {kind}")
-    for node, (parent, ident) in zip(_all(manifest), _names(manifest, manifest.agent.tenant), strict=True):
+    raw = b"".join(node.own_tokens for node in manifest.nodes)
+    if (wrong := plausible.tokens_fault(np.frombuffer(raw, "<i4"), None)) is not None:
+        raise BadArchive(wrong)
+    root = manifest.root or root_id(manifest.agent.tenant, manifest.fingerprint.digest)
+    for node, (parent, ident) in zip(_all(manifest), _names(manifest, root), strict=True):
         if (node.parent, node.id) != (parent, ident):
             raise BadArchive(f"its node {node.id.hex()} is not of these tokens, this tenant and this fingerprint")
 
@@ -46,17 +55,39 @@ def _check_chain(nodes: Iterable[Node]) -> int:
 
 def _check_snapshots(manifest: Manifest, length: int) -> None:
     raw = b"".join(node.own_tokens for node in manifest.nodes)
+    lengths = [snapshot.start for snapshot in manifest.snapshots]
+    if len(lengths) > MAX_KEPT + 2:
+        raise BadArchive(f"it has {len(lengths)} snapshots, and {MAX_KEPT + 2} are the most")
     for snapshot in manifest.snapshots:
         first, last = block_of(snapshot.start) * TOKEN_BYTES, snapshot.start * TOKEN_BYTES
-        if snapshot.count or not 0 < snapshot.end <= length or snapshot.block_tokens != raw[first:last]:
+        twice = lengths.count(snapshot.start) > 1
+        if twice or snapshot.count or not 0 < snapshot.end <= length or snapshot.block_tokens != raw[first:last]:
             raise BadArchive(f"its snapshot {snapshot.id.hex()} is not of this context")
 
 
-def placed(manifest: Manifest, tenant: str) -> tuple[list[Node], dict[int, Node]]:
-    """The nodes and the snapshots by length, as the tenant would have them; without files."""
+def root_for(manifest: Manifest, tenant: str, *, trusted: bool, signed: bool) -> bytes:
+    """What the context hangs from, which is who may use its KV.
+
+    KV that nobody vouches for gets a root that no other context has: its ids are those of its tokens below a number
+    that was never used, so nobody who asks for the same tokens finds them. Forks have the same nodes. What was exported
+    with such a root keeps it in its own directory.
+
+    Args:
+        trusted: the operator vouches for the KV.
+        signed: it came from this very directory.
+    """
+    if trusted or (signed and manifest.root is None):
+        return root_id(tenant, manifest.fingerprint.digest)
+    if signed and manifest.root is not None and tenant == manifest.agent.tenant:
+        return manifest.root
+    return secrets.token_bytes(ID_BYTES)
+
+
+def placed(manifest: Manifest, tenant: str, root: bytes) -> tuple[list[Node], dict[int, Node]]:
+    """The nodes and the snapshots by length, as the tenant would have them below this root; without files."""
     made = [
         Node(ident, 0, tenant, node.fingerprint, parent, node.start, node.block_tokens, lost=node.lost)
-        for node, (parent, ident) in zip(_all(manifest), _names(manifest, tenant), strict=True)
+        for node, (parent, ident) in zip(_all(manifest), _names(manifest, root), strict=True)
     ]
     count = len(manifest.nodes)
     return made[:count], {node.start: node for node in made[count:]}
@@ -66,13 +97,13 @@ def _all(manifest: Manifest) -> Iterable[Node]:
     return (*manifest.nodes, *manifest.snapshots)
 
 
-def _names(manifest: Manifest, tenant: str) -> Iterator[tuple[bytes, bytes]]:
+def _names(manifest: Manifest, root: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Parent and id of each node.
 
     Raises:
         BadArchive: the block before a node is not there as a whole.
     """
-    parents = {0: root_id(tenant, manifest.fingerprint.digest)}
+    parents = {0: root}
     for node in _all(manifest):
         parent = parents.get(node.block_start)
         if parent is None:

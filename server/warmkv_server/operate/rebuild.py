@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import journal
+from warmkv_server.kv import journal, rows
+from warmkv_server.kv.evidence import gather
 from warmkv_server.kv.files import Files
+from warmkv_server.kv.index import Index
+from warmkv_server.kv.journal import JournalDamaged
+from warmkv_server.kv.readonly import ReadOnlyDatabase
 from warmkv_server.kv.rebuild import Rebuilt, holds_contexts, rebuild_index
 from warmkv_server.kv.records import Durability, StoreSettings
 from warmkv_server.operate.directory import locked
@@ -24,4 +29,12 @@ def rebuild(data_dir: Path) -> Rebuilt:
         )
     with locked(data_dir):
         settings = StoreSettings(data_dir)
-        return rebuild_index(data_dir, Files(Durability.FULL), settings.quarantine_bytes, "replaced")
+        files, evidence = Files(Durability.FULL), gather(data_dir)
+        return rebuild_index(data_dir, files, settings.quarantine_bytes, "replaced", evidence, _old(data_dir))
+
+
+def _old(data_dir: Path) -> Index | None:
+    """What the index that is there says, if it says anything."""
+    with contextlib.suppress(JournalDamaged, OperatorError), ReadOnlyDatabase(data_dir / journal.FILE_NAME) as database:
+        return rows.read_index(database)
+    return None

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from warmkv_server.kv import journal
 from warmkv_server.kv.blockfile import SUFFIX, BadFile, BlockInfo, file_name
 from warmkv_server.kv.core import block_info, block_path
-from warmkv_server.kv.files import TEMP_SUFFIX
+from warmkv_server.kv.files import TEMP_SUFFIX, is_plain
 from warmkv_server.kv.ids import block_of, node_id, root_id
 from warmkv_server.kv.index import Agent, Node
 from warmkv_server.kv.reader import verify_file
@@ -39,13 +40,18 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
     """
     view = look()
     report = Report(agents=len(view.index.agents))
+    if view.not_the_last is not None:
+        detail = f"{view.not_the_last}; the next start of a server, or `warmkv store rebuild-index`, builds it anew"
+        report.problems.append(Problem(Trouble.DAMAGED, journal.FILE_NAME, detail))
+    for agent, wrong in view.index.implausible:
+        report.problems.append(Problem(Trouble.DAMAGED, name_of(agent.tenant, agent.agent_id), wrong))
     paths: list[Path] = []
     for entry in block_files(view.data_dir):
         path = Path(entry.path)
-        if entry.name.endswith(SUFFIX):
+        if is_plain(entry) and entry.name.endswith(SUFFIX):
             paths.append(path)
             report.nbytes += _size(path)
-        elif entry.name.endswith(TEMP_SUFFIX):
+        elif is_plain(entry) and entry.name.endswith(TEMP_SUFFIX):
             report.notes.append(f"{short(path)} is a temporary file; the next start of a server removes it")
         else:
             report.notes.append(f"{short(path)} is not a file of WarmKV")
@@ -57,7 +63,7 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
         bad = [*_examine_all(view, [each.path for each in bad if each.path not in gone])]
         bad += [each for each in _missing(view) if each.path in gone]
     report.bad = [each for each in bad if not _in_the_making(view, each, report)]
-    report.problems = [Problem(each.trouble, short(each.path), each.detail) for each in report.bad]
+    report.problems += [Problem(each.trouble, short(each.path), each.detail) for each in report.bad]
     report.problems += _agents(view, report)
     check_manifests(look, report)
     return report
@@ -79,7 +85,7 @@ def _examine(path: Path, node: Node | None, kind: PartKind | None) -> Bad | None
     except OSError as error:
         return Bad(path, Trouble.UNREADABLE, error.strerror or str(error), node, kind)
     info = parsed.info
-    if (wrong := _impossible(path, info)) is not None:
+    if (wrong := _impossible(path, info, node)) is not None:
         return Bad(path, Trouble.DAMAGED, wrong, node, kind)
     if node is None or kind is None:
         return Bad(path, Trouble.UNKNOWN, "the index doesn't have it; no agent uses it")
@@ -92,8 +98,12 @@ def _examine(path: Path, node: Node | None, kind: PartKind | None) -> Bad | None
     return None
 
 
-def _impossible(path: Path, info: BlockInfo) -> str | None:
-    """What a header with a right checksum says that can't be."""
+def _impossible(path: Path, info: BlockInfo, node: Node | None) -> str | None:
+    """What a header with a right checksum says that can't be.
+
+    Args:
+        node: what the index has under this name; of an imported context it begins below a root of its own.
+    """
     if path.name != file_name(info.node, info.kind) or path.parent.name != info.node[:2]:
         return f"it is the file of node {info.node} ({info.kind}), under another name"
     try:
@@ -102,7 +112,8 @@ def _impossible(path: Path, info: BlockInfo) -> str | None:
         return "the parent's id is no id"
     if node_id(parent, info.start, info.block_tokens).hex() != info.node:
         return "the id is not that of these tokens"
-    if block_of(info.start) == 0 and parent != root_id(info.tenant, info.fingerprint):
+    known = node is not None and node.parent == parent
+    if block_of(info.start) == 0 and parent != root_id(info.tenant, info.fingerprint) and not known:
         return "it begins a context of another tenant or fingerprint"
     return None
 
@@ -111,7 +122,7 @@ def _missing(view: View) -> Iterator[Bad]:
     for node in view.index.nodes.values():
         for kind in node.parts:
             path = block_path(view.data_dir, node.id.hex(), kind)
-            if not path.exists():
+            if not path.is_file() or path.is_symlink():
                 yield Bad(path, Trouble.MISSING, "the index has it", node, kind)
 
 
@@ -162,5 +173,5 @@ def _contiguous(agent: Agent) -> bool:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return 0
