@@ -89,9 +89,8 @@ class Listener:
                 return
 
     async def _replace(self) -> bool:
-        give_up = time.monotonic() + _AGAIN_SECONDS
+        server, give_up = self._make(), time.monotonic() + _AGAIN_SECONDS
         while time.monotonic() < give_up:
-            server = self._make()
             with contextlib.suppress(RuntimeError):
                 self._bind(server, self._port)
                 await server.start()
