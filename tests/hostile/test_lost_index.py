@@ -40,7 +40,9 @@ def remove_all(data_dir: Path) -> None:
         path.unlink()
 
 
-def flip_in_the_first_page(data_dir: Path) -> None:
+def ruin_the_file(data_dir: Path) -> None:
+    """With its log, whose first page would stand in for the file's."""
+    remove_the_log(data_dir)
     path = data_dir / "index.sqlite"
     path.write_bytes(b"\xff" * 100 + path.read_bytes()[100:])
 
@@ -67,7 +69,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "half of the log": cut_the_log,
     "the log": remove_the_log,
     "all of it": remove_all,
-    "its first page": flip_in_the_first_page,
+    "file and log": ruin_the_file,
     "an older copy": Older(log_too=True),
 }
 
