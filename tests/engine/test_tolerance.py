@@ -15,7 +15,7 @@ from typing import cast
 import mlx.core as mx
 import pytest
 
-from tests.engine.runs import Solo, outcome, running
+from tests.engine.runs import Solo, outcome, outcomes, running
 from tests.engine.spans import filled, grown, needed
 from warmkv_evaluation.windows import read_text
 from warmkv_server.engine.codec import Codec
@@ -24,6 +24,7 @@ from warmkv_server.kv.types import Growth
 
 CASES = 24
 DECODED = 30
+TOGETHER = 4
 NEAR = 0.01
 """A difference of log-probabilities; a hundredth changes a probability by one percent of itself."""
 
@@ -42,7 +43,9 @@ class Bound:
     words: float
 
 
-BOUNDS = {0: Bound(CASES, 1e-3, 0.0), 8: Bound(20, 0.25, 0.9), 4: Bound(12, 1.5, 0.9)}
+BOUNDS = {0: Bound(CASES, 1e-3, 0.0), 8: Bound(17, 0.06, 0.98), 4: Bound(17, 1.0, 0.98)}
+"""With 4 bits, what was seen at most on any CPU. A step of 8 bits is 17 times smaller, and so is what a flipped word
+moves. Without words there is rounding alone."""
 
 
 @pytest.mark.parametrize("bits", BOUNDS)
@@ -51,14 +54,17 @@ async def test_a_decoded_context_is_near_to_one_that_was_computed_at_once(bits: 
     text = solo.loaded.tokenizer.encode(read_text(None)[:60_000])
     differences, shares = [], []
     async with running("builtin:tiny", kv_bits=bits, prefill_chunk=0) as engine:
-        for case in range(CASES):
-            prompt = text[case * 500 : case * 500 + 20 + 23 * case]
-            answered = await outcome(engine.submit(Job(prompt, answer=Answer(max_tokens=DECODED, ignore_eos=True))))
-            decoded, tokens = answered.finished.growth, [*prompt, *answered.tokens]
-            at_once = (await outcome(engine.submit(Job(tokens[: decoded.end])))).finished.growth
-            one, other = (_next(solo, growth, tokens[-1]) for growth in (decoded, at_once))
-            differences.append(cast(float, mx.max(mx.abs(one - other)).item()))
-            shares += _equal_words(decoded, at_once) if bits else []
+        prompts = [text[case * 500 : case * 500 + 20 + 13 * case] for case in range(CASES)]
+        for group in range(0, CASES, TOGETHER):
+            together = prompts[group : group + TOGETHER]
+            answer = Answer(max_tokens=DECODED, ignore_eos=True)
+            answered = await outcomes(engine, [Job(prompt, answer=answer) for prompt in together])
+            for prompt, each in zip(together, answered, strict=True):
+                decoded, tokens = each.finished.growth, [*prompt, *each.tokens]
+                at_once = (await outcome(engine.submit(Job(tokens[: decoded.end])))).finished.growth
+                one, other = (_next(solo, growth, tokens[-1]) for growth in (decoded, at_once))
+                differences.append(cast(float, mx.max(mx.abs(one - other)).item()))
+                shares += _equal_words(decoded, at_once) if bits else []
     bound = BOUNDS[bits]
     assert sum(each <= NEAR for each in differences) >= bound.near, sorted(differences)
     assert max(differences) <= bound.most, sorted(differences)
