@@ -51,8 +51,14 @@ def load(folder: Path) -> Checkpoint:
         read = config_norms.reference(config)
         config = config_norms.normalised(config, read)
         _, arguments = _get_classes(config)
-        config = config_norms.with_defaults(config, read, arguments, found.tensors)
-        model, config = _load_staged(folder, found.paths, config)
+        filled = config_norms.with_defaults(config, read, arguments, found.tensors)
+        try:
+            model, config = _load_staged(folder, found.paths, filled)
+        except ValueError:
+            if filled == config:
+                raise
+            # Where the weights have other shapes, they were made with mlx-lm's own defaults.
+            model, config = _load_staged(folder, found.paths, config)
         _check_types(model)
     except OperatorError as error:
         raise OperatorError(f"mlx-lm can't load the model in {folder}: {error}") from error

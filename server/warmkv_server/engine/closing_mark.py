@@ -23,8 +23,8 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     conversation = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _ANSWER}]
-    rendered, _ = render_jinja_template([conversation], chat_template=request["template"], **request["special"])
-    _, answer, behind = rendered[0].rpartition(_ANSWER)
+    written = render_jinja_template([conversation], chat_template=request["template"], **request["special"])
+    _, answer, behind = written[0][0].rpartition(_ANSWER)
     if not answer:
         raise ValueError("it doesn't write the answer")
     json.dump(behind, sys.stdout)

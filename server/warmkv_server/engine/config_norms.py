@@ -47,7 +47,7 @@ def reference(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(kind, str):
         return {}
     before = noise.get_verbosity()
-    noise.set_verbosity(noise.CRITICAL)
+    noise.set_verbosity(logging.CRITICAL)
     try:
         read = CONFIG_MAPPING[kind].from_dict(text)
         values: Config = read.to_dict()
@@ -115,9 +115,9 @@ def with_defaults(
 
 
 def rotations(config: Mapping[str, Any], read: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rotations that the language model's layers are to have: each with `rope_theta` (None: not told) and `rope_type`.
+    """The rotations that the language model's layers are to have: one for all, or one for each type of layer.
 
-    By transformers' reading, or by the names in config.json where it doesn't know the model.
+    Each has `rope_theta` (None or absent: not told) and `rope_type`. By transformers' reading, or by the names in config.json where it doesn't know the model.
     """
     text = text_config(config)
     told = read.get("rope_parameters") or text.get("rope_parameters")

@@ -125,7 +125,7 @@ def _behind_an_answer(template: str, special: Mapping[str, Any]) -> str | None:
     request = json.dumps({"template": template, "special": {name: str(text) for name, text in special.items()}})
     try:
         done = subprocess.run(
-            [sys.executable, closing_mark.__file__],
+            [sys.executable, "-P", closing_mark.__file__],
             input=request,
             capture_output=True,
             text=True,

@@ -1,7 +1,8 @@
 """That a model rotates queries and keys as its config.json says.
 
 Some of mlx-lm's classes take `rope_scaling` and never look at it, have a base of their own, or compute a scaling
-otherwise than its authors. The modules that were built are compared with what was told, and exchanged where they differ.
+otherwise than its authors. The modules that were built are compared with what was told, and exchanged where they
+differ.
 """
 
 from __future__ import annotations
@@ -137,4 +138,5 @@ def _yarn_frequencies(dims: int, told: Rotation) -> mx.array:
     high = min(place(told.get("beta_slow") or 1), dims - 1)
     ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / max(high - low, 0.001), 0, 1)
     plain = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
-    return 1 / (ramp / (factor * plain) + (1 - ramp) / plain)
+    frequencies: mx.array = 1 / (ramp / (factor * plain) + (1 - ramp) / plain)
+    return frequencies

@@ -24,7 +24,7 @@ def load(folder: Path) -> TokenizerWrapper:
         OperatorError: if there is none that can be loaded.
     """
     try:
-        tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
+        tokenizer: TokenizerWrapper = load_tokenizer(folder, {"trust_remote_code": False})
         if tokenizer.chat_template is None and (template := _of_processor(folder)) is not None:
             tokenizer = load_tokenizer(folder, {"trust_remote_code": False, "chat_template": template})
     except Exception as error:
