@@ -117,7 +117,8 @@ def with_defaults(
 def rotations(config: Mapping[str, Any], read: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rotations that the language model's layers are to have: one for all, or one for each type of layer.
 
-    Each has `rope_theta` (None or absent: not told) and `rope_type`. By transformers' reading, or by the names in config.json where it doesn't know the model.
+    Each has `rope_theta` (None or absent: not told) and `rope_type`, by transformers' reading, or by the names in
+    config.json where it doesn't know the model.
     """
     text = text_config(config)
     told = read.get("rope_parameters") or text.get("rope_parameters")

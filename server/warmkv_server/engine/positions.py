@@ -41,11 +41,11 @@ def context_limit(config: Mapping[str, Any], read: Mapping[str, Any], model: Any
     Raises:
         OperatorError: if the model has fewer than are wanted.
     """
-    own = _scaled(config, _told(config) or _told(read))
+    own = _scaled(config, _told(config))
     if table := _table(model):
         own = min(own, table) if own else table
     if wanted is None:
-        return own or _UNTOLD
+        return own or _scaled(config, _told(read)) or _UNTOLD
     if own and wanted > own:
         raise OperatorError(f"--context-limit {wanted} is more than the model's {own} positions; give at most {own}")
     return wanted
