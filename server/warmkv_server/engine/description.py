@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_lm.models.cache import ArraysCache, CacheList
 
-from warmkv_server.engine.ends import Ends
+from warmkv_server.engine.ends import End
 from warmkv_server.engine.layout import CacheMap, empty_caches
 from warmkv_server.engine.locate import ModelKind
 from warmkv_server.engine.types import Sampling
@@ -52,13 +52,13 @@ class ModelInfo:
     layout: KVLayout
     fingerprint_fields: Mapping[str, str]
     sampling_defaults: Sampling
-    ends: Ends
+    ends: tuple[End, ...]
     has_chat_template: bool
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        return frozenset(self.ends)
+        return frozenset(end.token_id for end in self.ends)
 
 
 def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:

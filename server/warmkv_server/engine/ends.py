@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,17 @@ class EndSource(StrEnum):
     CHAT_TEMPLATE = "chat_template"
 
 
-Ends = Mapping[int, tuple[EndSource, ...]]
-"""The ids, each with everything that names it."""
+@dataclass(frozen=True)
+class End:
+    """A token that ends an answer: its id, how the tokenizer writes it, and everything that names it."""
+
+    token_id: int
+    text: str
+    sources: tuple[EndSource, ...]
 
 
-def find(folder: Path, config: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> Ends:
-    """The ids that end an answer.
+def find(folder: Path, config: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> tuple[End, ...]:
+    """The tokens that end an answer, by ascending id.
 
     generation_config.json says which; if it doesn't, config.json does, or its text_config. The tokenizer's `eos_token`
     is one besides, and so is the mark that the chat template writes behind an answer.
@@ -63,14 +69,15 @@ def find(folder: Path, config: Mapping[str, Any], tokenizer: Any, vocab_size: in
         known = set(tokenizer.eos_token_ids)
     if (mark := _template_end(tokenizer, known)) is not None:
         said.append((EndSource.CHAT_TEMPLATE, [mark]))
-    ends: dict[int, tuple[EndSource, ...]] = {}
+    sources: dict[int, tuple[EndSource, ...]] = {}
     for source, ids in said:
         for token in ids:
             if 0 <= token < vocab_size:
-                ends[token] = (*ends.get(token, ()), source)
-    if not ends:
+                sources[token] = (*sources.get(token, ()), source)
+    if not sources:
         log.warning("no token ends an answer of this model: nothing names one; answers go on to max_tokens")
-    return ends
+    names = {token: text for text, token in tokenizer.get_vocab().items()}
+    return tuple(End(token, names.get(token, ""), by) for token, by in sorted(sources.items()))
 
 
 def _raw(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -80,7 +80,7 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
     tokenizer = tokenizers.load(folder)
     vocab_size = int(text_config.get("vocab_size") or found.read.get("vocab_size") or len(tokenizer))
     ended_by = ends.find(folder, config, tokenizer, vocab_size)
-    tokenizer.eos_token_ids = set(ended_by)
+    tokenizer.eos_token_ids = {end.token_id for end in ended_by}
     if on_cpu:
         exchange_modules(model, limit)
     cache_map = discover(model, codec)
