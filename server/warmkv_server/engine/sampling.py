@@ -83,8 +83,9 @@ class Chooser:
         """
         if self.plain:
             logits = self._choosable(logits)
-            best, peaks = mx.argmax(logits, axis=-1), Peaks(mx.max(logits, axis=-1))
-            return [Choice(best[row : row + 1], peaks, row) for row in range(len(logits))]
+            best = mx.argmax(logits, axis=-1)
+            scores = Scores.of(logits, best)
+            return [Choice(best[row : row + 1], scores, row) for row in range(len(logits))]
         return [self.choose(logits[row : row + 1], position + row, None) for row in range(len(logits))]
 
     def choose(self, logits: mx.array, position: int, last: mx.array | None) -> Choice:
@@ -102,9 +103,7 @@ class Chooser:
         if last is not None and self._on_context:
             self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
         # Now: the processors write into their logits.
-        plain = self._choosable(logits)
-        peaks = Peaks(mx.max(plain, axis=-1))
-        own = _logprobs(plain) if self.top_logprobs else None
+        own = _logprobs(self._choosable(logits)) if self.top_logprobs else None
         for process in self._bias:
             logits = process(self._answer, logits)
         for process in self._on_context:
@@ -113,17 +112,19 @@ class Chooser:
             logits = process(self._answer, logits)
         logits = self._choosable(logits)  # now: bias and penalties may name any id
         if self.greedy:
-            token = mx.argmax(logits, axis=-1)
+            weighed, token = logits, mx.argmax(logits, axis=-1)
         else:
             # One call of the generator seeds it; what is drawn here touches no other sequence's stream.
             mx.random.seed((self._seed + position * 0x9E3779B97F4A7C15) & _MASK64)
-            token = self._draw(_logprobs(logits))
+            weighed = _logprobs(logits)
+            token = self._draw(weighed)
+        scores = Scores.of(weighed, token)
         if own is None:
-            return Choice(token, peaks)
+            return Choice(token, scores)
         ids = mx.argpartition(-own, kth=self.top_logprobs - 1, axis=-1)[:, : self.top_logprobs]
         return Choice(
             token,
-            peaks,
+            scores,
             chosen=mx.take_along_axis(own, token[:, None], axis=-1),
             top_ids=ids,
             top=mx.take_along_axis(own, ids, axis=-1),
@@ -139,15 +140,21 @@ class NotNumbers(Exception):
     """The model's logits are not numbers: nothing can be chosen from them."""
 
 
-class Peaks:
-    """The largest logit of each row of a step, which tells whether they are numbers: read with the tokens, all at once.
+class Scores:
+    """The logit or log-probability of each row's chosen token, which tells whether the row's logits are numbers.
 
-    Not a number is one that has such a logit, infinite one that has overflowed or has no token at all.
+    It costs no look at the others: where they are no numbers, neither is the one that was chosen; where they have
+    overflowed it is infinite. Read with the tokens, those of all rows at once.
     """
 
     def __init__(self, values: mx.array) -> None:
         self.values = values
         self._read: list[float] | None = None
+
+    @classmethod
+    def of(cls, weighed: mx.array, chosen: mx.array) -> Scores:
+        """From what was weighed, (rows, vocabulary), and the choices, (rows,)."""
+        return cls(mx.take_along_axis(weighed, chosen[:, None], axis=-1)[:, 0])
 
     def check(self, row: int) -> None:
         """Wait for the step.
@@ -158,14 +165,14 @@ class Peaks:
         if self._read is None:
             self._read = cast(list[float], self.values.tolist())
         if not math.isfinite(self._read[row]):
-            raise NotNumbers(f"the largest logit is {self._read[row]}: overflow, or broken weights")
+            raise NotNumbers(f"the chosen token's logit is {self._read[row]}: overflow, or broken weights")
 
 
 class Choice:
     """A token on its way: lazy until it is read.
 
     Args:
-        peaks: of the step that gives it, with its row there; None for a token that is there already.
+        scores: of the step that gives it, with its row there; None for a token that is there already.
 
     Attributes:
         token: shape (1,).
@@ -174,7 +181,7 @@ class Choice:
     def __init__(
         self,
         token: mx.array,
-        peaks: Peaks | None = None,
+        scores: Scores | None = None,
         row: int = 0,
         *,
         chosen: mx.array | None = None,
@@ -182,15 +189,15 @@ class Choice:
         top: mx.array | None = None,
     ) -> None:
         self.token = token
-        self._peaks = peaks
+        self._scores = scores
         self._row = row
         self._reported = (chosen, top_ids, top)
         self._value: int | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
-        peaks = [self._peaks.values] if self._peaks is not None else []
-        return [self.token, *peaks, *(a for a in self._reported if a is not None)]
+        scores = [self._scores.values] if self._scores is not None else []
+        return [self.token, *scores, *(a for a in self._reported if a is not None)]
 
     @property
     def known(self) -> bool:
@@ -209,8 +216,8 @@ class Choice:
         Raises:
             NotNumbers: if it was chosen from logits that aren't numbers.
         """
-        if self._peaks is not None:
-            self._peaks.check(self._row)
+        if self._scores is not None:
+            self._scores.check(self._row)
 
     def logprobs(self) -> Logprobs | None:
         """What was asked to be reported; waits for the values."""
