@@ -7,7 +7,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -54,19 +54,18 @@ def find(folder: Path, config: Mapping[str, Any], tokenizer: Any, vocab_size: in
     Raises:
         OperatorError: for what can't be an id.
     """
-    said: list[tuple[EndSource, Iterable[int]]] = []
+    said: list[tuple[EndSource, list[int]]] = []
     path = folder / "generation_config.json"
     if generation := _ids(_json(path).get("eos_token_id"), path):
         said.append((EndSource.GENERATION_CONFIG, generation))
     else:
         own = _raw(folder, config)
         told = own.get("eos_token_id")
-        said.append((EndSource.CONFIG, _ids(text_config(own).get("eos_token_id") if told is None else told, folder)))
-    said.append((EndSource.TOKENIZER, _ids(tokenizer.eos_token_id, folder)))
+        ids = _ids(text_config(own).get("eos_token_id") if told is None else told, folder / "config.json")
+        # Else what mlx-lm's class for the model has.
+        said.append((EndSource.CONFIG, ids or sorted(set(tokenizer.eos_token_ids) - {tokenizer.eos_token_id})))
+    said.append((EndSource.TOKENIZER, _ids(tokenizer.eos_token_id, folder / "tokenizer_config.json")))
     known = {token for _, ids in said for token in ids}
-    if not known:  # what mlx-lm's class for the model has
-        said.append((EndSource.CONFIG, tokenizer.eos_token_ids))
-        known = set(tokenizer.eos_token_ids)
     if (mark := _template_end(tokenizer, known)) is not None:
         said.append((EndSource.CHAT_TEMPLATE, [mark]))
     sources: dict[int, tuple[EndSource, ...]] = {}
