@@ -178,7 +178,12 @@ OWN: dict[str, dict[str, Any]] = {
     "plamo": {"n_shared_head": 2},
     "granite": _SCALES,
     "granitemoe": _SCALES,
-    "granitemoehybrid": {**_SCALES, "layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 32},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        **_SCALES,
+        "layer_types": ["mamba", "attention"] * 2,
+        "shared_intermediate_size": 32,
+    },
     "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": False, "cla_share_factor": 2}
     | {"rope_scaling": {"type": "dynamic", "alpha": 1.0, "factor": 1.0}},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
@@ -264,6 +269,9 @@ OWN: dict[str, dict[str, Any]] = {
     "step3p5": {"num_attention_groups": 1},
 }
 
+_NO_TYPES = ("falcon_h1", "jamba", "mamba", "mamba2")
+"""Classes for which transformers computes the types of layers from other fields."""
+
 INNER = {
     "gemma3": "gemma3_text",
     "gemma3n": "gemma3n_text",
@@ -291,6 +299,8 @@ def names() -> list[str]:
 def config_of(name: str) -> dict[str, Any]:
     """A config.json of this class."""
     common = COMMON | OWN.get(name, {})
+    if name in _NO_TYPES:
+        common = {key: value for key, value in common.items() if key != "layer_types"}
     if name in INNER:
         return {"model_type": name, "text_config": common | {"model_type": INNER[name]}, "vocab_size": VOCAB}
     return common | {"model_type": name}

@@ -19,7 +19,7 @@ from warmkv_server.errors import OperatorError
 
 log = logging.getLogger(__name__)
 
-_PROBE_SECONDS = 10.0
+_PROBE_SECONDS = 30.0
 """Longest time for a chat template to write two messages."""
 
 
@@ -140,5 +140,5 @@ def _behind_an_answer(template: str, special: Mapping[str, Any]) -> str | None:
         )
         return str(json.loads(done.stdout))
     except (subprocess.SubprocessError, ValueError) as error:
-        log.info("the chat template can't be tried: %s", error)
+        log.warning("the chat template can't be tried for its end of turn: %s", error)
         return None

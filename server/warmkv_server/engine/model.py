@@ -22,6 +22,7 @@ from warmkv_server.engine.layout import CacheMap, discover
 from warmkv_server.engine.locate import BUILT_IN, ModelKind, locate
 from warmkv_server.engine.positions import context_limit as limit_of
 from warmkv_server.engine.tokenizer import Choosable
+from warmkv_server.errors import OperatorError
 from warmkv_server.kv.types import PartKind
 
 __all__ = ["BUILT_IN", "LayerInfo", "LoadedModel", "ModelInfo", "ModelKind", "load"]
@@ -83,7 +84,7 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
     tokenizer.eos_token_ids = {end.token_id for end in ended_by}
     if on_cpu:
         exchange_modules(model, limit)
-    cache_map = discover(model, codec)
+    cache_map = _caches(model, codec, spec)
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
@@ -115,6 +116,20 @@ def load(spec: str, *, adapter: str | None, codec: Codec, context_limit: int | N
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
     return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
+
+
+def _caches(model: Any, codec: Codec, spec: str) -> CacheMap:
+    try:
+        return discover(model, codec)
+    except OperatorError:
+        raise
+    except (
+        Exception
+    ) as error:  # the model's first step: a kernel that the device lacks, a config that contradicts itself
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise OperatorError(
+            f"the model {spec} can't compute a token on this device ({device.describe()}): {text}; take another model"
+        ) from error
 
 
 def _parameters(model: Any) -> list[tuple[str, mx.array]]:
