@@ -176,6 +176,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": _SCALED},
     "mistral4": {"rope_parameters": _SCALED, "q_lora_rank": 32, "num_key_value_heads": _HEADS},
     "plamo": {"n_shared_head": 2},
+    "mamba2": {"num_heads": 4},
     "granite": _SCALES,
     "granitemoe": _SCALES,
     "granitemoehybrid": {
