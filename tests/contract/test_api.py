@@ -75,7 +75,8 @@ GetServerInfoRequest:
 GetServerInfoResponse: model_id:string model_kind:ModelKind weights_digest:string fingerprint:string device:string
  blas:string context_limit:int32 layers:LayerInfo* kv_bits:int32 kv_group_size:int32 kv_bytes_per_token:int64
  hot_bytes_limit:int64 disk_bytes_limit:int64 durability:Durability versions:{string,string}
- sampling_defaults:SamplingParams default_max_tokens:int32
+ sampling_defaults:SamplingParams default_max_tokens:int32 end_tokens:EndToken*
+EndToken: token_id:int32 text:string sources:EndTokenSource*
 LayerInfo: cache_kind:CacheKind kv_heads:int32 key_dim:int32 value_dim:int32 kv_bits:int32 window:int32
  members:LayerInfo*
 GetServerStatsRequest:
@@ -98,6 +99,7 @@ ENUMS = {
     "Tier": "HOT WARM",
     "Activity": "IDLE QUEUED LOADING PREFILLING DECODING",
     "ModelKind": "BUILTIN LOCAL HUB RANDOM",
+    "EndTokenSource": "GENERATION_CONFIG CONFIG TOKENIZER CHAT_TEMPLATE",
     "CacheKind": "APPEND_ONLY WINDOWED RECURRENT COMPOSITE",
     "Durability": "FULL FSYNC NONE",
 }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,12 +12,10 @@ import pytest
 import pytest_asyncio
 from mlx_lm.models import llama
 
-from tests.engine import families
 from tests.engine.conftest import FolderOf
-from tests.engine.families import FAMILIES
-from tests.engine.folders import write_model
 from tests.engine.runs import Outcome, Solo, after, become, begun, check_greedy, job_of, outcome, prompt_of, running
 from warmkv_server.engine import group, sampling
+from warmkv_server.engine.answer_text import AnswerText
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.types import Answer, Job, Sampling
 from warmkv_server.errors import EngineError
@@ -139,33 +135,20 @@ async def test_sampling_that_fails_in_a_batch_ends_only_its_own_row(
         await still_works(engine, solo)
 
 
-def shorten_tokenizer(folder: Path) -> int:
-    """Leave it the bytes only, in a form whose detokenizer fails on tokens it doesn't know.
-
-    As where a model's vocabulary is padded beyond its tokenizer's. Returns how many tokens it knows.
-    """
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    known = {token: number for token, number in vocabulary.items() if len(token) == 1 or token.startswith("<|")}
-    tokenizer["model"] |= {"vocab": known, "merges": []}
-    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    tokenizer["decoder"] = {
-        "type": "Sequence",
-        "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return len(known)
-
-
 async def test_text_that_cannot_be_spelled_ends_only_its_own_row(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder_of: FolderOf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_model(tmp_path / "padded", FAMILIES["llama"].config, families.build("llama"))
-    unknown = shorten_tokenizer(tmp_path / "padded") + 5
+    spell, unknown = AnswerText.push, 10
+
+    def push(self: AnswerText, token: int) -> str:
+        if token == unknown:
+            raise KeyError(token)
+        return spell(self, token)
+
+    monkeypatch.setattr(AnswerText, "push", push)
     # First 9, and then, as 9 is penalised, the token that has no text.
     sampling = Sampling(logit_bias={9: 1000.0, unknown: 900.0}, presence_penalty=500.0)
-    async with running(tmp_path / "padded") as engine:
+    async with running(folder_of("llama")) as engine:
         prompt = [9] * 40
         mates = [engine.submit(job_of(prompt, 20, sampling=Sampling(logit_bias={8: 1000.0}))) for _ in range(3)]
         await fails(engine.submit(job_of(prompt, 20, sampling=sampling)), caplog)

@@ -128,6 +128,8 @@ def test_ends_of_sequence_of_the_model_and_of_the_tokenizer(folder: Path) -> Non
     assert load(folder).info.eos_token_ids == {END, 2, 30}
     rewrite(folder / "generation_config.json", eos_token_id=[40])
     assert load(folder).info.eos_token_ids == {END, 40}
+    rewrite(folder / "generation_config.json", eos_token_id=0)
+    assert load(folder).info.eos_token_ids == {END, 0}
 
 
 def test_sampling_defaults_are_what_the_author_recommends(folder: Path) -> None:

@@ -34,7 +34,7 @@ LOOP = Chat((Message("user", "loop"),))
 async def pool(folder: Path = BUILT_IN / "tiny", waiting: int = 100) -> AsyncIterator[TextPool]:
     made = TextPool(Bound(waiting))
     try:
-        made.found(TokenizerSource(folder, eos_token_ids=None, defaults=None, vocab_size=4096))
+        made.found(TokenizerSource(folder, None, eos_token_ids=(), defaults=None, vocab_size=4096))
         made.begin()
         await made.ready()
         yield made

@@ -166,6 +166,7 @@ class Decoder:
             self._roster.flush()
             right = 0
             while sequence.finish is None and right < len(guess) and choices[right].read() == guess[right]:
+                choices[right].check()
                 self._emit(sequence, guess[right], choices[right].logprobs())
                 right += 1
             group.cut(len(guess) - right)

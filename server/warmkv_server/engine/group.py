@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.engine import caches as kinds
-from warmkv_server.engine.sampling import Choice
+from warmkv_server.engine.sampling import Choice, Scores
 from warmkv_server.engine.sequence import Sequence, first_tokens
 from warmkv_server.engine.shapes import feed
 
@@ -195,12 +195,14 @@ class Group:
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
+            logits = self.sequences[0].loaded.choosable(logits)
             best = mx.argmax(logits, axis=-1)
+            scores = Scores.of(logits, best)
             if len(self.sequences) == 1:
-                return [Choice(best)]
+                return [Choice(best, scores)]
             # Another type, so that each row's token has memory of its own. On CUDA at most 8 bytes are shared with the
             # host; a larger array would move to and fro with every step, because the host reads it.
-            return [Choice(best[row : row + 1].astype(mx.int64)) for row in range(len(self.sequences))]
+            return [Choice(best[row : row + 1].astype(mx.int64), scores, row) for row in range(len(self.sequences))]
         choices: list[Choice | Exception] = []
         for row, sequence in enumerate(self.sequences):
             assert sequence.chooser is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from typing import cast
@@ -9,6 +10,7 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from warmkv_server.engine.tokenizer import Choosable
 from warmkv_server.engine.types import Logprobs, Sampling
 
 _MASK64 = (1 << 64) - 1
@@ -19,9 +21,20 @@ class Chooser:
 
     The draw at a position depends on the seed and the position alone, so that a sequence gives the same tokens in a
     batch and alone, wherever its logits are the same.
+
+    Args:
+        choosable: what may be sampled; None for everything.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int, top_logprobs: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab_size: int,
+        top_logprobs: int,
+        choosable: Choosable | None = None,
+    ) -> None:
+        self._choosable = choosable or Choosable((), vocab_size)
         self.greedy = sampling.temperature == 0
         self.top_logprobs = top_logprobs
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed & _MASK64
@@ -69,8 +82,10 @@ class Chooser:
             position: length of the context that the first of the chosen tokens will follow.
         """
         if self.plain:
+            logits = self._choosable(logits)
             best = mx.argmax(logits, axis=-1)
-            return [Choice(best[row : row + 1]) for row in range(len(logits))]
+            scores = Scores.of(logits, best)
+            return [Choice(best[row : row + 1], scores, row) for row in range(len(logits))]
         return [self.choose(logits[row : row + 1], position + row, None) for row in range(len(logits))]
 
     def choose(self, logits: mx.array, position: int, last: mx.array | None) -> Choice:
@@ -87,24 +102,29 @@ class Chooser:
             self._answer = mx.concatenate([self._answer, last.astype(mx.uint32)])
         if last is not None and self._on_context:
             self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
-        own = _logprobs(logits) if self.top_logprobs else None  # now: the processors write into their logits
+        # Now: the processors write into their logits.
+        own = _logprobs(self._choosable(logits)) if self.top_logprobs else None
         for process in self._bias:
             logits = process(self._answer, logits)
         for process in self._on_context:
             logits = process(self._context, logits)
         for process in self._on_answer:
             logits = process(self._answer, logits)
+        logits = self._choosable(logits)  # now: bias and penalties may name any id
         if self.greedy:
-            token = mx.argmax(logits, axis=-1)
+            weighed, token = logits, mx.argmax(logits, axis=-1)
         else:
             # One call of the generator seeds it; what is drawn here touches no other sequence's stream.
             mx.random.seed((self._seed + position * 0x9E3779B97F4A7C15) & _MASK64)
-            token = self._draw(_logprobs(logits))
+            weighed = _logprobs(logits)
+            token = self._draw(weighed)
+        scores = Scores.of(weighed, token)
         if own is None:
-            return Choice(token)
+            return Choice(token, scores)
         ids = mx.argpartition(-own, kth=self.top_logprobs - 1, axis=-1)[:, : self.top_logprobs]
         return Choice(
             token,
+            scores,
             chosen=mx.take_along_axis(own, token[:, None], axis=-1),
             top_ids=ids,
             top=mx.take_along_axis(own, ids, axis=-1),
@@ -116,8 +136,43 @@ def _logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
+class NotNumbers(Exception):
+    """The model's logits are not numbers: nothing can be chosen from them."""
+
+
+class Scores:
+    """The logit or log-probability of each row's chosen token, which tells whether the row's logits are numbers.
+
+    It costs no look at the others: where they are no numbers, neither is the one that was chosen; where they have
+    overflowed it is infinite. Read with the tokens, those of all rows at once.
+    """
+
+    def __init__(self, values: mx.array) -> None:
+        self.values = values
+        self._read: list[float] | None = None
+
+    @classmethod
+    def of(cls, weighed: mx.array, chosen: mx.array) -> Scores:
+        """From what was weighed, (rows, vocabulary), and the choices, (rows,)."""
+        return cls(mx.take_along_axis(weighed, chosen[:, None], axis=-1)[:, 0])
+
+    def check(self, row: int) -> None:
+        """Wait for the step.
+
+        Raises:
+            NotNumbers: if a logit of the row isn't a number.
+        """
+        if self._read is None:
+            self._read = cast(list[float], self.values.tolist())
+        if not math.isfinite(self._read[row]):
+            raise NotNumbers(f"the chosen token's logit is {self._read[row]}: overflow, or broken weights")
+
+
 class Choice:
     """A token on its way: lazy until it is read.
+
+    Args:
+        scores: of the step that gives it, with its row there; None for a token that is there already.
 
     Attributes:
         token: shape (1,).
@@ -126,17 +181,23 @@ class Choice:
     def __init__(
         self,
         token: mx.array,
+        scores: Scores | None = None,
+        row: int = 0,
+        *,
         chosen: mx.array | None = None,
         top_ids: mx.array | None = None,
         top: mx.array | None = None,
     ) -> None:
         self.token = token
+        self._scores = scores
+        self._row = row
         self._reported = (chosen, top_ids, top)
         self._value: int | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.token, *(a for a in self._reported if a is not None)]
+        scores = [self._scores.values] if self._scores is not None else []
+        return [self.token, *scores, *(a for a in self._reported if a is not None)]
 
     @property
     def known(self) -> bool:
@@ -148,6 +209,15 @@ class Choice:
         if self._value is None:
             self._value = cast(int, self.token.item())
         return self._value
+
+    def check(self) -> None:
+        """Wait for it.
+
+        Raises:
+            NotNumbers: if it was chosen from logits that aren't numbers.
+        """
+        if self._scores is not None:
+            self._scores.check(self._row)
 
     def logprobs(self) -> Logprobs | None:
         """What was asked to be reported; waits for the values."""

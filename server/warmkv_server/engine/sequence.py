@@ -114,7 +114,9 @@ class Sequence:
         self._opened, self._began = True, time.perf_counter()
         if job.answer is not None:
             info = self.loaded.info
-            self.chooser = Chooser(job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs)
+            self.chooser = Chooser(
+                job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs, self.loaded.choosable
+            )
             self.text = AnswerText(self.loaded.tokenizer, job.tokens[-1], info.eos_token_ids, job.answer.stop)
 
     def _room(self) -> int:
@@ -230,7 +232,13 @@ class Sequence:
         return self.pending.read(), self.pending.logprobs()
 
     def emit(self, token: int, logprobs: Logprobs | None) -> Delta:
-        """Account for one sampled token, which may be the last: what to send."""
+        """Account for one sampled token, which may be the last: what to send.
+
+        Raises:
+            NotNumbers: if the pending token was chosen from no numbers.
+        """
+        if self.pending is not None:
+            self.pending.check()
         answer, text = self.job.answer, self.text
         assert answer is not None
         assert text is not None

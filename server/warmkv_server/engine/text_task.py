@@ -40,15 +40,17 @@ class TokenizerSource:
     """What mlx-lm makes the model's tokenizer of.
 
     Attributes:
-        eos_token_ids: of the model's configuration.
+        chat_template: None takes the tokenizer's own, if it has one.
+        eos_token_ids: those that end an answer.
         defaults: of the model's class, for checkpoints without settings of their own.
-        vocab_size: of the model; None takes the tokenizer's.
+        vocab_size: of the model.
     """
 
     folder: Path
-    eos_token_ids: int | Sequence[int] | None
+    chat_template: str | None
+    eos_token_ids: Sequence[int]
     defaults: dict[str, Any] | None
-    vocab_size: int | None
+    vocab_size: int
 
 
 @dataclass(frozen=True)

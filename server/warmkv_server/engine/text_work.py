@@ -61,8 +61,11 @@ def main(descriptor: int) -> None:
     if source is None:
         return
     try:
-        tokenizer = load(source.folder, eos_token_ids=source.eos_token_ids, defaults=source.defaults)
-        text = Text(tokenizer, source.vocab_size or len(tokenizer))
+        config: dict[str, object] = {"trust_remote_code": False}
+        if source.chat_template is not None:
+            config["chat_template"] = source.chat_template
+        tokenizer = load(source.folder, config, eos_token_ids=source.eos_token_ids, defaults=source.defaults)
+        text = Text(tokenizer, source.vocab_size)
     except BaseException as error:
         _say(control, f"{type(error).__name__}: {error}")
         return

@@ -8,6 +8,7 @@ from time import time
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
+from warmkv_server.engine.ends import EndSource
 from warmkv_server.engine.model import LayerInfo, ModelInfo, ModelKind
 from warmkv_server.engine.types import Sampling
 from warmkv_server.errors import InvalidField
@@ -28,6 +29,12 @@ CACHE_KINDS = {
     "window": server_pb.CACHE_KIND_WINDOWED,
     "state": server_pb.CACHE_KIND_RECURRENT,
     "composite": server_pb.CACHE_KIND_COMPOSITE,
+}
+END_SOURCES = {
+    EndSource.GENERATION_CONFIG: server_pb.END_TOKEN_SOURCE_GENERATION_CONFIG,
+    EndSource.CONFIG: server_pb.END_TOKEN_SOURCE_CONFIG,
+    EndSource.TOKENIZER: server_pb.END_TOKEN_SOURCE_TOKENIZER,
+    EndSource.CHAT_TEMPLATE: server_pb.END_TOKEN_SOURCE_CHAT_TEMPLATE,
 }
 DURABILITIES = {
     Durability.FULL: server_pb.DURABILITY_FULL,
@@ -79,6 +86,10 @@ class ServerServicer:
             versions=_versions(info, self.facts.block_format),
             sampling_defaults=_sampling(info.sampling_defaults),
             default_max_tokens=self.facts.default_max_tokens,
+            end_tokens=[
+                server_pb.EndToken(token_id=end.token_id, text=end.text, sources=[END_SOURCES[s] for s in end.sources])
+                for end in info.ends
+            ],
         )
 
     async def get_server_stats(

@@ -117,6 +117,38 @@ DURABILITY_NONE: Durability.ValueType  # 3
 """Nothing is synced. Survives kill -9 of the server, but no crash of the machine; `persisted` is always false."""
 Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
+class _EndTokenSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EndTokenSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndTokenSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    END_TOKEN_SOURCE_UNSPECIFIED: _EndTokenSource.ValueType  # 0
+    """Never sent."""
+    END_TOKEN_SOURCE_GENERATION_CONFIG: _EndTokenSource.ValueType  # 1
+    """`eos_token_id` in the model's generation_config.json."""
+    END_TOKEN_SOURCE_CONFIG: _EndTokenSource.ValueType  # 2
+    """`eos_token_id` in the model's config.json, or in its text_config; looked at where generation_config.json has none."""
+    END_TOKEN_SOURCE_TOKENIZER: _EndTokenSource.ValueType  # 3
+    """The tokenizer's `eos_token`."""
+    END_TOKEN_SOURCE_CHAT_TEMPLATE: _EndTokenSource.ValueType  # 4
+    """The mark that the chat template writes behind the last answer of a conversation."""
+
+class EndTokenSource(_EndTokenSource, metaclass=_EndTokenSourceEnumTypeWrapper):
+    """EndTokenSource is what names a token as one that ends an answer."""
+
+END_TOKEN_SOURCE_UNSPECIFIED: EndTokenSource.ValueType  # 0
+"""Never sent."""
+END_TOKEN_SOURCE_GENERATION_CONFIG: EndTokenSource.ValueType  # 1
+"""`eos_token_id` in the model's generation_config.json."""
+END_TOKEN_SOURCE_CONFIG: EndTokenSource.ValueType  # 2
+"""`eos_token_id` in the model's config.json, or in its text_config; looked at where generation_config.json has none."""
+END_TOKEN_SOURCE_TOKENIZER: EndTokenSource.ValueType  # 3
+"""The tokenizer's `eos_token`."""
+END_TOKEN_SOURCE_CHAT_TEMPLATE: EndTokenSource.ValueType  # 4
+"""The mark that the chat template writes behind the last answer of a conversation."""
+Global___EndTokenSource: _TypeAlias = EndTokenSource  # noqa: Y015
+
 @_typing.final
 class LayerInfo(_message.Message):
     """LayerInfo describes the cache of one layer."""
@@ -225,6 +257,7 @@ class GetServerInfoResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    END_TOKENS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The model as it was asked for: `builtin:tiny`, `random:SHAPE`, a folder, or `ORG/NAME@REVISION` with the resolved
     revision.
@@ -269,6 +302,14 @@ class GetServerInfoResponse(_message.Message):
     def sampling_defaults(self) -> _agent_service_pb2.SamplingParams:
         """Every sampling parameter's default; all fields are set but `seed`."""
 
+    @_builtins.property
+    def end_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndToken]:
+        """The tokens that end an answer (FINISH_REASON_STOP), by ascending id, each with everything that names it.
+
+        The model's generation_config.json says which; where it says nothing, its config.json does. The tokenizer's
+        end-of-sequence token is one besides, and so is the mark that the chat template writes behind an answer.
+        """
+
     def __init__(
         self,
         *,
@@ -289,14 +330,47 @@ class GetServerInfoResponse(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         sampling_defaults: _agent_service_pb2.SamplingParams | None = ...,
         default_max_tokens: _builtins.int = ...,
+        end_tokens: _abc.Iterable[Global___EndToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_limit", b"context_limit", "default_max_tokens", b"default_max_tokens", "device", b"device", "disk_bytes_limit", b"disk_bytes_limit", "durability", b"durability", "fingerprint", b"fingerprint", "hot_bytes_limit", b"hot_bytes_limit", "kv_bits", b"kv_bits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_group_size", b"kv_group_size", "layers", b"layers", "model_id", b"model_id", "model_kind", b"model_kind", "sampling_defaults", b"sampling_defaults", "versions", b"versions", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_limit", b"context_limit", "default_max_tokens", b"default_max_tokens", "device", b"device", "disk_bytes_limit", b"disk_bytes_limit", "durability", b"durability", "end_tokens", b"end_tokens", "fingerprint", b"fingerprint", "hot_bytes_limit", b"hot_bytes_limit", "kv_bits", b"kv_bits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_group_size", b"kv_group_size", "layers", b"layers", "model_id", b"model_id", "model_kind", b"model_kind", "sampling_defaults", b"sampling_defaults", "versions", b"versions", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class EndToken(_message.Message):
+    """EndToken is a token that ends an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """Its id."""
+    text: _builtins.str
+    """How the tokenizer writes it; empty if it has no such token."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[Global___EndTokenSource.ValueType]:
+        """What names it, in the order of the enum."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        text: _builtins.str = ...,
+        sources: _abc.Iterable[Global___EndTokenSource.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sources", b"sources", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndToken: _TypeAlias = EndToken  # noqa: Y015
 
 @_typing.final
 class GetServerStatsRequest(_message.Message):

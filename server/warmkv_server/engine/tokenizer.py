@@ -1,0 +1,84 @@
+"""Loading a model's tokenizer, with its chat template wherever that is kept, and which ids it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from warmkv_server.errors import OperatorError
+
+_PROCESSORS = ("chat_template.json", "processor_config.json")
+"""Where processors of multimodal models keep the chat template; tokenizers don't look there."""
+
+
+def load(folder: Path) -> TokenizerWrapper:
+    """The tokenizer in a folder.
+
+    Raises:
+        OperatorError: if there is none that can be loaded.
+    """
+    try:
+        tokenizer: TokenizerWrapper = load_tokenizer(folder, {"trust_remote_code": False})
+        if tokenizer.chat_template is None and (template := _of_processor(folder)) is not None:
+            tokenizer = load_tokenizer(folder, {"trust_remote_code": False, "chat_template": template})
+    except Exception as error:
+        raise OperatorError(f"no tokenizer could be loaded from {folder}: {error}") from error
+    return tokenizer
+
+
+def _of_processor(folder: Path) -> str | None:
+    for name in _PROCESSORS:
+        path = folder / name
+        template: Any = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def files(folder: Path) -> list[Path]:
+    """Everything that tokens depend on."""
+    patterns = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken")
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    processor = folder / "processor_config.json"
+    if processor.is_file() and "chat_template" in processor.read_text():
+        found.add(processor)
+    return sorted(found)
+
+
+class Choosable:
+    """The ids that may be sampled: embeddings are often padded, and a padded id has no text.
+
+    Args:
+        ids: that the tokenizer has.
+        width: of the model's logits, as config.json tells it.
+
+    Attributes:
+        count: ids below it may be chosen.
+    """
+
+    def __init__(self, ids: Collection[int], width: int) -> None:
+        present = {token for token in ids if 0 <= token < width}
+        self.count = max(present, default=width - 1) + 1
+        holes = [token for token in range(self.count) if token not in present] if present else []
+        self._holes: mx.array | None = None
+        if holes:
+            mask = mx.zeros((self.count,))
+            mask[mx.array(holes)] = -mx.inf
+            mx.eval(mask)
+            self._holes = mask
+
+    @classmethod
+    def of(cls, tokenizer: TokenizerWrapper, width: int) -> Choosable:
+        return cls(tokenizer.get_vocab().values(), width)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Those of these logits, (..., vocabulary), that belong to ids that may be chosen. Lazy."""
+        if logits.shape[-1] > self.count:
+            logits = logits[..., : self.count]
+        return logits if self._holes is None else logits + self._holes.astype(logits.dtype)
