@@ -17,17 +17,17 @@ import numpy as np
 
 from warmkv_evaluation.statistics import Floats, interval
 from warmkv_evaluation.windows import cut
-from warmkv_server.engine import device
-from warmkv_server.engine import model as models
-from warmkv_server.engine.chunk import run_chunk
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.layout import discover
-from warmkv_server.engine.need import Need
-from warmkv_server.engine.sequence import Sequence as Running
-from warmkv_server.engine.text import Text
-from warmkv_server.engine.types import Job
+from warmkv_server.contract.generation import Job
+from warmkv_server.contract.kv import Reuse
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.layout import discover
+from warmkv_server.engine.model import device
+from warmkv_server.engine.model import load as models
+from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.steps.chunk import run_chunk
+from warmkv_server.engine.steps.sequence import Sequence as Running
 from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
-from warmkv_server.kv.types import Reuse
+from warmkv_server.text.text import Text
 
 CHUNK = 256
 

@@ -30,7 +30,7 @@ from warmkv_evaluation.store_tables import (
     save_table,
     steps_table,
 )
-from warmkv_server.versions import version_of
+from warmkv_server.platform.versions import version_of
 
 LARGE = "llama-3.1-8b"
 AT_REST = (LARGE, "gemma-3-12b", "deepseek-v2-lite")

@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from warmkv_server.contract.kv import Growth, KVLayout, PartKind
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.arrays import stored_shape
+from warmkv_server.kv.blocks.arrays import stored_shape
 from warmkv_server.kv.store import Commit, Committed, Durability, Fingerprint, Store, StoreSettings, TokenIds
-from warmkv_server.kv.types import Growth, KVLayout, PartKind
 
 TENANT = "measured"
 HOT_BYTES = 1 << 40  # nothing is evicted unless a measurement asks for it

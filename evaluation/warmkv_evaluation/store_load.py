@@ -27,11 +27,11 @@ import numpy as np
 from warmkv_evaluation.store_contexts import TENANT, block_files, extend, opened, tokens_of
 from warmkv_evaluation.store_readers import HASHED, PLAIN, READER, Readers
 from warmkv_evaluation.store_shapes import Shape
-from warmkv_server.engine.layout import empty_caches
+from warmkv_server.contract.kv import PartKind, Reuse
+from warmkv_server.engine.cache.layout import empty_caches
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import blockfile
+from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.store import Store, StoreSettings, TokenIds
-from warmkv_server.kv.types import PartKind, Reuse
 
 AGENT, OTHER = "loaded", "other"
 PRIMED_AT_ONCE = 4096

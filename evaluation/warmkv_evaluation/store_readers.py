@@ -14,13 +14,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from warmkv_server.contract.kv import TensorSpec
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv import blockfile
-from warmkv_server.kv.loader import BATCH_BYTES
-from warmkv_server.kv.reader import PIECE_BYTES, PartOrder, read_parts
-from warmkv_server.kv.residency import UNKNOWN, drop_pages, resident_bytes
-from warmkv_server.kv.spare import SpareMemory
-from warmkv_server.kv.types import TensorSpec
+from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.reader import PIECE_BYTES, PartOrder, read_parts
+from warmkv_server.kv.blocks.residency import UNKNOWN, drop_pages, resident_bytes
+from warmkv_server.kv.blocks.spare import SpareMemory
+from warmkv_server.kv.tasks.loader import BATCH_BYTES
 
 KEPT, FRESH, REUSED = PLAIN = "kept", "fresh", "reused"
 HASHED, READER = "hashed", "reader"

@@ -9,8 +9,8 @@ import numpy as np
 
 from warmkv_evaluation.store_contexts import TENANT, block_files, extend, opened, tokens_of
 from warmkv_evaluation.store_shapes import Shape
+from warmkv_server.contract.kv import PartKind
 from warmkv_server.kv.store import Durability
-from warmkv_server.kv.types import PartKind
 
 AGENT = "resting"
 

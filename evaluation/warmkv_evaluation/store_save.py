@@ -12,10 +12,10 @@ import numpy as np
 
 from warmkv_evaluation.store_contexts import TENANT, noise, opened, tokens_of
 from warmkv_evaluation.store_shapes import Shape
+from warmkv_server.contract.generation import Answer, Delta, Finished, Job
+from warmkv_server.contract.kv import Growth, Reuse
 from warmkv_server.engine.engine import Engine, EngineSettings
-from warmkv_server.engine.types import Answer, Delta, Finished, Job
 from warmkv_server.kv.store import Commit, Store
-from warmkv_server.kv.types import Growth, Reuse
 
 PROMPT_TOKENS = 256
 ALONE_TOKENS = 256

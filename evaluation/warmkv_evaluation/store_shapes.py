@@ -12,12 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from warmkv_server.engine import device
-from warmkv_server.engine import model as models
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.layout import CacheMap, discover
+from warmkv_server.contract.kv import PartKind
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.layout import CacheMap, discover
+from warmkv_server.engine.model import device
+from warmkv_server.engine.model import load as models
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.types import PartKind
 
 BUILTIN = "builtin:tiny"
 FP16_BYTES = 2

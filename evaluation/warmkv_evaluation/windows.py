@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from warmkv_server.engine.text import RawText, Text
 from warmkv_server.errors import OperatorError
+from warmkv_server.text.text import RawText, Text
 
 
 def read_text(path: Path | None) -> str:

@@ -2,7 +2,7 @@
 
 import os
 
-from warmkv_server import blas
+from warmkv_server.platform import blas
 
 # Before any module of the package can import MLX: see blas.py.
 blas.preload()

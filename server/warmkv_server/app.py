@@ -11,15 +11,16 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from warmkv_server import blas, descriptors
 from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import LOOPBACK, Settings
+from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.engine import Engine, EngineSettings
-from warmkv_server.engine.fairness import Bound
-from warmkv_server.engine.loop import SOON_SECONDS
+from warmkv_server.engine.steps.loop import SOON_SECONDS
 from warmkv_server.errors import ServerFailed
-from warmkv_server.kv.blockfile import VERSION as BLOCK_FORMAT
+from warmkv_server.kv.blocks.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
+from warmkv_server.platform import blas, descriptors
+from warmkv_server.platform.signals import StopSignals
 from warmkv_server.service.agent_servicer import AgentServicer
 from warmkv_server.service.auth import BearerTokens, Open
 from warmkv_server.service.codecs import codecs
@@ -29,7 +30,6 @@ from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.server import GrpcServer, Tls
 from warmkv_server.service.server_servicer import Facts, ServerServicer
 from warmkv_server.shutdown import Shutdown
-from warmkv_server.signals import StopSignals
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")

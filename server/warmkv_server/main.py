@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from warmkv_server.malloc import keep_freed_memory
+from warmkv_server.platform.malloc import keep_freed_memory
 
 OWN_PACKAGES = ("warmkv", "warmkv_server", "warmkv_bench", "warmkv_evaluation")
 
@@ -22,7 +22,7 @@ def main() -> None:
         )
         sys.exit(2)
     try:
-        from warmkv_server.cli import app
+        from warmkv_server.cli.main import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in OWN_PACKAGES:

@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TypeVar
 from warmkv_server.agents.agents import Agents
 from warmkv_server.errors import Draining
 from warmkv_server.kv.store import Store
+from warmkv_server.platform.signals import StopSignals, first_of
 from warmkv_server.service.gate import Gate
-from warmkv_server.signals import StopSignals, first_of
 
 log = logging.getLogger(__name__)
 

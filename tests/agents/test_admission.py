@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmkv_server.agents.admission import Admission
-from warmkv_server.engine.fairness import Bound
+from warmkv_server.contract.fairness import Bound
 from warmkv_server.errors import QueueFull
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from warmkv_server.agents.answer_log import JOIN_BEHIND, JOINED, AnswerEvents, AnswerLog, AnswerReader
 from warmkv_server.agents.types import CacheReport, GenerateEvent, GenerateStarted, PrefillProgress
-from warmkv_server.engine.types import Delta, Logprobs
-from warmkv_server.kv.types import Reuse
+from warmkv_server.contract.generation import Delta, Logprobs
+from warmkv_server.contract.kv import Reuse
 
 STARTED = GenerateStarted("a", CacheReport.of(Reuse(), 10))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from warmkv_server.agents.requests import Codec, Requests
+from warmkv_server.agents.idempotency import Codec, Requests
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentKey, Identity, Recorded
 from warmkv_server.errors import OutcomeUnreadable, RequestCancelled, RequestIdReused

@@ -9,7 +9,7 @@ import pytest
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, AgentKey, Doing
-from warmkv_server.engine.fairness import Bound
+from warmkv_server.contract.fairness import Bound
 from warmkv_server.errors import AgentDeleted, QueueFull, RequestCancelled, StorageUnavailable
 
 KEY = AgentKey("", "a")

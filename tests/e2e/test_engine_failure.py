@@ -19,7 +19,7 @@ POISON = 2999
 
 PLANT = f"""
 import sys
-from warmkv_server.engine.schedule import Schedule
+from warmkv_server.engine.steps.schedule import Schedule
 from warmkv_server.main import main
 
 pick = Schedule.pick

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine import families
 from tests.engine.folders import write_model
-from warmkv_server.engine.device import prepare
+from warmkv_server.engine.model.device import prepare
 
 # Tests run models on their own thread too.
 prepare()

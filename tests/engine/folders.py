@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from warmkv_server.engine.model import BUILT_IN
+from warmkv_server.engine.model.load import BUILT_IN
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 END = 1

@@ -13,13 +13,13 @@ import mlx.core as mx
 import pytest
 
 from tests.engine.spans import compute
-from warmkv_server.engine import model
-from warmkv_server.engine.codec import Codec
+from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Logprobs
+from warmkv_server.contract.kv import Growth, Reuse, Span
+from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.layout import empty_caches
 from warmkv_server.engine.engine import Engine, EngineSettings, Handle
-from warmkv_server.engine.layout import empty_caches
-from warmkv_server.engine.shapes import FewShapes
-from warmkv_server.engine.types import Answer, Delta, Event, Finished, Job, Logprobs
-from warmkv_server.kv.types import Growth, Reuse, Span
+from warmkv_server.engine.model import load as model
 
 CHUNK = 32
 """Tokens of a prefill chunk in these tests; smaller than any operator's, so that short prompts have several."""

@@ -8,9 +8,9 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from warmkv_server.engine import caches as kinds
-from warmkv_server.engine.layout import CacheMap, empty_caches
-from warmkv_server.kv.types import Growth, KVLayout, PartKind, Reuse, Span, Tensors
+from warmkv_server.contract.kv import Growth, KVLayout, PartKind, Reuse, Span, Tensors
+from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache.layout import CacheMap, empty_caches
 
 
 def compute(

@@ -12,9 +12,9 @@ import pytest
 from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import job_of, outcome, outcomes, prompt_of, running
+from warmkv_server.contract.generation import EngineStats, Finish, Job
 from warmkv_server.engine.engine import Engine, EngineSettings, Handle
-from warmkv_server.engine.schedule import together
-from warmkv_server.engine.types import EngineStats, Finish, Job
+from warmkv_server.engine.steps.schedule import together
 from warmkv_server.errors import Draining, MemoryBudget, OperatorError, QueueFull
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, NaiveStreamingDetokenizer
 
 from tests.engine.tokenizers import built_in, ids, variant
-from warmkv_server.engine.answer_text import AnswerText
+from warmkv_server.engine.output.answer_text import AnswerText
 
 END, ASSISTANT = 1, 5
 NUL = built_in().convert_tokens_to_ids("Ā")  # mlx-lm's detokenizer spells the byte 0 as this letter

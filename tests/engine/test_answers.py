@@ -13,8 +13,8 @@ from tests.engine.folders import END
 from tests.engine.parrot import write_parrot
 from tests.engine.runs import Outcome, check_growth, job_of, outcome, outcomes, running
 from tests.engine.tokenizers import built_in, ids
+from warmkv_server.contract.generation import Finish, Finished, Job, Progress, Started
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Finish, Finished, Job, Progress, Started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -28,13 +28,13 @@ from tests.engine.runs import (
     running,
 )
 from tests.engine.spans import grown, needed
-from warmkv_server.engine import caches as kinds
+from warmkv_server.contract.generation import Answer, Delta, Finish, Sampling
+from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.group import Group
-from warmkv_server.engine.need import Need
-from warmkv_server.engine.sampling import Choice, Chooser
-from warmkv_server.engine.sequence import Sequence
-from warmkv_server.engine.types import Answer, Delta, Finish, Sampling
+from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.output.sampling import Choice, Chooser
+from warmkv_server.engine.steps.batch import Group
+from warmkv_server.engine.steps.sequence import Sequence
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.spans import distance, equal
-from warmkv_server.engine import cuda_codec
-from warmkv_server.engine.codec import Codec, kernel_reads_back, restored, storable
+from warmkv_server.engine.cache import cuda_codec
+from warmkv_server.engine.cache.codec import Codec, kernel_reads_back, restored, storable
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 

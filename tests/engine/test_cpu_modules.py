@@ -16,8 +16,8 @@ from mlx.nn.layers.positional_encoding import RoPE
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from warmkv_server.engine import random_model
-from warmkv_server.engine.cpu_modules import RowEmbedding, RowLinear, RowRMSNorm, TableRoPE, exchange_modules
+from warmkv_server.engine.model import random_model
+from warmkv_server.engine.model.cpu_modules import RowEmbedding, RowLinear, RowRMSNorm, TableRoPE, exchange_modules
 
 POSITIONS = 4096
 

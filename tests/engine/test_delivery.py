@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 
-from warmkv_server.engine.delivery import Delivery
+from warmkv_server.engine.steps.delivery import Delivery
 
 
 async def test_items_arrive_once_and_in_order_whichever_way_they_are_sent() -> None:

@@ -14,12 +14,13 @@ from mlx_lm.models import llama
 
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import Outcome, Solo, after, become, begun, check_greedy, job_of, outcome, prompt_of, running
-from warmkv_server.engine import group, sampling
-from warmkv_server.engine.answer_text import AnswerText
+from warmkv_server.contract.generation import Answer, Job, Sampling
+from warmkv_server.contract.kv import Span
 from warmkv_server.engine.engine import Engine, Handle
-from warmkv_server.engine.types import Answer, Job, Sampling
+from warmkv_server.engine.output import sampling
+from warmkv_server.engine.output.answer_text import AnswerText
+from warmkv_server.engine.steps import batch as group
 from warmkv_server.errors import EngineError
-from warmkv_server.kv.types import Span
 
 POISON = 7
 """A token that the model can't take; no prompt has it by chance."""
@@ -125,7 +126,7 @@ class Sober(sampling.Chooser):
 async def test_sampling_that_fails_in_a_batch_ends_only_its_own_row(
     folder_of: FolderOf, solo: Solo, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("warmkv_server.engine.sequence.Chooser", Sober)
+    monkeypatch.setattr("warmkv_server.engine.steps.sequence.Chooser", Sober)
     async with running(folder_of("llama")) as engine:
         mates = [engine.submit(job_of(prompt_of(40 + n), 30)) for n in (0, 1, 3)]
         broken = engine.submit(job_of(prompt_of(42), 30, top_logprobs=1))

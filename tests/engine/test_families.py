@@ -11,11 +11,11 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache
 
 from tests.engine.families import FAMILIES, VOCAB, WINDOW, build
 from tests.engine.spans import compute, distance, equal, filled, from_disk, needed
-from warmkv_server.engine import caches as kinds
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.layout import CacheMap, discover, empty_caches
+from warmkv_server.contract.kv import PartKind, Span
+from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.layout import CacheMap, discover, empty_caches
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.types import PartKind, Span
 
 UNINTERRUPTED = 1e-4
 """The largest difference of a logit that another order of the same keys in memory may make, in 32 bits."""

@@ -22,8 +22,8 @@ from tests.engine.runs import (
     running,
 )
 from tests.engine.spans import grown, needed
+from warmkv_server.contract.generation import Answer, Delta, Event, Finish, Finished, Job, Progress, Started
 from warmkv_server.engine.engine import Engine, Handle
-from warmkv_server.engine.types import Answer, Delta, Event, Finish, Finished, Job, Progress, Started
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmkv_server.engine.speculate import ALLOWANCE, LEAST_MATCH, MOST_MATCH, START, Lookup, Purse
+from warmkv_server.engine.steps.speculate import ALLOWANCE, LEAST_MATCH, MOST_MATCH, START, Lookup, Purse
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 8))

@@ -26,10 +26,10 @@ from tests.engine.runs import (
     running,
 )
 from tests.engine.spans import grown, needed
-from warmkv_server.engine.codec import join
+from warmkv_server.contract.generation import Answer, Delta, Finish, Job, Progress, Sampling, Started
+from warmkv_server.engine.cache.codec import join
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.memory import ran_out
-from warmkv_server.engine.types import Answer, Delta, Finish, Job, Progress, Sampling, Started
+from warmkv_server.engine.steps.out_of_memory import ran_out
 from warmkv_server.errors import EngineError, MemoryBudget, WarmKVError
 
 KINDS = ["llama", "deepseek_v3", "gemma3_text", "gemma4_shared_kv", "llama4_chunked", "qwen3_5", "falcon_h1"]
@@ -245,7 +245,7 @@ async def test_memory_that_runs_out_at_the_very_end(folder_of: FolderOf, monkeyp
 
     async with running(folder_of("llama")) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr("warmkv_server.engine.sequence.join", scarce_join)
+            patch.setattr("warmkv_server.engine.steps.sequence.join", scarce_join)
             got = await outcome(engine.submit(job_of(prompt_of(70), 5)))
         assert failures == 0
         check_events(got, 70)

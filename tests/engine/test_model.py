@@ -18,10 +18,10 @@ from tests.engine import families
 from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES, VOCAB, WINDOW
 from tests.engine.folders import END, write_model
-from warmkv_server.engine import model
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.model import BUILT_IN, LayerInfo, LoadedModel, ModelKind
-from warmkv_server.engine.types import Sampling
+from warmkv_server.contract.generation import Sampling
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.model import load as model
+from warmkv_server.engine.model.load import BUILT_IN, LayerInfo, LoadedModel, ModelKind
 from warmkv_server.errors import OperatorError
 
 Change = Callable[[Path], object]

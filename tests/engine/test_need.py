@@ -13,10 +13,10 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import after, job_of, outcome, outcomes, prompt_of, running
 from tests.engine.spans import grown, needed
+from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.need import Need
-from warmkv_server.engine.schedule import together
-from warmkv_server.engine.types import Answer, Job
+from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.steps.schedule import together
 
 CHUNK = 256
 KINDS = ["llama", "gemma3_text", "deepseek_v3", "mamba2", "falcon_h1", "mixtral"]

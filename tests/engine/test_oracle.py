@@ -12,7 +12,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES, VOCAB
 from tests.engine.runs import CHUNK, Outcome, Solo, job_of, outcomes, prompt_of, running
 from tests.engine.spans import distance
-from warmkv_server.engine.codec import Codec
+from warmkv_server.engine.cache.codec import Codec
 
 ROUNDING = 1e-4
 """The largest difference of a log-probability that batching may make, in 32 bits."""

@@ -13,8 +13,8 @@ import pytest_asyncio
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import CHUNK, Solo, after, become, counting, job_of, outcome, prompt_of, running
 from tests.engine.spans import grown
+from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Answer, Job
 
 
 @dataclass

@@ -30,10 +30,10 @@ from tests.engine.runs import (
     prompt_of,
     running,
 )
-from warmkv_server.engine import layout
+from warmkv_server.contract.generation import Job, Sampling
+from warmkv_server.engine.cache import layout
+from warmkv_server.engine.cache.attention_shapes import FewShapes
 from warmkv_server.engine.engine import Engine, Handle
-from warmkv_server.engine.shapes import FewShapes
-from warmkv_server.engine.types import Job, Sampling
 from warmkv_server.errors import EngineError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

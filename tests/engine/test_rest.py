@@ -11,11 +11,11 @@ import pytest
 
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import job_of, outcome, prompt_of, running
-from warmkv_server.engine import loop
+from warmkv_server.engine.steps import loop
 
 KEEP_AND_GIVE_BACK = """
 from pathlib import Path
-from warmkv_server.malloc import give_back, keep_freed_memory
+from warmkv_server.platform.malloc import give_back, keep_freed_memory
 
 def resident():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))

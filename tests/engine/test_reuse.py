@@ -30,10 +30,10 @@ from tests.engine.runs import (
 )
 from tests.engine.spans import cut, distance, filled, from_disk, grown, needed
 from tests.engine.tokenizers import built_in, ids
-from warmkv_server.engine.codec import Codec
+from warmkv_server.contract.generation import Answer, Finish, Job, Sampling
+from warmkv_server.contract.kv import Growth, PartKind, Span
+from warmkv_server.engine.cache.codec import Codec
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Answer, Finish, Job, Sampling
-from warmkv_server.kv.types import Growth, PartKind, Span
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tests.engine.conftest import FolderOf
 from tests.engine.families import VOCAB
 from tests.engine.runs import Solo, job_of, outcome, outcomes, prompt_of, running
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.sampling import Choice, Chooser
-from warmkv_server.engine.types import Sampling
+from warmkv_server.contract.generation import Sampling
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.output.sampling import Choice, Chooser
 
 Floats = npt.NDArray[np.float64]
 

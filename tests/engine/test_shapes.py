@@ -29,14 +29,14 @@ from tests.engine.runs import (
 )
 from tests.engine.spans import equal, from_disk, grown
 from tests.engine.test_need import within
-from warmkv_server.engine import caches as kinds
-from warmkv_server.engine import layout
-from warmkv_server.engine.codec import Codec
+from warmkv_server.contract.generation import Answer, Job
+from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind
+from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache import layout
+from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.codec import Codec
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.fitting import takes
-from warmkv_server.engine.shapes import FewShapes
-from warmkv_server.engine.types import Answer, Job
-from warmkv_server.kv.types import TOKEN_AXIS, Growth, PartKind
+from warmkv_server.engine.model.fitting import takes
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

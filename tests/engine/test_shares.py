@@ -14,9 +14,9 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import Outcome, after, begun, check_growth, job_of, outcome, prompt_of, running
 from tests.engine.spans import grown, needed
+from warmkv_server.contract.generation import Answer, Finish, Job, Progress, Sampling, Started
 from warmkv_server.engine.engine import Engine, Handle
-from warmkv_server.engine.schedule import together
-from warmkv_server.engine.types import Answer, Finish, Job, Progress, Sampling, Started
+from warmkv_server.engine.steps.schedule import together
 
 KINDS = ["llama", "deepseek_v3", "gemma3_text", "llama4_chunked", "mamba2", "qwen3_5", "falcon_h1"]
 

@@ -31,12 +31,12 @@ from tests.engine.runs import (
 )
 from tests.engine.spans import grown
 from tests.engine.tokenizers import built_in, ids
+from warmkv_server.contract.generation import Answer, Delta, Finish, Job, Sampling
+from warmkv_server.contract.kv import Growth
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.sequence import Sequence as Stream
-from warmkv_server.engine.speculate import Speculator
-from warmkv_server.engine.types import Answer, Delta, Finish, Job, Sampling
+from warmkv_server.engine.steps.sequence import Sequence as Stream
+from warmkv_server.engine.steps.speculate import Speculator
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.types import Growth
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -11,14 +11,14 @@ import pytest
 
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import Solo, become, begun, check_greedy, job_of, outcome, prompt_of, running
-from warmkv_server.engine import loop
-from warmkv_server.engine.decode import Decoder
-from warmkv_server.engine.delivery import Delivery
 from warmkv_server.engine.engine import Handle
-from warmkv_server.engine.need import Needs
-from warmkv_server.engine.prefill import Prefiller
-from warmkv_server.engine.sampling import Chooser
-from warmkv_server.engine.schedule import Schedule
+from warmkv_server.engine.model.memory_need import Needs
+from warmkv_server.engine.output.sampling import Chooser
+from warmkv_server.engine.steps import loop
+from warmkv_server.engine.steps.decode import Decoder
+from warmkv_server.engine.steps.delivery import Delivery
+from warmkv_server.engine.steps.prefill import Prefiller
+from warmkv_server.engine.steps.schedule import Schedule
 from warmkv_server.errors import EngineError
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.tokenizers import built_in, ids, variant
-from warmkv_server.engine.token_bytes import most_bytes_per_token
+from warmkv_server.text.token_bytes import most_bytes_per_token
 
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 

@@ -18,9 +18,9 @@ import pytest
 from tests.engine.runs import Solo, outcome, outcomes, running
 from tests.engine.spans import filled, grown, needed
 from warmkv_evaluation.windows import read_text
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.types import Answer, Job
-from warmkv_server.kv.types import Growth
+from warmkv_server.contract.generation import Answer, Job
+from warmkv_server.contract.kv import Growth
+from warmkv_server.engine.cache.codec import Codec
 
 CASES = 24
 DECODED = 30

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from warmkv_server.engine.model import BUILT_IN
+from warmkv_server.engine.model.load import BUILT_IN
 
 
 @cache

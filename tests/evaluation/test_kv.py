@@ -10,10 +10,10 @@ import pytest
 from warmkv_evaluation.kv import Quality, evaluate
 from warmkv_evaluation.statistics import interval
 from warmkv_evaluation.windows import cut, read_text
-from warmkv_server.engine import model
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.text import Text
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.model import load as model
 from warmkv_server.errors import OperatorError
+from warmkv_server.text.text import Text
 
 
 async def scores(contexts: list[int], bits: list[int]) -> list[Quality]:

@@ -17,9 +17,9 @@ from warmkv_evaluation.store_readers import HASHED, KEPT, READER, REUSED, Reader
 from warmkv_evaluation.store_rest import rest
 from warmkv_evaluation.store_save import Save
 from warmkv_evaluation.store_shapes import BUILTIN, shape_of
-from warmkv_server.cli import app
-from warmkv_server.kv import blockfile
-from warmkv_server.kv.types import BLOCK_TOKENS, PartKind
+from warmkv_server.cli.main import app
+from warmkv_server.contract.kv import BLOCK_TOKENS, PartKind
+from warmkv_server.kv.blocks import blockfile
 
 
 def test_shapes_are_those_of_the_real_models() -> None:

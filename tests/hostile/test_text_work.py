@@ -14,7 +14,7 @@ from tests.e2e.harness import Client, Server, chat, refused, serving, some_token
 from tests.engine.tokenizers import variant
 from tests.hostile.others import MIB, family, watching
 from warmkv import v1
-from warmkv_server.engine.model import BUILT_IN
+from warmkv_server.engine.model.load import BUILT_IN
 
 TEMPLATE = """\
 {%- for m in messages -%}

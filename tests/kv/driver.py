@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from tests.kv import words
-from warmkv_server.kv.clock import TimeSource
-from warmkv_server.kv.files import Files
+from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.store import (
     Commit,
     Committed,
@@ -22,7 +23,6 @@ from warmkv_server.kv.store import (
     StoreSettings,
     TokenIds,
 )
-from warmkv_server.kv.types import KVLayout, Reuse
 
 TENANT = "t"
 FINGERPRINT = Fingerprint({"weights": "w1", "kv_bits": "4"})

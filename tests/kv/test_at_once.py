@@ -14,10 +14,10 @@ from pathlib import Path
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.test_limits import damage_all
 from tests.kv.words import LAYOUTS, context, grow
-from warmkv_server.kv.files import Files
-from warmkv_server.kv.quarantine import quarantine
-from warmkv_server.kv.records import Commit, Committed, Durability, RequestOutcome, TokenIds
-from warmkv_server.kv.types import Reuse, Source
+from warmkv_server.contract.kv import Reuse, Source
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.quarantine import quarantine
+from warmkv_server.kv.index.records import Commit, Committed, Durability, RequestOutcome, TokenIds
 
 TOKENS = context(1000)
 WAIT_SECONDS = 10.0

@@ -15,8 +15,9 @@ from tests.kv.books import check_directory, check_sums
 from tests.kv.disk import RefusingFiles
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
-from warmkv_server.kv import loader, reader
-from warmkv_server.kv.types import Fallback
+from warmkv_server.contract.kv import Fallback
+from warmkv_server.kv.blocks import reader
+from warmkv_server.kv.tasks import loader
 
 TOKENS = context(1000)
 WAIT_SECONDS = 60.0

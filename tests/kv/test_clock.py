@@ -11,9 +11,9 @@ import pytest
 
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import context
-from warmkv_server.kv.clock import LATEST, Clock, TimeSource
-from warmkv_server.kv.journal import FILE_NAME
-from warmkv_server.kv.records import RequestOutcome
+from warmkv_server.kv.catalog.clock import LATEST, Clock, TimeSource
+from warmkv_server.kv.catalog.journal import FILE_NAME
+from warmkv_server.kv.index.records import RequestOutcome
 
 HOUR, DAY, YEAR = 3600.0, 86400.0, 365 * 86400.0
 REQUEST = RequestOutcome("r", b"body", b"answer")

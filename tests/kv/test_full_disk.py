@@ -14,10 +14,10 @@ import pytest
 from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
+from warmkv_server.contract.kv import Source
 from warmkv_server.errors import MemoryBudget, NotDurable, StorageUnavailable
-from warmkv_server.kv.lock import DirectoryLock
-from warmkv_server.kv.records import RequestOutcome
-from warmkv_server.kv.types import Source
+from warmkv_server.kv.catalog.lock import DirectoryLock
+from warmkv_server.kv.index.records import RequestOutcome
 
 ENDLESS = 3600.0
 """Seconds; a pause between retries that no test lives to see."""

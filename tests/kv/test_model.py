@@ -21,11 +21,12 @@ from tests.kv.books import check_directory, check_sums
 from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
+from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.errors import MemoryBudget, NotDurable, OperatorError, StorageUnavailable
-from warmkv_server.kv import reader, rows
-from warmkv_server.kv.index import common_length
-from warmkv_server.kv.records import TokenIds
-from warmkv_server.kv.types import KVLayout, PartKind
+from warmkv_server.kv.blocks import reader
+from warmkv_server.kv.catalog import rows
+from warmkv_server.kv.index.index import common_length
+from warmkv_server.kv.index.records import TokenIds
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from tests.kv.disk import RefusingFiles
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import context
 from warmkv_server.errors import MemoryBudget
-from warmkv_server.kv.commit_log import CommitLog
-from warmkv_server.kv.files import Files
-from warmkv_server.kv.journal import Database, Journal
-from warmkv_server.kv.outcomes import KeptOutcome, Outcomes, StoredOutcomes
-from warmkv_server.kv.records import Durability, RequestOutcome
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.catalog.commit_log import CommitLog
+from warmkv_server.kv.catalog.journal import Database, Journal
+from warmkv_server.kv.index.records import Durability, RequestOutcome
+from warmkv_server.kv.tasks.outcomes import KeptOutcome, Outcomes, StoredOutcomes
 
 ENDLESS = 3600.0
 LIMIT = 50_000

@@ -11,7 +11,7 @@ import pytest
 
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
-from tests.operate.commands import run
+from tests.offline.commands import run
 
 NOBODY = 65534
 

@@ -11,10 +11,10 @@ import pytest
 
 from tests.kv.driver import OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context, grow
+from warmkv_server.contract.kv import Fallback, KVLayout, PartKind, Source
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound, OperatorError
-from warmkv_server.kv.records import Tier
+from warmkv_server.kv.index.records import Tier
 from warmkv_server.kv.store import Commit
-from warmkv_server.kv.types import Fallback, KVLayout, PartKind, Source
 
 
 def block_names(data_dir: Path) -> list[str]:

@@ -15,13 +15,14 @@ import pytest
 
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
-from warmkv_server.kv import loader, reader
-from warmkv_server.kv.files import Files
-from warmkv_server.kv.rebuild import aside_files
-from warmkv_server.kv.records import Durability, RequestOutcome
-from warmkv_server.kv.types import Source
-from warmkv_server.operate.directory import look
-from warmkv_server.operate.verify import verify
+from warmkv_server.contract.kv import Source
+from warmkv_server.kv.blocks import reader
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.catalog.rebuild import aside_files
+from warmkv_server.kv.index.records import Durability, RequestOutcome
+from warmkv_server.kv.tasks import loader
+from warmkv_server.offline.directory import look
+from warmkv_server.offline.verify import verify
 
 LAYOUT = LAYOUTS["everything"]
 TOKENS = context(1000)

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from warmkv_server.kv.records import TokenIds
-from warmkv_server.kv.types import Growth, KVLayout, PartKind, Reuse, TensorSpec
+from warmkv_server.contract.kv import Growth, KVLayout, PartKind, Reuse, TensorSpec
+from warmkv_server.kv.index.records import TokenIds
 
 FULL = (
     TensorSpec("kv0.words", PartKind.APPEND, "uint32", (4, 2, 8), 4 * 2 * 8 * 4),

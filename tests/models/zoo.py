@@ -23,9 +23,9 @@ from mlx.nn.layers.base import Module
 from tests.engine.folders import write_model
 from tests.engine.spans import compute, distance, filled, from_disk, needed
 from tests.models.zoo_configs import config_of, names
-from warmkv_server.engine import model as models
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.layout import empty_caches
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.layout import empty_caches
+from warmkv_server.engine.model import load as models
 from warmkv_server.errors import OperatorError
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"

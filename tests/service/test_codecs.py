@@ -13,10 +13,10 @@ from warmkv_server.agents.types import (
     Recorded,
     Timings,
 )
-from warmkv_server.engine.types import Delta, Finish, Logprobs
+from warmkv_server.contract.generation import Delta, Finish, Logprobs
+from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.errors import OutcomeUnreadable
 from warmkv_server.kv.store import RequestOutcome
-from warmkv_server.kv.types import Fallback, Source
 from warmkv_server.service import convert
 from warmkv_server.service.codecs import codecs
 

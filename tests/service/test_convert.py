@@ -10,9 +10,9 @@ import pytest
 
 from warmkv import v1
 from warmkv_server.agents.types import Activity
-from warmkv_server.engine.types import Delta, Finish, Logprobs, Sampling
+from warmkv_server.contract.generation import Delta, Finish, Logprobs, Sampling
+from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.kv.store import Tier
-from warmkv_server.kv.types import Fallback, Source
 from warmkv_server.service import convert
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 
-from warmkv_server.engine import random_model
+from warmkv_server.engine.model import random_model
 
 TOKENS = 48
 

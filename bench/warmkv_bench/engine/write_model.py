@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 
 
 def main(shape: str, folder: Path) -> None:
-    build: Any = import_module("warmkv_server.engine.random_model").build
+    build: Any = import_module("warmkv_server.engine.model.random_model").build
     flatten: Any = import_module("mlx.utils").tree_flatten
     save: Any = import_module("mlx.core").save_safetensors
     tiny = Path(str(import_module("warmkv_server.models.tiny").__file__)).parent

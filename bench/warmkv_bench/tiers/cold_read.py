@@ -19,7 +19,7 @@ _LENGTH_BYTES = 8
 def files_of(data_dir: Path, tokens: int) -> list[Path]:
     """The block files that hold tokens before `tokens`, in a data directory with one context and its prefixes.
 
-    What a file holds stands in its header; see the server's FORMAT.md.
+    What a file holds stands in its header; see the server's docs/format.md.
     """
     return [path for path in sorted((data_dir / "blocks").rglob("*.safetensors")) if _end(path) <= tokens]
 

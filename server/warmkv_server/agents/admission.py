@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from warmkv_server.engine.fairness import Bound, FairLine
+from warmkv_server.contract.fairness import Bound, FairLine
 from warmkv_server.errors import QueueFull
 
 _OVER = 2

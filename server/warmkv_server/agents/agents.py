@@ -13,7 +13,7 @@ from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
-from warmkv_server.agents.requests import Codecs, Requests
+from warmkv_server.agents.idempotency import Codecs, Requests
 from warmkv_server.agents.run import Events, Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import (
@@ -28,11 +28,11 @@ from warmkv_server.agents.types import (
     PrimeResult,
     Recorded,
 )
+from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.fairness import Bound
-from warmkv_server.engine.text import Content
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds
+from warmkv_server.text.text import Content
 
 Event = TypeVar("Event")
 

@@ -10,7 +10,7 @@ import io
 from array import array
 
 from warmkv_server.agents.types import GenerateEvent, GenerateFinished, GenerateStarted, PrefillProgress
-from warmkv_server.engine.types import Delta, Logprobs
+from warmkv_server.contract.generation import Delta, Logprobs
 
 JOIN_BEHIND = 256
 """Deltas that a reader may be behind before those that it hasn't read are joined."""

@@ -16,10 +16,10 @@ from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, Timings
+from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
+from warmkv_server.contract.kv import Reuse
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.types import Answer, Delta, Event, Finished, Job, Progress, Started
 from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, RequestOutcome, Store, TokenIds
-from warmkv_server.kv.types import Reuse
 
 Seal = Callable[[AgentRecord, bool], RequestOutcome]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from warmkv_server.agents.answer_log import AnswerEvents, AnswerLog
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
-from warmkv_server.agents.requests import Codec, Sealed
+from warmkv_server.agents.idempotency import Codec, Sealed
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import (
     AgentView,
@@ -19,10 +19,10 @@ from warmkv_server.agents.types import (
     GenerateStarted,
     PrefillProgress,
 )
-from warmkv_server.engine.types import Answer, Delta, Event, Finish, Finished, Progress, Started
+from warmkv_server.contract.generation import Answer, Delta, Event, Finish, Finished, Progress, Started
+from warmkv_server.contract.kv import BLOCK_TOKENS
 from warmkv_server.errors import AgentDeleted
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
-from warmkv_server.kv.types import BLOCK_TOKENS
 
 
 async def generate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from warmkv_server.agents.compute import Tools
-from warmkv_server.agents.requests import Codec
+from warmkv_server.agents.idempotency import Codec
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import IDLE, AgentKey, AgentView, EvictResult, Identity
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound

@@ -7,10 +7,10 @@ from typing import Any
 
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
-from warmkv_server.agents.requests import Codec, Sealed
+from warmkv_server.agents.idempotency import Codec, Sealed
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
-from warmkv_server.engine.types import Event
+from warmkv_server.contract.generation import Event
 from warmkv_server.errors import AgentNotFound
 
 

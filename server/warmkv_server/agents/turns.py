@@ -13,7 +13,7 @@ from typing import Any
 
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import IDLE, AgentKey, Doing
-from warmkv_server.engine.fairness import Bound
+from warmkv_server.contract.fairness import Bound
 from warmkv_server.errors import QueueFull, WarmKVError
 
 

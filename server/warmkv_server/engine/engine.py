@@ -12,18 +12,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from warmkv_server.engine import model
-from warmkv_server.engine.codec import Codec
-from warmkv_server.engine.delivery import Delivery
-from warmkv_server.engine.fairness import Bound
-from warmkv_server.engine.loop import Cancel, Failed, News, StepLoop, Stop, Submit
-from warmkv_server.engine.model import ModelInfo
-from warmkv_server.engine.need import Needs
-from warmkv_server.engine.roster import Message
-from warmkv_server.engine.schedule import together
-from warmkv_server.engine.text_pool import TextPool
-from warmkv_server.engine.types import Delta, EngineStats, Event, Finished, Job, Progress, Started
+from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Progress, Started
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.model import load as model
+from warmkv_server.engine.model.load import ModelInfo
+from warmkv_server.engine.model.memory_need import Needs
+from warmkv_server.engine.steps.delivery import Delivery
+from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
+from warmkv_server.engine.steps.running_set import Message
+from warmkv_server.engine.steps.schedule import together
 from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
+from warmkv_server.text.pool import TextPool
 
 log = logging.getLogger(__name__)
 

@@ -11,24 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
-from warmkv_server.kv.changes import Changes
-from warmkv_server.kv.clock import TimeSource
-from warmkv_server.kv.collect import Collector
-from warmkv_server.kv.commit import Committer
-from warmkv_server.kv.core import Core
-from warmkv_server.kv.eviction import Eviction
-from warmkv_server.kv.files import Files
-from warmkv_server.kv.index import Node
-from warmkv_server.kv.journal import Journal
-from warmkv_server.kv.lease import Lease
-from warmkv_server.kv.loader import Loader
-from warmkv_server.kv.lock import DirectoryLock
-from warmkv_server.kv.manifests import Manifests
-from warmkv_server.kv.match import Matcher
-from warmkv_server.kv.outcomes import Outcomes
-from warmkv_server.kv.parts import PartWriter
-from warmkv_server.kv.quota import Quota
-from warmkv_server.kv.records import (
+from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.catalog.clock import TimeSource
+from warmkv_server.kv.catalog.journal import Journal
+from warmkv_server.kv.catalog.lock import DirectoryLock
+from warmkv_server.kv.catalog.startup import open_directory
+from warmkv_server.kv.index.index import Node
+from warmkv_server.kv.index.lease import Lease
+from warmkv_server.kv.index.match import Matcher
+from warmkv_server.kv.index.records import (
     UNSET,
     AgentRecord,
     Commit,
@@ -44,9 +36,17 @@ from warmkv_server.kv.records import (
     TokenIds,
     Unset,
 )
-from warmkv_server.kv.startup import open_directory
-from warmkv_server.kv.types import KVLayout, Reuse
-from warmkv_server.kv.upkeep import Upkeep
+from warmkv_server.kv.tasks.changes import Changes
+from warmkv_server.kv.tasks.collect import Collector
+from warmkv_server.kv.tasks.commit import Committer
+from warmkv_server.kv.tasks.core import Core
+from warmkv_server.kv.tasks.eviction import Eviction
+from warmkv_server.kv.tasks.loader import Loader
+from warmkv_server.kv.tasks.manifests import Manifests
+from warmkv_server.kv.tasks.outcomes import Outcomes
+from warmkv_server.kv.tasks.parts import PartWriter
+from warmkv_server.kv.tasks.quota import Quota
+from warmkv_server.kv.tasks.upkeep import Upkeep
 
 __all__ = [
     "UNSET",

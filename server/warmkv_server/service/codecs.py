@@ -8,7 +8,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from warmkv.v1 import agent_service_pb2 as pb
-from warmkv_server.agents.requests import Codec, Codecs
+from warmkv_server.agents.idempotency import Codec, Codecs
 from warmkv_server.agents.types import Recorded
 from warmkv_server.service import convert
 

@@ -15,7 +15,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from warmkv_server.errors import MalformedMessage, MessageTooLarge, WarmKVError
-from warmkv_server.malloc import give_back_later
+from warmkv_server.platform.malloc import give_back_later
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Kind = TypeVar("Kind", bound=Message)

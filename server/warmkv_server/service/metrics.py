@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from warmkv_server import descriptors
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.types import GenerateFinished
 from warmkv_server.errors import OperatorError
+from warmkv_server.platform import descriptors
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SCRAPE_SECONDS = 5.0

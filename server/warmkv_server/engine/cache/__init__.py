@@ -1,0 +1,1 @@
+"""The caches that a model attends to: kinds of layers, codecs, and the way to stacked tensors and back."""

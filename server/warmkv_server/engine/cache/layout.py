@@ -1,0 +1,258 @@
+"""From a model's caches to stacked tensors and back.
+
+A model has many small streams (one layer's keys, one layer's values). Streams of equal kind and shape are stacked into
+one array (streams, kv_heads, tokens, width), because a block of two hundred small tensors reads at a third of the
+speed of one of six.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors, TensorSpec
+from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.codec import Codec, join, kernel_reads_back, restored, storable
+from warmkv_server.engine.model.fitting import few_shapes
+from warmkv_server.errors import OperatorError
+
+KEYS, VALUES = 0, 1
+
+CAPACITY_STEP = 256
+"""Tokens by which mlx-lm's caches grow: so many more than it holds may a cache have room for. Fused attention on CUDA
+wants capacities that are multiples of it."""
+
+FILL_BYTES = 64 << 20
+"""Bytes of caches filled at once: many small layers together, large ones one at a time."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Streams stacked in one family of tensors: one tensor for each component of the codec."""
+
+    name: str
+    kind: PartKind
+    streams: tuple[tuple[int, int], ...]
+    """(leaf, KEYS or VALUES) in stacking order."""
+    heads: int
+    head_dim: int
+    dtype: mx.Dtype
+    """Of the values that attention reads."""
+    stored: tuple[mx.Dtype, ...]
+    """Of the codec's components, before `storable`."""
+
+    def tensor(self, component: str) -> str:
+        return f"{self.name}.{component}"
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes a token takes in the caches in flight."""
+        return len(self.streams) * self.heads * self.head_dim * self.dtype.size
+
+
+@dataclass(frozen=True)
+class CacheMap:
+    """How one model's caches map to tensors."""
+
+    codec: Codec
+    stacks: tuple[Stack, ...]
+    states: Mapping[tuple[int, int], mx.Dtype]
+    """(leaf, index) of the arrays of recurrent leaves."""
+    layout: KVLayout
+    shapes: FewShapes | None = None
+    """Those that attention is to be given; None where any will do."""
+
+    def empty_caches(self, model: Any) -> list[Any]:
+        """Empty caches of one sequence."""
+        return empty_caches(model, self.codec, self.shapes)
+
+    def capacity(self, tokens: int) -> int:
+        """The most tokens for which caches that keep every token have room, when they hold so many."""
+        return tokens + CAPACITY_STEP if self.shapes is None else self.shapes.room(tokens)
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether every cache can forget its last tokens."""
+        return not self.states and all(stack.kind is PartKind.APPEND for stack in self.stacks)
+
+    def live_bytes(self, tokens: int, chunk: int = 0) -> int:
+        """Bytes of the caches in flight of one sequence of that many tokens, words of new tokens aside.
+
+        Args:
+            chunk: tokens computed at once: until the next step, a windowed layer holds them besides its window.
+        """
+        total = self.layout.nbytes(PartKind.STATE)
+        for stack in self.stacks:
+            total += self.kept(stack.kind, tokens, chunk) * stack.live_bytes
+        return total
+
+    def kept(self, kind: PartKind, tokens: int, chunk: int = 0) -> int:
+        """Of that many tokens, those that a layer of this kind holds."""
+        return min(tokens, self.layout.window + chunk) if kind is PartKind.WINDOW else tokens
+
+    def streams_of(self, leaf: int) -> tuple[Stack, Stack]:
+        """The stacks that hold a leaf's keys and its values."""
+        found = {side: stack for stack in self.stacks for number, side in stack.streams if number == leaf}
+        return found[KEYS], found[VALUES]
+
+    def drain(self, caches: Sequence[Any], rows: int) -> list[dict[PartKind, Tensors]]:
+        """Take what the caches have logged: for each row, tensors over the tokens logged since the last drain.
+
+        The arrays are lazy. All rows must have been there for all of those tokens.
+        """
+        members = list(kinds.leaves(caches))
+        taken = {leaf: members[leaf].take() for leaf in {leaf for stack in self.stacks for leaf, _ in stack.streams}}
+        drained: list[dict[PartKind, dict[str, mx.array]]] = [{} for _ in range(rows)]
+        for stack in self.stacks:
+            for number, component in enumerate(self.codec.components):
+                stacked = mx.stack([taken[leaf][side][number] for leaf, side in stack.streams])
+                for row, tensors in enumerate(drained):
+                    tensors.setdefault(stack.kind, {})[stack.tensor(component)] = storable(
+                        mx.contiguous(stacked[:, row])
+                    )
+        return [dict(tensors) for tensors in drained]
+
+    def snapshot(self, caches: Sequence[Any], row: int = 0) -> Tensors:
+        """The recurrent state as it is now. Models replace these arrays and never write to them: no copy is needed."""
+        members = list(kinds.leaves(caches))
+        return {
+            _state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1]) for leaf, index in self.states
+        }
+
+    def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> Iterator[None]:
+        """Put a loaded prefix into empty caches, some layers at a time: what is left can wait at every `yield`.
+
+        Args:
+            caches: one sequence's, fresh from the model.
+            reuse: its spans cover [0, length); words beyond length are cut off.
+            room: tokens that will follow, for which memory is taken at once instead of by copying as they come.
+        """
+        members = list(kinds.leaves(caches))
+        streams: dict[tuple[int, int], mx.array] = {}
+        for stack in self.stacks:
+            components = self._assemble(stack, reuse, room if stack.kind is PartKind.APPEND else 0)
+            mx.eval(components)
+            yield
+            for number, stream in enumerate(stack.streams):
+                words = tuple(component[number : number + 1] for component in components)
+                streams[stream] = self.codec.decode(words, stack.dtype)
+        filled: list[mx.array] = []
+        for leaf in sorted({leaf for leaf, _ in streams}):
+            keys, values = streams.pop((leaf, KEYS)), streams.pop((leaf, VALUES))
+            members[leaf].fill(keys, values, reuse.length)
+            filled += [keys, values]
+            if sum(array.nbytes for array in filled) >= FILL_BYTES or not streams:
+                mx.eval(filled)
+                filled.clear()
+                yield
+        if self.states:
+            assert reuse.spans[-1].end == reuse.length  # a snapshot of a longer context is another one
+            state = reuse.spans[-1].parts[PartKind.STATE]
+            for (leaf, index), dtype in self.states.items():
+                members[leaf].cache[index] = restored(state[_state_name(leaf, index)], dtype)
+
+    def _behind(self, held: int, room: int) -> int:
+        """Tokens of memory behind those that are held, for so many that follow at least."""
+        if self.shapes is not None:
+            return self.shapes.capacity(self.shapes.length(held + room)) - held
+        return room + -(held + room) % CAPACITY_STEP
+
+    def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> list[mx.array]:
+        spans = [span for span in reuse.spans if stack.kind in span.parts]
+        needed = 0 if stack.kind is PartKind.APPEND else max(0, reuse.length - self.layout.window)
+        assert spans[0].start <= needed
+        wanted = reuse.length - spans[0].start
+        components = []
+        for component, dtype in zip(self.codec.components, stack.stored, strict=True):
+            pieces = [span.parts[stack.kind][stack.tensor(component)] for span in spans]
+            pieces[-1] = pieces[-1][:, :, : reuse.length - spans[-1].start]
+            behind = self._behind(wanted, room) if room else 0
+            if behind:
+                streams, heads, _, width = pieces[0].shape
+                pieces.append(mx.zeros((streams, heads, behind, width), pieces[0].dtype))
+            joined = join(pieces, TOKEN_AXIS)
+            assert joined.shape[TOKEN_AXIS] >= wanted + room
+            components.append(restored(joined, dtype))
+        return components
+
+
+def discover(model: Any, codec: Codec) -> CacheMap:
+    """Run one token through the model and look at what its caches were given.
+
+    Raises:
+        OperatorError: when a layer's cache is of a kind that can't be kept, or its head_dim doesn't divide by the
+            group size.
+    """
+    plain = empty_caches(model, Codec(bits=0))
+    model(mx.array([[0]]), cache=plain)
+    mx.eval(kinds.arrays(plain))
+    stacks: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    states: dict[tuple[int, int], mx.Dtype] = {}
+    specs: list[TensorSpec] = []
+    window = 0
+    for number, leaf in enumerate(kinds.leaves(plain)):
+        if isinstance(leaf, ArraysCache):
+            for index, array in enumerate(leaf.cache):
+                if array is not None:
+                    states[number, index] = array.dtype
+                    specs.append(_state_spec(_state_name(number, index), array))
+            continue
+        if not leaf.log:
+            continue  # a layer that reads another layer's KV
+        window = max(window, getattr(leaf, "window", 0))
+        for side, (values,) in zip((KEYS, VALUES), leaf.take(), strict=True):
+            _, heads, _, head_dim = values.shape
+            _check_group(codec, number, head_dim)
+            stacks.setdefault((leaf.kind, heads, head_dim, values.dtype), []).append((number, side))
+    made = []
+    for number, ((kind, heads, head_dim, dtype), streams) in enumerate(stacks.items()):
+        probe = codec.encode(mx.zeros((1, heads, 1, head_dim), dtype))
+        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, tuple(p.dtype for p in probe))
+        made.append(stack)
+        kernel_reads_back(codec, dtype)  # compiled before the first request needs it
+        for component, piece in zip(codec.components, probe, strict=True):
+            specs.append(_token_spec(stack, component, storable(piece)))
+    layout = KVLayout(tuple(specs), window)
+    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
+
+
+def empty_caches(model: Any, codec: Codec, shapes: FewShapes | None = None) -> list[Any]:
+    """Empty caches for one sequence, as the model makes them, quantising first."""
+    return [kinds.quantise_first(cache, codec, shapes) for cache in make_prompt_cache(model)]
+
+
+def _check_group(codec: Codec, leaf: int, head_dim: int) -> None:
+    if codec.bits and head_dim % codec.group_size:
+        fitting = next((g for g in (64, 32) if head_dim % g == 0), None)
+        remedy = f"--kv-group-size {fitting}" if fitting else "--kv-bits 0 to keep the KV unquantised"
+        raise OperatorError(
+            f"layer {leaf} has keys or values of dimension {head_dim}, which doesn't divide by the group size "
+            f"{codec.group_size}; start with {remedy}"
+        )
+
+
+def _state_name(leaf: int, index: int) -> str:
+    return f"state.{leaf}.{index}"
+
+
+def _state_spec(name: str, array: mx.array) -> TensorSpec:
+    stored = storable(array)
+    return TensorSpec(name, PartKind.STATE, _numpy_name(stored), tuple(stored.shape), int(stored.nbytes))
+
+
+def _token_spec(stack: Stack, component: str, piece: mx.array) -> TensorSpec:
+    shape = (len(stack.streams), stack.heads, piece.shape[-1])
+    return TensorSpec(
+        stack.tensor(component), stack.kind, _numpy_name(piece), shape, math.prod(shape) * piece.dtype.size
+    )
+
+
+def _numpy_name(array: mx.array) -> str:
+    return str(np.dtype(str(array.dtype).removeprefix("mlx.core.")))

@@ -1,0 +1,165 @@
+"""Loading a model, by way of its parts: its folder, weights, adapter, tokenizer and caches. Runs on the MLX thread."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from warmkv_server.contract.kv import PartKind
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.layout import CacheMap, discover
+from warmkv_server.engine.model import (
+    adapters,
+    checkpoint,
+    config_norms,
+    description,
+    device,
+    ends,
+    random_model,
+    rotations,
+)
+from warmkv_server.engine.model import tokenizer as tokenizers
+from warmkv_server.engine.model.checkpoint import Checkpoint
+from warmkv_server.engine.model.cpu_modules import exchange_modules
+from warmkv_server.engine.model.description import LayerInfo, ModelInfo
+from warmkv_server.engine.model.digests import digest_files, digest_json
+from warmkv_server.engine.model.locate import BUILT_IN, ModelKind, locate
+from warmkv_server.engine.model.positions import context_limit as limit_of
+from warmkv_server.engine.model.tokenizer import Choosable
+from warmkv_server.errors import OperatorError
+from warmkv_server.platform import blas
+from warmkv_server.text.task import TokenizerSource
+
+__all__ = ["BUILT_IN", "LayerInfo", "LoadedModel", "ModelInfo", "ModelKind", "load"]
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run on this thread."""
+
+    model: Any
+    tokenizer: TokenizerWrapper
+    cache_map: CacheMap
+    info: ModelInfo
+    choosable: Choosable
+
+    def empty_caches(self) -> list[Any]:
+        return self.cache_map.empty_caches(self.model)
+
+
+def load(
+    spec: str,
+    *,
+    adapter: str | None,
+    codec: Codec,
+    context_limit: int | None,
+    tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
+) -> LoadedModel:
+    """Load a model and find out how its caches are kept.
+
+    Args:
+        spec: `builtin:NAME`, `random:SHAPE`, a folder, or `ORG/NAME[@REVISION]` on the hub.
+        adapter: folder of a LoRA adapter, or None.
+        context_limit: positions to serve, at most the model's own; None for all.
+        tokenizer_found: told what the tokenizer is made of, once it is known to load.
+
+    Raises:
+        OperatorError: with what is wrong and what to do.
+    """
+    kind, folder = locate(spec)
+    if kind is ModelKind.RANDOM:
+        model, config = random_model.build(spec.removeprefix("random:"))
+        found = Checkpoint(model, config, {}, ())
+        folder = BUILT_IN / "tiny"  # of the tokenizer
+        # They are a function of the shape, the seed, MLX and the device. Hashing gigabytes would also leave them in
+        # host memory, from where a CUDA device reads them at a fraction of its own memory's speed.
+        weights_digest = digest_json([config, random_model.SEED, importlib.metadata.version("mlx"), device.describe()])
+    else:
+        found = checkpoint.load(folder)
+        model, config = found.model, found.config
+        weights_digest = digest_files(found.weights)
+    adapter_digest = ""
+    if adapter is not None:
+        model, adapter_digest = adapters.put_on(model, adapter)
+    text_config = config_norms.text_config(config)
+    own_limit = limit_of(text_config, found.read, model, None)
+    limit = limit_of(text_config, found.read, model, context_limit)
+    if kind is not ModelKind.RANDOM:
+        rotations.settle(model, config_norms.rotations(config, found.read), limit, own_limit)
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        # 16-bit products don't go through the BLAS: they run at a fiftieth of the speed of 32-bit ones.
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    tokenizer = tokenizers.load(folder)
+    vocab_size = int(text_config.get("vocab_size") or found.read.get("vocab_size") or len(tokenizer))
+    ended_by = ends.find(folder, config, tokenizer, vocab_size)
+    tokenizer.eos_token_ids = {end.token_id for end in ended_by}
+    tokenizer_found(
+        TokenizerSource(
+            folder,
+            chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+            eos_token_ids=sorted(tokenizer.eos_token_ids),
+            defaults=getattr(sys.modules[type(model).__module__], "TOKENIZER_DEFAULTS", None),
+            vocab_size=vocab_size,
+        )
+    )
+    if on_cpu:
+        exchange_modules(model, limit)
+    cache_map = _caches(model, codec, spec)
+    dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
+    fields = {
+        "weights": weights_digest,
+        "adapter": adapter_digest,
+        "config": digest_json(config),
+        "tokenizer": digest_files(tokenizers.files(folder)),
+        "kv_bits": str(codec.bits),
+        "kv_group_size": str(codec.group_size if codec.bits else 0),
+        "dtype": dtype.removeprefix("mlx.core."),
+        "rope": digest_json({k: v for k, v in text_config.items() if k.startswith("rope")}),
+    }
+    info = ModelInfo(
+        model_id=spec,
+        kind=kind,
+        weights_digest=weights_digest,
+        device=device.describe(),
+        blas=blas.describe() if on_cpu else "",
+        context_limit=limit,
+        vocab_size=vocab_size,
+        layers=description.layers(model, cache_map),
+        kv_bits=codec.bits,
+        kv_group_size=codec.group_size if codec.bits else 0,
+        kv_bytes_per_token=cache_map.layout.nbytes(PartKind.APPEND),
+        layout=cache_map.layout,
+        fingerprint_fields=fields,
+        sampling_defaults=description.sampling_defaults(folder if kind is not ModelKind.RANDOM else None),
+        ends=ended_by,
+        has_chat_template=bool(tokenizer.has_chat_template),
+        versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
+    )
+    return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
+
+
+def _caches(model: Any, codec: Codec, spec: str) -> CacheMap:
+    try:
+        return discover(model, codec)
+    except OperatorError:
+        raise
+    except (
+        Exception
+    ) as error:  # the model's first step: a kernel that the device lacks, a config that contradicts itself
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise OperatorError(
+            f"the model {spec} can't compute a token on this device ({device.describe()}): {text}; take another model"
+        ) from error
+
+
+def _parameters(model: Any) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))

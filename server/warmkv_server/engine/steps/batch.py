@@ -1,0 +1,224 @@
+"""Sequences that decode together: one step of the model gives each of them a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache.attention_shapes import feed
+from warmkv_server.engine.output.sampling import Choice, Scores
+from warmkv_server.engine.steps.sequence import Sequence, first_tokens
+
+PADDING = 0.25
+"""The largest share of a group's rows times length that may be padding."""
+
+
+@dataclass(eq=False)
+class Group:
+    """Rows of one dense batch. A lone sequence keeps its own caches and pays for no padding or mask."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    caches: list[Any] = field(default_factory=list)
+    _joining: list[Sequence] = field(default_factory=list)
+    """The last of `sequences`, whose caches are still their own."""
+    _batched: bool = False
+    _steps: int = 0
+
+    def fits(self, joining: Sequences[Sequence], max_rows: int) -> bool:
+        """Whether these can join and the group stays within its rows and its padding."""
+        rows = [*self.sequences, *joining]
+        if not self.sequences:
+            return True
+        if len(rows) > max_rows or not all(kinds.can_batch(sequence.caches) for sequence in joining):
+            return False
+        return little_padding([row.done for row in rows])
+
+    def join(self, sequence: Sequence) -> None:
+        """Take a sequence over, with its caches and its first token, not yet fed. Nothing is quantised again.
+
+        Caches are put together with the next step, so that those who come together are copied once.
+        """
+        self._joining.append(sequence)
+        self.sequences.append(sequence)
+        if len(self.sequences) == 1:
+            self._settle()
+
+    def absorb(self, other: Group) -> None:
+        """Take over all rows of another group that has just begun."""
+        for group in (self, other):
+            group.drain()
+            if not group._batched:
+                group.caches, group._batched = _merged([group.caches]), True
+        for mine, theirs in zip(self.caches, other.caches, strict=True):
+            mine.extend(theirs)
+        self.sequences += other.sequences
+        self._note_lengths()
+
+    def prefill(self, meanwhile: Callable[[], None]) -> list[Choice | Exception]:
+        """Compute what is left of every row's prompt in one chunk, and start choosing first tokens, as `launch` does.
+
+        For models all of whose caches can be cut: rows with fewer tokens left are padded behind their end.
+        """
+        self._settle()
+        loaded = self.sequences[0].loaded
+        prompts = [row.to_prefill[row.done : row.prefill_end] for row in self.sequences]
+        most = max(map(len, prompts))
+        if most:
+            feed(loaded.model, self.caches, prompts, loaded.cache_map.shapes)
+            for leaf in kinds.leaves(self.caches):
+                leaf.prepare(right_padding=[most - len(prompt) for prompt in prompts])
+                leaf.finalize()
+            pieces = loaded.cache_map.drain(self.caches, len(self.sequences))
+            words = [first_tokens(piece, len(prompt)) for piece, prompt in zip(pieces, prompts, strict=True)]
+            mx.eval(kinds.arrays(self.caches), [list(tensors.values()) for row in words for tensors in row.values()])
+            for row, grown in zip(self.sequences, words, strict=True):
+                if row.done < row.prefill_end:
+                    row.add_grown(grown)
+                    row.done = row.prefill_end
+            self._note_lengths()
+        for row in self.sequences:
+            row.pending, row.sent = Choice(mx.array([row.to_prefill[-1]])), True
+        return self.launch(meanwhile)
+
+    def _settle(self) -> None:
+        """Put the caches of those who joined to the others'."""
+        if not self._joining:
+            return
+        joining, self._joining = self._joining, []
+        own = [sequence.caches for sequence in joining]
+        for sequence in joining:
+            sequence.caches = []
+        before = len(self.sequences) - len(joining)
+        if before:
+            self._drain(self.sequences[:before])
+        if self._batched:
+            for mine, other in zip(self.caches, _merged(own), strict=True):
+                mine.extend(other)
+        elif len(self.sequences) == 1:
+            self.caches = own[0]
+        else:
+            self.caches, self._batched = _merged([self.caches, *own] if before else own), True
+        self._note_lengths()
+
+    def leave(self, leaving: list[Sequence]) -> None:
+        """Let finished or cancelled sequences go, with their words; `snapshot` first, if recurrent state is wanted."""
+        self.drain()
+        keep = [row for row, sequence in enumerate(self.sequences) if sequence not in leaving]
+        self.sequences = [self.sequences[row] for row in keep]
+        if not keep:
+            self.caches, self._batched = [], False
+        elif self._batched:
+            for cache in self.caches:
+                cache.filter(mx.array(keep))
+            self._note_lengths()
+
+    def launch(self, meanwhile: Callable[[], None]) -> list[Choice | Exception]:
+        """Feed each row's last token and start computing its next one.
+
+        Args:
+            meanwhile: called when the step is described and about to be computed. What it wakes in other threads runs
+                while this one waits without Python's lock, instead of holding up the description.
+
+        Returns the choices that are being computed, or why a row can't choose. Their tokens are lazy; the KV of the
+        fed tokens is being computed.
+        """
+        self._settle()
+        tokens = [row.to_feed for row in self.sequences]
+        inputs = (tokens[0] if len(tokens) == 1 else mx.concatenate(tokens))[:, None]
+        if getattr(self.caches[0], "wants_two", False):
+            inputs = mx.repeat(inputs, 2, axis=1)
+        logits = self.sequences[0].loaded.model(inputs, cache=self.caches)[:, 0]
+        choices = self._choose(logits, tokens)
+        meanwhile()
+        mx.async_eval([choice.arrays for choice in choices if isinstance(choice, Choice)])
+        for sequence in self.sequences:
+            sequence.done += 1
+        self._count_step()
+        return choices
+
+    def verify(self, guess: list[int]) -> list[Choice]:
+        """Feed the only row's last token and a guess of what follows it, and start choosing a token behind each.
+
+        What turns out to be wrong is for `cut`, before anything else is done with the group.
+        """
+        (sequence,) = self.sequences
+        assert sequence.pending is not None
+        assert sequence.chooser is not None
+        inputs = mx.array([[sequence.pending.read(), *guess]])
+        logits = sequence.loaded.model(inputs, cache=self.caches)[0]
+        choices = sequence.chooser.choose_each(logits, sequence.done + 1)
+        mx.async_eval([choice.arrays for choice in choices])
+        sequence.done += 1 + len(guess)
+        return choices
+
+    def cut(self, tokens: int) -> None:
+        """Take back the last tokens that `verify` fed, in caches and logged words; none is fine."""
+        if tokens:
+            for leaf in kinds.leaves(self.caches):
+                leaf.cut(tokens)
+            self.sequences[0].done -= tokens
+        self._count_step()
+
+    def drain(self) -> None:
+        """Hand the words logged since the last time to the rows they belong to."""
+        self._settle()
+        self._drain(self.sequences)
+
+    def _drain(self, rows: list[Sequence]) -> None:
+        if any(getattr(leaf, "log", None) for leaf in kinds.leaves(self.caches)):
+            pieces = rows[0].loaded.cache_map.drain(self.caches, len(rows))
+            for sequence, tensors in zip(rows, pieces, strict=True):
+                sequence.add_grown(tensors)
+            mx.async_eval([list(tensors.values()) for piece in pieces for tensors in piece.values()])
+
+    def snapshot(self, sequence: Sequence) -> None:
+        """Keep the row's recurrent state as it is now."""
+        self._settle()
+        row = self.sequences.index(sequence)
+        sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(self.caches, row))
+
+    def _count_step(self) -> None:
+        self._steps += 1
+        if self._steps % kinds.DRAIN_EVERY == 0:
+            self.drain()
+
+    def _note_lengths(self) -> None:
+        even = len({sequence.done for sequence in self.sequences}) == 1
+        for leaf in kinds.leaves(self.caches):
+            if isinstance(leaf, kinds.BatchAppendCache):
+                leaf.even = even
+
+    def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
+        if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
+            logits = self.sequences[0].loaded.choosable(logits)
+            best = mx.argmax(logits, axis=-1)
+            scores = Scores.of(logits, best)
+            if len(self.sequences) == 1:
+                return [Choice(best, scores)]
+            # Another type, so that each row's token has memory of its own. On CUDA at most 8 bytes are shared with the
+            # host; a larger array would move to and fro with every step, because the host reads it.
+            return [Choice(best[row : row + 1].astype(mx.int64), scores, row) for row in range(len(self.sequences))]
+        choices: list[Choice | Exception] = []
+        for row, sequence in enumerate(self.sequences):
+            assert sequence.chooser is not None
+            try:
+                last = fed[row] if sequence.completion else None  # of the answer
+                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, last))
+            except Exception as error:  # this row's alone: the step itself went well
+                choices.append(error)
+        return choices
+
+
+def little_padding(lengths: Sequences[int]) -> bool:
+    """Whether a batch of rows of these lengths has no more padding than a group may have."""
+    longest = max(lengths)
+    return sum(longest - length for length in lengths) <= PADDING * longest * len(lengths)
+
+
+def _merged(rows: list[list[Any]]) -> list[Any]:
+    return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]

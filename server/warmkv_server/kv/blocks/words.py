@@ -1,0 +1,70 @@
+"""Copying words from what a request holds in RAM into the parts of new nodes, and from there into files. Blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSpec
+from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.arrays import allocate, view
+from warmkv_server.kv.blocks.blockfile import BlockInfo
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.index.index import Part
+
+
+@dataclass(frozen=True)
+class Words:
+    """The KV of one context as a request holds it: what was loaded, and what was computed behind it."""
+
+    reuse: Reuse
+    growth: Growth | None
+
+    def copy(self, kind: PartKind, start: int, end: int, specs: Sequence[TensorSpec]) -> dict[str, mx.array]:
+        """New arrays of the tokens [start, end), or of the snapshot taken after `end` tokens."""
+        made = allocate(specs, end - start)
+        for spec in specs:
+            target = view(made[spec.name])
+            if kind is PartKind.STATE:
+                target[...] = view(self._snapshot(end)[spec.name])
+                continue
+            done = start
+            for first, last, tensors in self._pieces(kind):
+                low, high = max(first, done), min(last, end)
+                if low == done and low < high:
+                    source = view(tensors[spec.name])
+                    target[:, :, low - start : high - start] = source[:, :, low - first : high - first]
+                    done = high
+            if done != end:
+                raise LookupError(f"no {kind} words of tokens {done} to {end}")
+        return made
+
+    def _pieces(self, kind: PartKind) -> Iterator[tuple[int, int, Tensors]]:
+        for span in self.reuse.spans:
+            if kind in span.parts:
+                yield span.start, min(span.end, self.reuse.length), span.parts[kind]
+        if self.growth is not None and kind in self.growth.tensors:
+            yield self.growth.start, self.growth.end, self.growth.tensors[kind]
+
+    def _snapshot(self, length: int) -> Tensors:
+        if self.growth is not None and length in self.growth.snapshots:
+            return self.growth.snapshots[length]
+        last = self.reuse.spans[-1]
+        if last.end != length:
+            raise LookupError(f"no snapshot after {length} tokens")
+        return last.parts[PartKind.STATE]
+
+
+def write_part(files: Files, path: Path, info: BlockInfo, specs: Sequence[TensorSpec], tensors: Tensors) -> Part:
+    """Write one block file, synced and under its name; the folder isn't synced yet.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    payload = [blockfile.flat(view(tensors[spec.name])) for spec in specs]
+    head = blockfile.header(info, specs)
+    digest = blockfile.seal(head, payload)
+    return Part(files.write(path, [memoryview(head), *payload]), digest)

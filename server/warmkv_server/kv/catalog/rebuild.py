@@ -1,0 +1,395 @@
+"""Building a lost index anew, from the agents' manifests, the log of commits and the headers of the block files.
+
+A node's id is a hash of its tenant, its fingerprint and all tokens up to its end. So a context put together from what
+was found is compared with the manifest's ids from the root on: it is the agent's to the last token, or it isn't taken.
+Payloads aren't read: whoever uses a file first verifies it, as always.
+
+Of what is known of an agent the newest counts that can be borne out. An old index is believed only in what it says of
+agents that something else says are alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Parsed
+from warmkv_server.kv.blocks.files import Files, entries, is_plain, open_file
+from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.blocks.quarantine import quarantine
+from warmkv_server.kv.catalog import commit_log, journal, plausible, rows
+from warmkv_server.kv.catalog.clock import Clock
+from warmkv_server.kv.catalog.evidence import Evidence
+from warmkv_server.kv.catalog.journal import Database, Statement
+from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX, Manifest, file_name
+from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, Part
+from warmkv_server.kv.index.records import Durability
+from warmkv_server.kv.tasks.core import BLOCKS, QUARANTINE, block_info, block_path
+
+log = logging.getLogger(__name__)
+
+_NEW = journal.FILE_NAME + ".new"
+_LOG_COPY = "-wal.found"
+_SQLITE_FILES = ("", "-wal", "-shm")
+_FIRST_READ = 16 << 10
+"""Bytes; a header and more."""
+_NAMED = 100
+"""Agents that a sentence names at most, of those that came back."""
+
+
+class NotRebuildable(Exception):
+    """An agent of which nobody knows all tokens any more, and why."""
+
+
+@dataclass
+class Rebuilt:
+    """What came back, and what did not.
+
+    Attributes:
+        aside: where the old index is kept, if there was one.
+        without_kv: tokens that are known, but whose block files are gone; they are computed anew when needed.
+        left_out: agents that could not be rebuilt, and why.
+        unreadable: manifests that could not be read, and why; so nobody knows whose they were.
+    """
+
+    aside: Path | None = None
+    agents: int = 0
+    tokens: int = 0
+    without_kv: int = 0
+    forward: list[str] = field(default_factory=list)
+    older: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    unreadable: dict[Path, str] = field(default_factory=dict)
+    unclaimed: int = 0
+
+    def summary(self) -> str:
+        """One sentence or two for people."""
+        text = f"{self.agents} agents with {self.tokens} tokens came back"
+        if self.without_kv:
+            text += f", {self.without_kv} of them without KV, which is computed anew when needed"
+        text += "; the outcomes of old request ids did not"
+        if self.forward:
+            more = f" and {len(self.forward) - _NAMED} more" * (len(self.forward) > _NAMED)
+            text += f"; restored beyond what the index had: {', '.join(self.forward[:_NAMED])}{more}"
+        if self.older:
+            text += f"; {len(self.older)} came back as before their last commit: {', '.join(self.older)}"
+        if self.left_out:
+            text += f"; {len(self.left_out)} agents did not: {', '.join(self.left_out)}"
+        if self.gone:
+            text += f"; {len(self.gone)} agents that only the index had stay deleted: {', '.join(self.gone)}"
+        if self.unreadable:
+            names = ", ".join(f"{path.name} ({why})" for path, why in self.unreadable.items())
+            text += f"; {len(self.unreadable)} manifests can't be read: {names}"
+        if self.unclaimed:
+            text += f"; {self.unclaimed} block files that no agent references stay until `warmkv store gc`"
+        return text
+
+
+def holds_contexts(data_dir: Path) -> bool:
+    """Whether there is anything that an index ought to know."""
+    folders = [data_dir / FOLDER, *(Path(entry.path) for entry in entries(data_dir / BLOCKS))]
+    found = any(e.name.endswith((SUFFIX, blockfile.SUFFIX)) and is_plain(e) for f in folders for e in entries(f))
+    return found or bool(commit_log.read(data_dir).agents)
+
+
+def rebuild_index(
+    data_dir: Path, files: Files, quarantine_bytes: int, why: str, evidence: Evidence, old: Index | None = None
+) -> Rebuilt:
+    """Build an index from what the files say, and put it in place; the old one is kept beside it. Blocking.
+
+    The directory's lock is held. A crash at any moment leaves the old index, or none, or the whole new one. No block
+    file is removed, now or later, but by an operator's `warmkv store gc`.
+
+    Args:
+        why: a word for the old one's new name.
+        old: the index that is not believed, as far as it could be read.
+
+    Raises:
+        OperatorError: there are no manifests to build it from, or the disk refuses.
+    """
+    path = data_dir / journal.FILE_NAME
+    found = Rebuilt(unreadable=dict(evidence.unreadable))
+    known = dict(evidence.living())
+    if not known and not evidence.told.agents and holds_contexts(data_dir):
+        raise OperatorError(
+            f"the index {path} can't be rebuilt, because {data_dir / FOLDER} has no readable manifest and the block "
+            "files alone don't say whose they are; put the index back from a backup, or move the data directory away "
+            "to begin with an empty one"
+        )
+    _add_what_the_old_one_says(known, old, evidence, found)
+    try:
+        used = (manifest.last_used for manifests in known.values() for manifest in manifests)
+        builder = Builder(data_dir, Clock(used=used).now())
+        for key, manifests in known.items():
+            _bring_back(builder, key, manifests, old, found)
+            path_of = data_dir / FOLDER / file_name(*key)
+            if key not in builder.index.agents and path_of in evidence.manifests:
+                _put_away(data_dir, path_of, files, quarantine_bytes)
+        for bad in [*builder.bad, *found.unreadable]:
+            _put_away(data_dir, bad, files, quarantine_bytes)
+        spared = _unclaimed(data_dir, builder.index)
+        found.unclaimed = len(spared)
+        number = max(evidence.number, *(m.number for ms in known.values() for m in ms), 0)
+        _write(data_dir / _NEW, files, builder.index, number, spared)
+        found.aside = _put_aside(path, why)
+        (data_dir / _NEW).rename(path)
+        files.sync_folders([data_dir])
+    except OSError as error:
+        raise OperatorError(
+            f"the disk refuses the new index of {data_dir} ({error.strerror or error}); free space, and try again"
+        ) from error
+    return found
+
+
+def _add_what_the_old_one_says(
+    known: dict[AgentKey, list[Manifest]], old: Index | None, evidence: Evidence, found: Rebuilt
+) -> None:
+    """Behind what is newer; and of agents whose manifest is there but can't be read."""
+    illegible = {path.name for path in evidence.unreadable}
+    for key, agent in old.agents.items() if old is not None else ():
+        if key in known:
+            known[key].append(Manifest.of(agent))
+        elif file_name(*key) in illegible and not isinstance(evidence.told.agents.get(key), int):
+            known[key] = [Manifest.of(agent)]
+        else:
+            found.gone.append(_name(key))
+
+
+def _bring_back(
+    builder: Builder, key: AgentKey, manifests: Sequence[Manifest], old: Index | None, found: Rebuilt
+) -> None:
+    """The newest state of an agent that the files bear out."""
+    reasons: list[str] = []
+    for manifest in manifests:
+        try:
+            agent = builder.add(manifest)
+        except NotRebuildable as reason:
+            reasons.append(str(reason))
+            continue
+        found.agents += 1
+        found.tokens += len(agent.tokens)
+        found.without_kv += sum(node.count for node in agent.nodes if PartKind.APPEND not in node.parts)
+        before = old.agents.get(key) if old is not None else None
+        if reasons:
+            found.older.append(f"{_name(key)} at revision {agent.revision} ({reasons[0]})")
+        elif old is not None and (before is None or before.revision < agent.revision):
+            found.forward.append(f"{_name(key)} at revision {agent.revision}")
+        return
+    found.left_out.append(f"{_name(key)} ({reasons[0]})")
+
+
+def _unclaimed(data_dir: Path, index: Index) -> list[str]:
+    """Names of the block files that no agent has."""
+    known = {blockfile.file_name(node.id.hex(), kind) for node in index.nodes.values() for kind in node.parts}
+    folders = (Path(entry.path) for entry in entries(data_dir / BLOCKS))
+    names = (e.name for f in folders for e in entries(f) if is_plain(e) and e.name.endswith(blockfile.SUFFIX))
+    return sorted(name for name in names if name not in known)
+
+
+class Builder:
+    """Nodes and agents, as far as the files bear them out."""
+
+    def __init__(self, data_dir: Path, now: float = 0.0) -> None:
+        """
+        Args:
+            now: of the store's time, for agents that have a lifetime.
+        """
+        self._data_dir = data_dir
+        self._now = now
+        self.index = Index()
+        self.bad: list[Path] = []
+        """Files that are not what their name says."""
+
+    def add(self, manifest: Manifest) -> Agent:
+        """
+        Raises:
+            NotRebuildable
+        """
+        texts = self._block_texts(manifest)
+        found: list[tuple[bytes, int, bytes]] = []
+        parent = bytes.fromhex(manifest.root) or root_id(manifest.tenant, manifest.fingerprint)
+        parents = {0: parent}
+        for ident, start, end in manifest.spans:
+            begin = block_of(start)
+            tokens = texts.get(begin, b"")[: (end - begin) * TOKEN_BYTES]
+            if len(tokens) < (end - begin) * TOKEN_BYTES:
+                raise NotRebuildable(f"no file has its tokens {begin + len(tokens) // TOKEN_BYTES} to {end} any more")
+            if node_id(parent, start, tokens).hex() != ident:
+                raise NotRebuildable(f"the tokens {start} to {end} that were found are not its own")
+            found.append((parent, start, tokens))
+            if end - start == BLOCK_TOKENS:
+                parents[end] = parent = bytes.fromhex(ident)
+        # Only now: what can't be rebuilt leaves nothing in the index.
+        nodes = [self._node(manifest, *each, [PartKind.APPEND, PartKind.WINDOW]) for each in found]
+        agent = Agent(manifest.tenant, manifest.agent_id, self.index.new_incarnation(), manifest.fingerprint)
+        agent.nodes, agent.tokens = nodes, rows.join_tokens(nodes)
+        if (wrong := plausible.tokens_fault(agent.tokens, None)) is not None:
+            raise NotRebuildable(wrong)
+        for length in manifest.snapshots:
+            begin = block_of(length)
+            text = agent.tokens[begin:length].astype("<i4").tobytes()
+            agent.snapshots[length] = self._node(manifest, parents[begin], length, text, [PartKind.STATE])
+        agent.revision, agent.kept, agent.previous = manifest.revision, manifest.kept, manifest.previous
+        agent.pinned, agent.ttl, agent.labels = manifest.pinned, manifest.ttl, dict(manifest.labels)
+        agent.create_time, agent.update_time = manifest.create_time, manifest.update_time
+        # Only the index knew of the latest uses: whoever has a lifetime gets it anew, rather than expire too early.
+        agent.last_used = manifest.last_used if manifest.ttl is None else self._now
+        agent.parent_agent_id = manifest.parent_agent_id
+        agent.ending = manifest.ending
+        self.index.add_agent(agent)
+        return agent
+
+    def _block_texts(self, manifest: Manifest) -> dict[int, bytes]:
+        """For each block, by its first token, the most of its tokens that is known: from a header or the manifest."""
+        texts: dict[int, bytes] = {}
+        for ident, start, end in manifest.spans:
+            begin = block_of(start)
+            before = texts.get(begin, b"")
+            if (own := manifest.tokens.get(ident)) is not None:
+                offset = (start - begin) * TOKEN_BYTES
+                if len(before) >= offset:
+                    texts[begin] = max(before, before[:offset] + own, key=len)
+                continue
+            for text in self._texts_of(ident, start, end):
+                texts[begin] = max(texts.get(begin, b""), text, key=len)
+        return texts
+
+    def _texts_of(self, ident: str, start: int, end: int) -> Iterable[bytes]:
+        """A node's tokens from the start of its block on, from each header of its files that can be it."""
+        for kind in (PartKind.APPEND, PartKind.WINDOW):
+            path = block_path(self._data_dir, ident, kind)
+            for place in (path, self._data_dir / QUARANTINE / path.name):
+                with contextlib.suppress(BadFile, OSError):
+                    info = _read_header(place).parsed.info
+                    size = (end - block_of(start)) * TOKEN_BYTES
+                    if info.node == ident and info.start == start and len(info.block_tokens) == size:
+                        yield info.block_tokens
+
+    def _node(
+        self, manifest: Manifest, parent: bytes, start: int, block_tokens: bytes, kinds: Iterable[PartKind]
+    ) -> Node:
+        ident = node_id(parent, start, block_tokens)
+        node = self.index.nodes.get(ident)
+        if node is not None:
+            return node
+        row = self.index.new_row()
+        node = Node(ident, row, manifest.tenant, manifest.fingerprint, parent, start, block_tokens)
+        for kind in kinds:
+            path = block_path(self._data_dir, ident.hex(), kind)
+            try:
+                node.parts[kind] = _part(path, block_info(node, kind))
+            except FileNotFoundError:
+                if kind is not PartKind.WINDOW:
+                    node.lost = node.lost or Fallback.MISSING_BLOCK
+            except BadFile as bad:
+                log.warning("block %s (%s) can't be used: %s", ident.hex(), kind, bad)
+                node.lost = Fallback.QUARANTINED
+                self.bad.append(path)
+        self.index.nodes[ident] = node
+        return node
+
+
+def _part(path: Path, expected: BlockInfo) -> Part:
+    """
+    Raises:
+        BadFile: not the file that was looked for.
+        FileNotFoundError
+    """
+    try:
+        header = _read_header(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadFile(Fallback.MISSING_BLOCK, f"it can't be read: {error}") from error
+    if header.parsed.info != expected:
+        raise BadFile(Fallback.FORMAT, "of another node")
+    if header.nbytes + header.parsed.payload != header.file_bytes:
+        raise BadFile(Fallback.FORMAT, f"{header.file_bytes} bytes, and not what the header says")
+    return Part(header.file_bytes, header.parsed.digest)
+
+
+@dataclass(frozen=True)
+class _Header:
+    parsed: Parsed
+    nbytes: int
+    file_bytes: int
+
+
+def _read_header(path: Path) -> _Header:
+    """
+    Raises:
+        BadFile, OSError
+    """
+    fd = open_file(path)
+    try:
+        size = os.fstat(fd).st_size
+        head = os.pread(fd, _FIRST_READ, 0)
+        start = blockfile.header_size(head, size)
+        return _Header(blockfile.parse(head[:start] if start <= len(head) else os.pread(fd, start, 0)), start, size)
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, files: Files, index: Index, number: int, spared: Iterable[str]) -> None:
+    """A whole index as one file."""
+    for end in _SQLITE_FILES:
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    statements: list[Statement] = [rows.put_node(node) for node in index.nodes.values()]
+    for agent in index.agents.values():
+        statements += rows.insert_agent(agent)
+    statements += [rows.spare(name) for name in spared]
+    database = Database(path, files.durability)
+    try:
+        database.apply(statements, number + 1)
+    finally:
+        database.close()
+
+
+def keep_log(path: Path) -> Path | None:
+    """A copy of an index's log, taken before SQLite opens it and drops what it doesn't believe."""
+    wal, copy = path.with_name(path.name + "-wal"), path.with_name(path.name + _LOG_COPY)
+    with contextlib.suppress(OSError):
+        copy.unlink(missing_ok=True)
+        with os.fdopen(open_file(wal), "rb") as log_file, os.fdopen(Files(Durability.NONE).create(copy), "wb") as kept:
+            shutil.copyfileobj(log_file, kept, 1 << 20)
+        return copy
+    return None
+
+
+def _put_aside(path: Path, why: str) -> Path | None:
+    """Keep what is left of an index under another name, with its log as it was found."""
+    aside = path.with_name(f"{path.name}.{why}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    for end in _SQLITE_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    with contextlib.suppress(FileNotFoundError):
+        path.with_name(path.name + _LOG_COPY).rename(aside.with_name(aside.name + "-wal"))
+    return aside if aside.exists() else None
+
+
+def aside_files(data_dir: Path) -> list[Path]:
+    """Of indexes that were kept, with the files that SQLite had beside them."""
+    begins = f"{journal.FILE_NAME}."
+    return sorted(
+        Path(e.path) for e in entries(data_dir) if e.name.startswith(begins) and "-" in e.name and is_plain(e)
+    )
+
+
+def _put_away(data_dir: Path, path: Path, files: Files, limit: int) -> None:
+    (data_dir / QUARANTINE).mkdir(exist_ok=True)
+    quarantine(files, path, data_dir / QUARANTINE, limit)
+
+
+def _name(key: AgentKey) -> str:
+    tenant, agent_id = key
+    return f"{agent_id!r}" + (f" of tenant {tenant!r}" if tenant else "")

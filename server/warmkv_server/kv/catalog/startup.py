@@ -1,0 +1,284 @@
+"""Opening a data directory: take it, read the index, put right what a crash left behind, and say what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from warmkv_server.contract.kv import Fallback, KVLayout, PartKind
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.blockfile import SUFFIX, file_name
+from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
+from warmkv_server.kv.catalog import commit_log, journal, plausible, rows, signing
+from warmkv_server.kv.catalog import lock as locking
+from warmkv_server.kv.catalog.clock import Clock, TimeSource
+from warmkv_server.kv.catalog.commit_log import CommitLog
+from warmkv_server.kv.catalog.foreign import Foreign
+from warmkv_server.kv.catalog.journal import CHECKPOINT_BYTES, Database, Statement
+from warmkv_server.kv.catalog.lock import DirectoryLock
+from warmkv_server.kv.catalog.manifest import FOLDER, Manifest, encode
+from warmkv_server.kv.catalog.private import make_folder, tighten
+from warmkv_server.kv.catalog.rebuild import aside_files
+from warmkv_server.kv.catalog.truth import open_index
+from warmkv_server.kv.index.boundaries import in_window
+from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.records import Fingerprint, StoreSettings
+from warmkv_server.kv.tasks.core import BLOCKS, QUARANTINE, block_path
+from warmkv_server.kv.tasks.manifests import UpToDate, bring_up_to_date
+from warmkv_server.kv.tasks.outcomes import StoredOutcomes
+
+log = logging.getLogger(__name__)
+
+_NAMED = 20
+"""Strange things that a line names at most."""
+
+
+@dataclass
+class Opened:
+    """A data directory, ready for use."""
+
+    lock: DirectoryLock
+    database: Database
+    commits: CommitLog
+    index: Index
+    clock: Clock
+    foreign: Foreign
+    outcomes: StoredOutcomes
+    quarantine_bytes: int
+    aside_bytes: int
+    manifests: UpToDate
+
+
+@dataclass
+class _Sweep:
+    """What was found to be put right.
+
+    Attributes:
+        temps, orphans: files that are to go.
+        spared: bytes of block files that no agent references, and that stay.
+        strange: what is no file of the store; it is left alone.
+    """
+
+    temps: list[Path] = field(default_factory=list)
+    orphans: list[Path] = field(default_factory=list)
+    spared: int = 0
+    strange: list[Path] = field(default_factory=list)
+    missing: int = 0
+    unreferenced: int = 0
+
+
+def open_directory(
+    settings: StoreSettings,
+    layout: KVLayout,
+    fingerprint: Fingerprint,
+    files: Files,
+    times: TimeSource | None = None,
+) -> Opened:
+    """Blocking.
+
+    Raises:
+        OperatorError
+    """
+    data_dir = settings.data_dir
+    make_folders(data_dir, files)
+    lock = DirectoryLock(data_dir)
+    try:
+        tighten(data_dir, _is_own)
+        signing.make_key(data_dir)
+        small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
+        believed = open_index(data_dir, files, min(CHECKPOINT_BYTES, small), settings.quarantine_limit)
+        database, index, evidence = believed.database, believed.index, believed.evidence
+        try:
+            _put_aside_the_implausible(index, layout, fingerprint.digest, database)
+            _count_windows(index, layout, fingerprint.digest)
+            sweep = _sweep(data_dir, index, database)
+            # Before the files that only older manifests refer to are gone.
+            manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
+            _remove((*sweep.temps, *sweep.orphans), files)
+            clock = rows.read_clock(database, index, times)
+            foreign = Foreign(fingerprint, rows.read_fingerprints(database))
+            database.apply(
+                [
+                    rows.insert_fingerprint(fingerprint),
+                    rows.put_vocabulary(fingerprint.digest, layout.vocabulary),
+                    *rows.put_clock(clock.reading()),
+                ]
+            )
+            commits = CommitLog(data_dir, files, small)
+            commits.begin(database.number, _lines(manifests.stale, database.number))
+            files.sync_folders([data_dir])
+            outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
+            kept = sum(_sizes(Path(entry.path) for entry in entries(data_dir / QUARANTINE)))
+            aside = sum(_sizes(aside_files(data_dir))) + sweep.spared
+        except BaseException:
+            database.close()
+            raise
+    except BaseException:
+        lock.release()
+        raise
+    _name_the_strange(data_dir, [*sweep.strange, *evidence.strange])
+    log.info(
+        "opened %s: %d agents, %d nodes; removed %d temporary and %d unknown files and %d unreferenced nodes;"
+        " %d files are missing; wrote %d manifests and removed %d",
+        data_dir,
+        len(index.agents),
+        len(index.nodes),
+        len(sweep.temps),
+        len(sweep.orphans),
+        sweep.unreferenced,
+        sweep.missing,
+        manifests.written,
+        manifests.removed,
+    )
+    foreign.say(index, settings.data_dir)
+    return Opened(lock, database, commits, index, clock, foreign, outcomes, kept, aside, manifests)
+
+
+def make_folders(data_dir: Path, files: Files) -> None:
+    """All folders there will ever be, so that no commit has to make one.
+
+    Raises:
+        OperatorError
+    """
+    blocks = data_dir / BLOCKS
+    try:
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (data_dir, data_dir / QUARANTINE, blocks, data_dir / FOLDER):
+            make_folder(folder)
+        if sum([make_folder(blocks / f"{number:02x}") for number in range(256)]):
+            files.sync_folders([blocks, data_dir, data_dir.parent])
+    except OSError as error:
+        raise OperatorError(
+            f"the data directory {data_dir} can't be prepared ({error.strerror}); "
+            "give another with --data-dir, or change its permissions"
+        ) from error
+
+
+def block_files(data_dir: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything that lies in the block folders."""
+    for folder in sorted(Path(entry.path) for entry in entries(data_dir / BLOCKS)):
+        yield from entries(folder)
+
+
+def _is_block_folder(entry: os.DirEntry[str]) -> bool:
+    return len(entry.name) == 2 and set(entry.name) <= set("0123456789abcdef") and entry.is_dir()
+
+
+def is_block(entry: os.DirEntry[str]) -> bool:
+    """Whether it has the name of a block file, in the folder where that belongs, and is a file."""
+    node, _, rest = entry.name.partition(".")
+    kind, _, end = rest.partition(".")
+    named = plausible.NODE_ID.fullmatch(node) and kind in [*PartKind] and f".{end}" == SUFFIX
+    return bool(named) and Path(entry.path).parent.name == node[:2] and is_plain(entry)
+
+
+def _is_own(name: str) -> bool:
+    """Whether something in a data directory is the store's, by its name."""
+    names = {BLOCKS, QUARANTINE, FOLDER, locking.FILE_NAME, "reserve", signing.FILE_NAME, journal.READERS_LOCK}
+    return name in names or name.startswith((journal.FILE_NAME, commit_log.FILE_NAME))
+
+
+def _lines(agents: Iterable[Agent], number: int) -> dict[AgentKey, tuple[int, bytes]]:
+    """For the log of commits: agents whose manifests the disk has refused."""
+    return {agent.key: (number, encode(Manifest.of(agent, number))) for agent in agents}
+
+
+def _remove(paths: Iterable[Path], files: Files) -> None:
+    """What the disk refuses to remove stays until the next start."""
+    refused: list[OSError] = []
+    for path in paths:
+        try:
+            files.unlink(path)
+        except OSError as error:
+            refused.append(error)
+    if refused:
+        log.warning("the disk refuses to remove %d files that nobody needs: %s", len(refused), refused[0])
+
+
+def _sizes(paths: Iterable[Path]) -> Iterator[int]:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                yield found.st_size
+
+
+def _name_the_strange(data_dir: Path, strange: list[Path]) -> None:
+    strange += [Path(e.path) for e in entries(data_dir / QUARANTINE) if not is_plain(e)]
+    strange += [Path(e.path) for e in entries(data_dir) if not _is_own(e.name)]
+    strange += [Path(e.path) for e in entries(data_dir) if e.name.startswith(journal.FILE_NAME) and not is_plain(e)]
+    if strange:
+        names = ", ".join(in_words(path.relative_to(data_dir)) for path in strange[:_NAMED])
+        more = f" and {len(strange) - _NAMED} more" * (len(strange) > _NAMED)
+        log.warning("left alone in %s, for they are not files of WarmKV: %s%s", in_words(data_dir), names, more)
+
+
+def _put_aside_the_implausible(index: Index, layout: KVLayout, fingerprint: str, database: Database) -> None:
+    """Agents with values that can't be are no agents any more. Their block files and manifests stay, unused."""
+    found = list(index.implausible)
+    for agent in list(index.agents.values()):
+        ours = agent.fingerprint == fingerprint
+        wrong = plausible.tokens_fault(agent.tokens, layout.vocabulary if ours else None)
+        if wrong is not None:
+            index.remove_agent(agent)
+            found.append((agent, wrong))
+    statements: list[Statement] = []
+    for agent, wrong in found:
+        log.error("agent %r of tenant %r is damaged and was put aside: %s", agent.agent_id, agent.tenant, wrong)
+        statements += rows.delete_agent(agent.incarnation)
+        files = (file_name(n.id.hex(), kind) for n in agent.all_nodes() if not n.refs for kind in n.parts)
+        statements += [rows.spare(name) for name in files]
+    if statements:
+        database.apply(statements)
+
+
+def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
+    """Which WINDOW parts each agent needs follows from its boundaries. Those of other models are left alone."""
+    for agent in index.agents.values():
+        if agent.fingerprint == fingerprint:
+            boundaries = {len(agent.tokens), agent.previous, *agent.kept} - {0}
+            agent.windowed = {n for b in boundaries for n in in_window(agent.nodes, b, layout.window)}
+        else:
+            agent.windowed = set(agent.nodes)
+        for node in agent.windowed:
+            node.window_refs += 1
+
+
+def _sweep(data_dir: Path, index: Index, database: Database) -> _Sweep:
+    """Put the index right; what is to be removed is left to the caller."""
+    sweep = _Sweep()
+    gone = [node for node in index.nodes.values() if not node.refs]
+    for node in gone:
+        del index.nodes[node.id]
+    sweep.unreferenced = len(gone)
+    known = {
+        block_path(data_dir, node.id.hex(), kind): (node, kind) for node in index.nodes.values() for kind in node.parts
+    }
+    spared = rows.read_spared(database)
+    for entry in block_files(data_dir):
+        path = Path(entry.path)
+        if is_plain(entry) and known.pop(path, None) is not None:
+            continue
+        if is_plain(entry) and entry.name.endswith(TEMP_SUFFIX):
+            sweep.temps.append(path)
+        elif not is_block(entry):
+            sweep.strange.append(path)
+        elif entry.name in spared:
+            sweep.spared += entry.stat().st_size
+        else:
+            # Its transaction never happened, or its removal was cut short: nobody was promised it.
+            sweep.orphans.append(path)
+    sweep.strange += [Path(e.path) for e in entries(data_dir / BLOCKS) if not _is_block_folder(e)]
+    for node, kind in known.values():
+        del node.parts[kind]
+        node.lost = Fallback.MISSING_BLOCK
+    sweep.missing = len(known)
+    changed = {node for node, _ in known.values()}
+    if gone or changed:
+        database.apply([*(rows.delete_node(node) for node in gone), *(rows.update_node(node) for node in changed)])
+    return sweep

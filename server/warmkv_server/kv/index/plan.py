@@ -1,0 +1,145 @@
+"""Which nodes a new context is made of: what is there already, what has to be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, PartKind
+from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id
+from warmkv_server.kv.index.boundaries import MAX_KEPT, Has, in_window
+from warmkv_server.kv.index.index import Agent, Index, Node, common_length
+from warmkv_server.kv.index.records import Commit
+
+MAX_SEGMENTS = 16
+"""Segments behind the last full block; one more, and they are merged into one. Each is a file to open at a load."""
+
+
+@dataclass
+class Plan:
+    """A context as the agent will reference it. Nodes that are not in the index yet have no files.
+
+    Attributes:
+        parts: every file that has to exist for it.
+        kept, previous: boundaries, as in `Agent`.
+    """
+
+    nodes: list[Node]
+    snapshots: dict[int, Node]
+    windowed: set[Node]
+    parts: list[tuple[Node, PartKind]]
+    kept: tuple[int, ...]
+    previous: int
+
+    def all_nodes(self) -> list[Node]:
+        return [*self.nodes, *self.snapshots.values()]
+
+
+class Planner:
+    def __init__(self, index: Index, layout: KVLayout, fingerprint: str, has: Has) -> None:
+        self._index = index
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._has = has
+
+    def plan(self, commit: Commit, agent: Agent | None, root: bytes) -> Plan:
+        """Lay out `commit.tokens`. Changes nothing."""
+        raw = commit.tokens.astype("<i4").tobytes()
+        tenant = commit.tenant
+        if commit.reuse.length:
+            # What goes on with KV that was imported stays under its root, where no other agent finds it.
+            root = commit.lease.nodes[0].parent
+        nodes = self._full_blocks(tenant, root, raw, [n for n in commit.lease.nodes if n.end <= commit.reuse.length])
+        parent = nodes[-1].id if nodes else root
+        nodes += self._tail(tenant, parent, raw, nodes[-1].end if nodes else 0, commit)
+        kept, previous = self._boundaries(commit, agent)
+        length = len(commit.tokens)
+        snapshots = self._snapshots(commit, agent, raw, root, nodes, {length, previous, *kept} - {0})
+        good = {b for b in (*kept, previous) if self._usable(b, nodes, snapshots, commit)}
+        kept, previous = tuple(b for b in kept if b in good), previous if previous in good else 0
+        boundaries = {length, previous, *kept} - {0}
+        snapshots = {b: node for b, node in snapshots.items() if b in boundaries}
+        windowed = {node for b in boundaries for node in in_window(nodes, b, self._layout.window)}
+        parts = [(node, PartKind.APPEND) for node in nodes]
+        parts += [(node, PartKind.WINDOW) for node in nodes if node in windowed]
+        parts += [(node, PartKind.STATE) for node in snapshots.values()]
+        return Plan(nodes, snapshots, windowed, parts, kept, previous)
+
+    def _full_blocks(self, tenant: str, root: bytes, raw: bytes, whole: Sequence[Node]) -> list[Node]:
+        nodes: list[Node] = []
+        for node in whole:
+            if not node.full:
+                break
+            nodes.append(node)
+        for start in range(nodes[-1].end if nodes else 0, block_of(len(raw) // TOKEN_BYTES), BLOCK_TOKENS):
+            tokens = raw[start * TOKEN_BYTES : (start + BLOCK_TOKENS) * TOKEN_BYTES]
+            nodes.append(self._node(tenant, nodes[-1].id if nodes else root, start, tokens))
+        return nodes
+
+    def _tail(self, tenant: str, parent: bytes, raw: bytes, begin: int, commit: Commit) -> list[Node]:
+        """The segments behind the last full block: those that are there, and one for the rest."""
+        length = len(raw) // TOKEN_BYTES
+        if begin == length:
+            return []
+        block = raw[begin * TOKEN_BYTES :]
+        segments = [n for n in commit.lease.nodes if n.start >= begin and n.end <= commit.reuse.length]
+        end = segments[-1].end if segments else begin
+        if end == length:
+            return segments
+        if len(segments) >= MAX_SEGMENTS:
+            segments, end = [], begin
+        return [*segments, self._node(tenant, parent, end, block)]
+
+    def _boundaries(self, commit: Commit, agent: Agent | None) -> tuple[tuple[int, ...], int]:
+        length = len(commit.tokens)
+        asked = {b for b in commit.keep_boundaries if 0 < b <= length}
+        if agent is None or agent.fingerprint != self._fingerprint:
+            return tuple(sorted(asked))[-MAX_KEPT:], 0
+        same = min(common_length(agent.tokens, commit.tokens), commit.reuse.length)
+        kept = tuple(sorted(asked | {b for b in agent.kept if b <= same}))[-MAX_KEPT:]
+        head = len(agent.tokens)
+        if head == length:
+            previous = agent.previous if agent.previous <= same else 0
+        else:
+            previous = head if head <= same else agent.previous if agent.previous <= same else 0
+        return kept, previous
+
+    def _usable(self, boundary: int, nodes: Sequence[Node], snapshots: Mapping[int, Node], commit: Commit) -> bool:
+        """Whether all that this boundary needs is kept already or in this request's hands."""
+        if self._layout.has_state and boundary not in snapshots:
+            return False
+        known_from = commit.reuse.length
+        for span in reversed(commit.reuse.spans):
+            if span.count and PartKind.WINDOW not in span.parts:
+                break
+            known_from = span.start
+        needed = in_window(nodes, boundary, self._layout.window)
+        return all(node.start >= known_from or self._has(node, PartKind.WINDOW) for node in needed)
+
+    def _snapshots(
+        self, commit: Commit, agent: Agent | None, raw: bytes, root: bytes, nodes: Sequence[Node], wanted: set[int]
+    ) -> dict[int, Node]:
+        """A node for each wanted boundary that has a snapshot, from before or from this request."""
+        if not self._layout.has_state:
+            return {}
+        parents = {0: root} | {node.end: node.id for node in nodes if node.full}
+        taken = set(commit.growth.snapshots) if commit.growth is not None else set()
+        if commit.lease.snapshot is not None:
+            taken.add(commit.reuse.length)
+        found: dict[int, Node] = {}
+        for boundary in sorted(wanted):
+            begin = block_of(boundary)
+            tokens = raw[begin * TOKEN_BYTES : boundary * TOKEN_BYTES]
+            node = self._node(commit.tenant, parents[begin], boundary, tokens)
+            before = agent.snapshots.get(boundary) if agent is not None else None
+            if boundary in taken or (before is node and PartKind.STATE in node.parts):
+                found[boundary] = node
+        return found
+
+    def _node(self, tenant: str, parent: bytes, start: int, block_tokens: bytes) -> Node:
+        ident = node_id(parent, start, block_tokens)
+        node = self._index.nodes.get(ident)
+        if node is None:
+            return Node(ident, 0, tenant, self._fingerprint, parent, start, block_tokens)
+        assert node.block_tokens == block_tokens, "two contexts with one id"
+        return node

@@ -1,0 +1,258 @@
+"""What the store is told and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from warmkv_server.contract.kv import Growth, Reuse
+from warmkv_server.kv.blocks.blockfile import VERSION
+
+if TYPE_CHECKING:
+    from warmkv_server.kv.index.lease import Lease
+
+TokenIds = NDArray[np.int32]
+"""Token ids of a context, shape (tokens,)."""
+
+
+class Durability(StrEnum):
+    """How hard a commit pushes its files to the medium before it counts as persisted."""
+
+    FULL = "full"
+    """fsync, and F_FULLFSYNC where the system has it (macOS), which also empties the drive's own cache."""
+    FSYNC = "fsync"
+    """fsync. On macOS this leaves the drive's cache alone: kill -9 is survived, a power cut perhaps not."""
+    NONE = "none"
+    """No sync at all: a restart of the process is survived, a crash of the machine perhaps not."""
+
+
+class Tier(StrEnum):
+    HOT = "hot"
+    """All KV of the context is in RAM."""
+    WARM = "warm"
+    """Some of it has to be read from disk."""
+
+
+_QUARANTINE_SHARE = 8
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """
+    Attributes:
+        data_dir: created if missing; one server at a time.
+        hot_bytes: RAM that KV at rest may take, pinned or refused by the disk or neither. What a running request holds
+            comes on top; so does memory kept for reading into, at most 40 MiB for each of `io_threads`, and none after
+            a rest.
+        disk_bytes: everything under data_dir; 0 for no quota.
+        headroom_bytes: free space of the filesystem that commits leave alone, so that deletes always have room.
+        io_threads: files read or written at once.
+        load_timeout: seconds that a request waits for its files before it computes the rest anew.
+        quarantine_bytes: bad files kept for inspection; the oldest go first.
+        retry_seconds: pause between attempts to write what the disk refused.
+        outcome_seconds: how long the outcome of a request id is kept.
+        outcome_bytes: RAM that outcomes may take; older ones are in the index alone.
+        tenants: that share the budgets. How many have something to lose is seen; this one is for what can't be taken
+            back, RAM that holds what the disk refused.
+        manifest_seconds: pause between writing manifests; what commits meanwhile is written together.
+    """
+
+    data_dir: Path
+    hot_bytes: int = 4 << 30
+    disk_bytes: int = 0
+    durability: Durability = Durability.FULL
+    headroom_bytes: int = 256 << 20
+    io_threads: int = 4
+    load_timeout: float = 30.0
+    quarantine_bytes: int = 1 << 30
+    retry_seconds: float = 5.0
+    outcome_seconds: float = 3600.0
+    outcome_bytes: int = 32 << 20
+    tenants: int = 1
+    manifest_seconds: float = 1.0
+
+    @property
+    def quarantine_limit(self) -> int:
+        """Bytes. Bad files count in the quota, and must not take the room of good ones."""
+        return min(self.quarantine_bytes, self.disk_bytes // _QUARANTINE_SHARE or self.quarantine_bytes)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that the bytes of a KV cache depend on besides the tokens. Two that differ share nothing."""
+
+    fields: Mapping[str, str]
+
+    @classmethod
+    def of_model(cls, fields: Mapping[str, str]) -> Self:
+        """What a loaded model says of itself, and the format in which its KV is kept."""
+        return cls({**fields, "block_format": str(VERSION)})
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits."""
+        hasher = blake2b(digest_size=16, person=b"warmkv-fp")
+        for name, value in sorted(self.fields.items()):
+            for text in (name.encode(), value.encode()):
+                hasher.update(len(text).to_bytes(8, "little") + text)
+        return hasher.hexdigest()
+
+    def differing(self, other: Fingerprint) -> tuple[str, ...]:
+        """Names of the fields that differ, sorted."""
+        names = self.fields.keys() | other.fields.keys()
+        return tuple(sorted(n for n in names if self.fields.get(n) != other.fields.get(n)))
+
+
+@dataclass(frozen=True)
+class AgentRecord:
+    """One agent as of its last commit.
+
+    Attributes:
+        incarnation: never used twice, so that what was begun on a deleted agent can't land on its successor.
+        hot_bytes: RAM its blocks take, shared ones included.
+        warm_bytes: block files it references, headers included.
+        shared_bytes: the part of warm_bytes that other agents reference too.
+        ttl: seconds after the last use; None for ever.
+        create_time, update_time, last_used_time, expire_time: seconds since 1970.
+        ending: what the engine said about how the context ends; opaque here.
+        durable: the last commit is on disk.
+        fingerprint_ok: its KV belongs to the loaded model.
+        fingerprint_differences: if not, how what it belongs to differs, such as "kv_bits: 4 -> 8".
+    """
+
+    tenant: str
+    agent_id: str
+    incarnation: int
+    revision: int
+    token_count: int
+    tier: Tier
+    hot_bytes: int
+    warm_bytes: int
+    shared_bytes: int
+    pinned: bool
+    ttl: float | None
+    labels: Mapping[str, str]
+    create_time: float
+    update_time: float
+    last_used_time: float
+    expire_time: float | None
+    parent_agent_id: str
+    ending: str
+    durable: bool
+    fingerprint_ok: bool
+    fingerprint_differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestOutcome:
+    """What a finished request answered, kept under its id so that a retry gets the same. `payload` is opaque here."""
+
+    request_id: str
+    body_hash: bytes
+    payload: bytes
+
+
+class Unset:
+    """The type of UNSET: leave the value as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset()
+
+OutcomeOf = Callable[[AgentRecord, bool], RequestOutcome]
+"""Makes the outcome from the agent as committed and from whether the commit is durable."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A new context for an agent.
+
+    Attributes:
+        incarnation: of the agent that the request worked on; None if it must not exist yet.
+        tokens: the whole new context.
+        reuse: what `Store.load` gave; its spans hold the words that merging and cutting copy.
+        growth: KV of tokens [reuse.length, len(tokens)); None if that is nothing.
+        lease: the one that was loaded. The caller releases it afterwards.
+        keep_boundaries: lengths of the context at which windows and snapshots are kept beyond the next commits.
+        pinned, ttl, labels: UNSET leaves them as they are.
+        request: stored in the same transaction; a function of the resulting agent where the answer contains it.
+    """
+
+    tenant: str
+    agent_id: str
+    incarnation: int | None
+    tokens: TokenIds
+    reuse: Reuse
+    growth: Growth | None
+    lease: Lease
+    ending: str = ""
+    keep_boundaries: frozenset[int] = frozenset()
+    pinned: bool | Unset = UNSET
+    ttl: float | Unset | None = UNSET
+    labels: Mapping[str, str] | Unset = UNSET
+    request: RequestOutcome | OutcomeOf | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """
+    Attributes:
+        persisted: the context survives kill -9 and, as far as the durability level says, power loss. False: the disk
+            refused, RAM holds the only copy, and writing is retried in the background.
+        seconds: from the call to the end of the transaction.
+        bytes_written: block files of this commit.
+    """
+
+    agent: AgentRecord
+    persisted: bool
+    seconds: float
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """
+    Attributes:
+        bytes_freed: RAM.
+        resident_before, resident_after: bytes of the agent's files in the OS page cache; -1 where it can't be known.
+    """
+
+    agent: AgentRecord
+    bytes_freed: int
+    resident_before: int
+    resident_after: int
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Counters since the store was opened, and gauges of this moment. Bytes unless named otherwise."""
+
+    bytes_loaded: int = 0
+    kv_bytes_written: int = 0
+    metadata_bytes_written: int = 0
+    evictions: int = 0
+    """Agents that left RAM, by the budget or by hand."""
+    quarantined: int = 0
+    """Files."""
+    commits_failed: int = 0
+    """Commits that the disk refused."""
+    hot_bytes: int = 0
+    disk_bytes: int = 0
+    outcome_bytes: int = 0
+    """RAM that outcomes of requests take."""
+    agents_by_tier: Mapping[str, int] = field(default_factory=dict)
+    not_durable: int = 0
+    """Agents whose last commit is in RAM only. Above 0 the disk is refusing writes."""
+    stale_agents: int = 0
+    """Agents whose KV belongs to another model or other KV settings."""

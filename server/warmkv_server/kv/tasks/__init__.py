@@ -1,0 +1,1 @@
+"""What happens to contexts: load, commit, change, evict, collect, and what upkeep does by itself."""

@@ -1,0 +1,101 @@
+"""`warmkv agents export`: the last committed context of one agent, every block of it read and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from warmkv_server.contract.kv import Fallback, PartKind
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.blockfile import BadFile, verify
+from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, read_file
+from warmkv_server.kv.catalog.signing import key_of
+from warmkv_server.kv.index.index import Node, Part
+from warmkv_server.kv.index.records import Durability
+from warmkv_server.kv.tasks.core import block_info, block_path
+from warmkv_server.offline.archive import ArchiveWriter, Manifest
+from warmkv_server.offline.directory import View, find_agent, usable_tokens
+
+_FILE_LIMIT = 4 << 30
+
+
+@dataclass(frozen=True)
+class Exported:
+    """
+    Attributes:
+        usable_tokens: how many of its tokens, from the first, have KV in the archive.
+        nbytes: of the archive.
+    """
+
+    tokens: int
+    usable_tokens: int
+    revision: int
+    files: int
+    nbytes: int
+
+
+def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
+    """Write the archive under its name once it is whole and synced.
+
+    Raises:
+        OperatorError: there is no such agent, a block of it is bad, the target exists, or its disk refuses.
+    """
+    agent = find_agent(view, tenant, agent_id)
+    if os.path.lexists(target):
+        raise OperatorError(f"{target} exists already; remove it, or give another name with -o")
+    if agent.fingerprint not in view.fingerprints:
+        raise OperatorError(f"the index has lost what model agent {agent_id!r} belongs to; it can't be exported")
+    fingerprint, digests = view.fingerprints[agent.fingerprint], {}
+    for node, kind, part in Manifest.of(agent, fingerprint).files():
+        digests[node.id, kind] = hashlib.sha256(_read(view.data_dir, node, kind, part)).hexdigest()
+    manifest = Manifest.of(agent, fingerprint, digests)
+    files = Files(Durability.FULL)
+    temp = target.with_name(f"{target.name}.{os.getpid()}{TEMP_SUFFIX}")
+    try:
+        fd = files.create(temp)
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as file:
+                writer = ArchiveWriter(file, manifest, key_of(view.data_dir))
+                for node, kind, part in manifest.files():
+                    content = _read(view.data_dir, node, kind, part)
+                    if hashlib.sha256(content).hexdigest() != digests[node.id, kind]:
+                        raise OperatorError(f"the block files of agent {agent_id!r} change meanwhile; try again")
+                    writer.add(node, kind, content)
+                writer.finish()
+            nbytes = os.fstat(fd).st_size
+            files.sync(fd)
+        finally:
+            os.close(fd)
+        files.rename(temp, target)
+        files.sync_folder(target.absolute().parent)
+    except OSError as error:
+        raise OperatorError(f"{target} can't be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            files.unlink(temp)
+    count = sum(1 for _ in manifest.files())
+    return Exported(len(agent.tokens), usable_tokens(agent), agent.revision, count, nbytes)
+
+
+def _read(data_dir: Path, node: Node, kind: PartKind, part: Part) -> bytes:
+    path = block_path(data_dir, node.id.hex(), kind)
+    try:
+        content = read_file(path, _FILE_LIMIT)
+        parsed = verify(content)
+        if parsed.digest != part.digest or parsed.info != block_info(node, kind):
+            raise BadFile(Fallback.FORMAT, "it is not the one that the index has")
+    except FileNotFoundError as error:
+        raise OperatorError(
+            f"{path} is gone; if a server runs, the agent has changed meanwhile: try again, and else "
+            "`warmkv store verify` says more"
+        ) from error
+    except OSError as error:
+        raise OperatorError(f"{path} can't be read: {error.strerror}") from error
+    except BadFile as bad:
+        raise OperatorError(
+            f"{path} is bad ({bad}); `warmkv store verify --quarantine` puts it away, and what is left can be exported"
+        ) from bad
+    return content

@@ -1,0 +1,237 @@
+"""`warmkv agents import`: an archive becomes an agent of a data directory, or nothing changes.
+
+The order is the store's own: files, each checked before it is written, then their folders, then one transaction. What
+the directory has already under a node's id stays: the first committed file of an id wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from warmkv_server.contract.kv import PartKind, TensorSpec
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, expect, renamed
+from warmkv_server.kv.blocks.files import open_file
+from warmkv_server.kv.blocks.ids import root_id
+from warmkv_server.kv.catalog import plausible, rows
+from warmkv_server.kv.catalog.signing import key_of
+from warmkv_server.kv.index.index import Agent, Node, Part
+from warmkv_server.kv.index.records import Fingerprint
+from warmkv_server.kv.tasks.core import block_info, block_path
+from warmkv_server.offline import placing
+from warmkv_server.offline.archive import ArchiveReader, BadArchive
+from warmkv_server.offline.directory import Taken, usable_tokens
+from warmkv_server.service.validate import AGENT_ID, AGENT_ID_RULE
+
+Specs = Mapping[PartKind, Sequence[TensorSpec]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """
+    Attributes:
+        usable_tokens: how many of its tokens, from the first, have KV.
+        files, nbytes: block files written; what the directory had already is not among them.
+        shared: others who ask for the same tokens get its KV.
+    """
+
+    tenant: str
+    agent_id: str
+    tokens: int
+    usable_tokens: int
+    revision: int
+    files: int
+    nbytes: int
+    shared: bool
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[ArchiveReader]:
+    """An archive whose manifest is good and makes sense.
+
+    Raises:
+        OperatorError: it can't be read or isn't one; also for what the block meets in it.
+    """
+    try:
+        with os.fdopen(open_file(path, follow=True), "rb") as file:
+            reader = ArchiveReader(file, os.fstat(file.fileno()).st_size)
+            placing.check(reader.manifest)
+            yield reader
+    except BadArchive as bad:
+        raise OperatorError(f"{path} can't be imported: {bad}; nothing was changed") from bad
+    except OSError as error:
+        raise OperatorError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def require_same_model(theirs: Fingerprint, ours: Sequence[Fingerprint], where: str) -> None:
+    """
+    Args:
+        ours: what is acceptable.
+        where: what that is, in words.
+
+    Raises:
+        OperatorError: names the fields that differ from the likest one.
+    """
+    if any(each.digest == theirs.digest for each in ours):
+        return
+    if not ours:
+        raise OperatorError(
+            f"{where} was not served with a model yet; give --model, and the KV flags with which it will be served"
+        )
+    likest = min(ours, key=lambda each: len(theirs.differing(each)))
+    differing = [
+        f"{name} ({_brief(theirs, name)} in the archive, {_brief(likest, name)} here)"
+        for name in theirs.differing(likest)
+    ]
+    raise OperatorError(f"the archive's KV is useless to {where}: it differs in {', '.join(differing)}")
+
+
+def import_agent(
+    reader: ArchiveReader,
+    taken: Taken,
+    *,
+    tenant: str,
+    agent_id: str,
+    replace: bool,
+    trust: bool,
+    specs: Specs | None,
+    vocabulary: int | None,
+) -> Imported:
+    """
+    Args:
+        tenant, agent_id: what it becomes.
+        replace: an agent of that name goes; otherwise it is refused.
+        trust: the operator says that the KV is what the model computes for these tokens.
+        specs: of the model that will serve it, if known: then each tensor is checked against them.
+        vocabulary: of that model: token ids are below. None if the directory isn't to know either.
+
+    Raises:
+        OperatorError, BadArchive: nothing has changed.
+    """
+    if not plausible.is_text(tenant):
+        raise OperatorError("the tenant's name is no text")
+    if not AGENT_ID.fullmatch(agent_id):
+        raise OperatorError(f"{agent_id!r} can't be an agent_id; it {AGENT_ID_RULE}")
+    old = taken.index.agents.get((tenant, agent_id))
+    if old is not None and not replace:
+        of = f" of tenant {tenant!r}" if tenant else ""
+        raise OperatorError(
+            f"there is an agent {agent_id!r}{of} in {taken.data_dir} already; give --as NEW_ID, or --replace"
+        )
+    written: dict[Path, int] = {}
+    told = reader.manifest
+    signed = told.is_signed_with(key_of(taken.data_dir))
+    root = placing.root_for(told, tenant, trusted=trust, signed=signed)
+    try:
+        taken.settle()
+        agent = _place(reader, taken, tenant, agent_id, root)
+        vocabulary = taken.vocabularies.get(agent.fingerprint) if vocabulary is None else vocabulary
+        if (wrong := plausible.tokens_fault(agent.tokens, vocabulary)) is not None:
+            raise BadArchive(wrong)
+        _write_files(reader, taken, agent, specs, written)
+        taken.files.sync_folders(sorted({path.parent for path in written}))
+        gone = _swap(taken, old, agent)
+        statements = [rows.insert_fingerprint(reader.manifest.fingerprint)]
+        statements += [rows.put_node(node) for node in agent.all_nodes()]
+        statements += [] if old is None else rows.delete_agent(old.incarnation)
+        statements += [*rows.insert_agent(agent), *(rows.delete_node(node) for node in gone)]
+        taken.database.apply(statements)
+    except BaseException as error:
+        for path in written:
+            with contextlib.suppress(OSError):  # The next start of a server sweeps it.
+                taken.files.unlink(path)
+        if isinstance(error, OSError):
+            raise OperatorError(f"the disk refuses ({error.strerror or error}); nothing was changed") from error
+        raise
+    for node in gone:
+        for kind in node.parts:
+            taken.files.unlink(block_path(taken.data_dir, node.id.hex(), kind))
+    return Imported(
+        tenant,
+        agent_id,
+        len(agent.tokens),
+        usable_tokens(agent),
+        agent.revision,
+        len(written),
+        sum(written.values()),
+        root == root_id(tenant, agent.fingerprint),
+    )
+
+
+def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str, root: bytes) -> Agent:
+    """The agent with its nodes: those that the directory has, and new ones without files."""
+    index, told = taken.index, reader.manifest.agent
+    agent = Agent(tenant, agent_id, index.new_incarnation(), told.fingerprint)
+
+    def known(node: Node) -> Node:
+        there = index.nodes.get(node.id)
+        if there is None:
+            node.row = index.new_row()
+            index.nodes[node.id] = there = node
+        return there
+
+    nodes, snapshots = placing.placed(reader.manifest, tenant, root)
+    agent.nodes = [known(node) for node in nodes]
+    agent.snapshots = {length: known(node) for length, node in snapshots.items()}
+    agent.tokens = rows.join_tokens(agent.nodes)
+    agent.revision, agent.kept, agent.previous, agent.ending = told.revision, told.kept, told.previous, told.ending
+    agent.pinned, agent.ttl, agent.labels = told.pinned, told.ttl, told.labels
+    agent.create_time, agent.update_time, agent.parent_agent_id = (
+        told.create_time,
+        told.update_time,
+        told.parent_agent_id,
+    )
+    agent.last_used = taken.clock.now()
+    return agent
+
+
+def _write_files(
+    reader: ArchiveReader, taken: Taken, agent: Agent, specs: Specs | None, written: dict[Path, int]
+) -> None:
+    """Check every file of the archive, and write those that the directory lacks."""
+    manifest = reader.manifest
+    ours = dict(zip((n.id for n in (*manifest.nodes, *manifest.snapshots)), agent.all_nodes(), strict=True))
+    for theirs, kind, content, parsed in reader.files():
+        _require(parsed, theirs, kind, specs)
+        node = ours[theirs.id]
+        path = block_path(taken.data_dir, node.id.hex(), kind)
+        if kind in node.parts and path.exists():
+            continue
+        digest, buffers = parsed.digest, [memoryview(content)]
+        if node.id != theirs.id:
+            head, payload, digest = renamed(content, block_info(node, kind))
+            buffers = [memoryview(head), payload]
+        written[path] = 0
+        written[path] = taken.files.write(path, buffers)
+        node.parts[kind] = Part(written[path], digest)
+        node.lost = theirs.lost
+
+
+def _require(parsed: Parsed, node: Node, kind: PartKind, specs: Specs | None) -> None:
+    try:
+        if specs is not None:
+            expect(parsed, block_info(node, kind), specs[kind])
+        elif parsed.info != block_info(node, kind):
+            raise BadArchive(f"its block {node.id.hex()} ({kind}) is of another node")
+    except BadFile as bad:
+        raise BadArchive(f"its block {node.id.hex()} ({kind}) doesn't fit the model: {bad}") from bad
+
+
+def _swap(taken: Taken, old: Agent | None, new: Agent) -> list[Node]:
+    """Put the new agent into the index in the place of the old one. Returns the nodes that nobody references now."""
+    if old is not None:
+        taken.index.remove_agent(old)
+    taken.index.add_agent(new)
+    gone = [] if old is None else [node for node in set(old.all_nodes()) if not node.refs]
+    for node in gone:
+        del taken.index.nodes[node.id]
+    return gone
+
+
+def _brief(fingerprint: Fingerprint, name: str) -> str:
+    value = fingerprint.fields.get(name, "")
+    return f"{value[:12]}…" if len(value) > 12 else value or "none"

@@ -1,0 +1,40 @@
+"""`warmkv store rebuild-index`: what a server does by itself when the index is lost, at an operator's word."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.catalog import journal, rows
+from warmkv_server.kv.catalog.evidence import gather
+from warmkv_server.kv.catalog.journal import JournalDamaged
+from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
+from warmkv_server.kv.catalog.rebuild import Rebuilt, holds_contexts, rebuild_index
+from warmkv_server.kv.index.index import Index
+from warmkv_server.kv.index.records import Durability, StoreSettings
+from warmkv_server.offline.directory import locked
+
+
+def rebuild(data_dir: Path) -> Rebuilt:
+    """Build the index anew from manifests and block files, whatever state it is in; the old one is kept beside it.
+
+    Raises:
+        OperatorError: not a data directory, a server has it, or there is nothing to rebuild from.
+    """
+    if not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir):
+        raise OperatorError(
+            f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir"
+        )
+    with locked(data_dir):
+        settings = StoreSettings(data_dir)
+        files, evidence = Files(Durability.FULL), gather(data_dir)
+        return rebuild_index(data_dir, files, settings.quarantine_bytes, "replaced", evidence, _old(data_dir))
+
+
+def _old(data_dir: Path) -> Index | None:
+    """What the index that is there says, if it says anything."""
+    with contextlib.suppress(JournalDamaged, OperatorError), ReadOnlyDatabase(data_dir / journal.FILE_NAME) as database:
+        return rows.read_index(database)
+    return None

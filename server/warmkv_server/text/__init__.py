@@ -1,0 +1,1 @@
+"""From content to tokens, in processes of their own that can be stopped. Imports no MLX."""

@@ -1,0 +1,287 @@
+"""Text work as the event loop sees it: content in, tokens out, at its tenant's turn and within bounds.
+
+One process takes short content only, so that nobody's "hi" waits for the books of others. A process whose task is over
+its time, or whose client has left, is killed, and a new one takes its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from warmkv_server.contract.fairness import Bound, FairLine
+from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
+from warmkv_server.text.launch import Launcher, Process
+from warmkv_server.text.task import (
+    BROKEN,
+    MEMORY_BYTES,
+    NO_MEMORY,
+    REFUSAL,
+    Task,
+    TokenizerSource,
+    refusal_of,
+)
+
+log = logging.getLogger(__name__)
+
+SHORT_CHARACTERS = 32 << 10
+"""Content up to this length is tokenised in some hundredths of a second."""
+_SHORT_SECONDS, _LONG_SECONDS = 5.0, 10.0
+"""For a task: what short content gets, and what long content gets besides the time for its length."""
+_CHARACTERS_PER_SECOND = 256 << 10
+"""A third of what one core tokenises, or less."""
+_GRACE_SECONDS = 0.1
+"""For a task whose client has left to end by itself, which costs less than a new process."""
+_RETRY_SECONDS = 1.0
+"""Before trying again, where no process can be started, or one ended before it was asked for anything."""
+_MEMORY = f"took more than {MEMORY_BYTES >> 20} MiB of memory"
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(eq=False)
+class _Job:
+    task: Task
+    tenant: str
+    characters: int
+    done: asyncio.Future[Tokens]
+    ended_one: bool = False
+    """Whether a process has ended over it."""
+
+    @property
+    def seconds(self) -> float:
+        """The most that it may take."""
+        if self.characters <= SHORT_CHARACTERS:
+            return _SHORT_SECONDS
+        return _LONG_SECONDS + self.characters / _CHARACTERS_PER_SECOND
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def refuse(self, why: str) -> None:
+        """It was stopped: the client is told which part of its request, and whose work on it, took too much."""
+        log.warning("%s (%d characters) %s, and was stopped", self.task.work, self.characters, why)
+        self.fail(InvalidField.of(self.task.field, f"{self.task.work} {why}, and was stopped; send less"))
+
+
+class TextPool:
+    """Encodes content in processes of its own.
+
+    Made on the event loop, where all of it is used but `found`.
+
+    Args:
+        bound: on the tasks that wait, short and long apart.
+
+    Attributes:
+        bytes_per_token: of UTF-8 that one token stands for at most; 0 where that can't be told, or not yet.
+    """
+
+    def __init__(self, bound: Bound) -> None:
+        self._bound = bound
+        self._launcher = Launcher()
+        self._short: FairLine[_Job] = FairLine()
+        self._long: FairLine[_Job] = FairLine()
+        long_ones = max(1, min(4, (os.cpu_count() or 1) // 4))
+        self._workers = [
+            _Worker(self._launcher, self._dispatch, self._again, takes_long=number > 0)
+            for number in range(1 + long_ones)
+        ]
+        self._beginning: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.bytes_per_token = 0
+
+    def found(self, source: TokenizerSource) -> None:
+        """Say what the tokenizer is made of. From any thread, once."""
+        self._launcher.tell(source)
+
+    def begin(self) -> None:
+        """Have the processes started as soon as the tokenizer is loaded. What comes before waits."""
+        self._beginning = asyncio.create_task(self._begin())
+
+    async def ready(self) -> None:
+        """Wait until they are.
+
+        Raises:
+            OperatorError: if the tokenizer can't be loaded.
+        """
+        assert self._beginning is not None
+        await asyncio.shield(self._beginning)
+
+    async def encode(self, task: Task, tenant: str) -> Tokens:
+        """The tokens of content: what `Text.encode` returns, or raises.
+
+        Raises:
+            InvalidField: if it took too much time or memory, besides what `Text.encode` raises.
+            QueueFull: if too many wait.
+            Draining: once `stop` was called.
+        """
+        if self._stopping:
+            raise Draining("the server is shutting down")
+        job = _Job(task, tenant, task.characters, asyncio.get_running_loop().create_future())
+        line = self._line(job)
+        if self._bound.refuses(len(line), line.held_by(tenant)):
+            raise QueueFull(
+                f"{len(line)} texts wait to be tokenised, the most this server allows; try again", retry_after=1.0
+            )
+        line.join(tenant, job)
+        self._dispatch()
+        try:
+            return await job.done
+        finally:
+            line.remove(job)
+            for worker in self._workers:
+                worker.leave(job)
+
+    def stop(self) -> None:
+        """Kill the processes; what they were doing fails as draining."""
+        self._stopping = True
+        if self._beginning is not None:
+            self._beginning.cancel()
+        for worker in self._workers:
+            worker.end()
+        for job in (*self._short, *self._long):
+            job.fail(Draining("the server is shutting down"))
+        self._launcher.close()
+
+    async def _begin(self) -> None:
+        self.bytes_per_token = await self._launcher.loaded()
+        await asyncio.gather(*(worker.start() for worker in self._workers))
+
+    def _line(self, job: _Job) -> FairLine[_Job]:
+        return self._short if job.characters <= SHORT_CHARACTERS else self._long
+
+    def _again(self, job: _Job) -> None:
+        self._line(job).go_ahead(job.tenant, job)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give those that wait to processes that have nothing to do."""
+        for worker in self._workers:
+            while worker.idle and ((worker.takes_long and self._long) or self._short):
+                job = (self._long if worker.takes_long and self._long else self._short).take()
+                if not job.done.done():
+                    worker.take(job)
+
+
+class _Worker:
+    """One process after another, and the task of the present one.
+
+    Args:
+        dispatch: called when there is nothing to do.
+        again: called with a job that another process is to try.
+    """
+
+    def __init__(
+        self, launcher: Launcher, dispatch: Callable[[], None], again: Callable[[_Job], None], *, takes_long: bool
+    ) -> None:
+        self.takes_long = takes_long
+        self._launcher = launcher
+        self._dispatch = dispatch
+        self._again = again
+        self._process: Process | None = None
+        self._job: _Job | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self._process is not None and self._job is None
+
+    def start(self, after: float = 0.0) -> asyncio.Task[None]:
+        """Start a process, the first or a new one."""
+        self._process = None
+        self._starting = asyncio.create_task(self._start(after))
+        return self._starting
+
+    def take(self, job: _Job) -> None:
+        assert self._process is not None
+        self._job = job
+        self._within(job.seconds, f"took longer than {job.seconds:.0f} seconds")
+        self._process.send(job.task)
+
+    def leave(self, job: _Job) -> None:
+        """Nobody waits for the job any more."""
+        if self._job is job:
+            self._within(_GRACE_SECONDS, "took longer than its client waited")
+
+    def end(self) -> None:
+        """Kill the process, for good."""
+        if self._starting is not None:
+            self._starting.cancel()
+        job = self._let_go()
+        if job is not None:
+            job.fail(Draining("the server is shutting down"))
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    async def _start(self, after: float) -> None:
+        await asyncio.sleep(after)
+        while True:
+            try:
+                self._process = await self._launcher.launch(self._replied, self._ended)
+                break
+            except (OSError, OperatorError) as error:
+                log.warning("no process could be started to tokenise with: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+        self._dispatch()
+
+    def _within(self, seconds: float, why: str) -> None:
+        """Stop the task after so many seconds, unless it ends before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._stop, why)
+
+    def _stop(self, why: str) -> None:
+        job = self._let_go()
+        assert job is not None
+        if not job.done.done():
+            job.refuse(why)
+        assert self._process is not None
+        self._process.kill()
+        self.start()
+
+    def _replied(self, kind: bytes, leaving: bool, body: bytes) -> None:
+        job = self._let_go()
+        assert job is not None
+        if kind == NO_MEMORY:
+            job.refuse(_MEMORY)
+        elif kind == REFUSAL:
+            job.fail(refusal_of(body))
+        elif kind == BROKEN:
+            job.fail(RuntimeError(f"text work failed: {body.decode(errors='replace')}"))
+        elif not job.done.done():
+            job.done.set_result(np.frombuffer(body, np.int32))
+        if leaving:
+            assert self._process is not None
+            self._process.kill()
+            self.start()
+        else:
+            self._dispatch()
+
+    def _ended(self) -> None:
+        """It ended by itself: a library got no memory and aborted it, or somebody killed it."""
+        job = self._let_go()
+        self.start(0.0 if job is not None else _RETRY_SECONDS)
+        if job is None or job.done.done():
+            return
+        if job.ended_one:
+            job.refuse(_MEMORY)
+        else:
+            job.ended_one = True
+            # By then it is known which others have ended too.
+            asyncio.get_running_loop().call_later(_GRACE_SECONDS, self._again, job)
+
+    def _let_go(self) -> _Job | None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        job, self._job = self._job, None
+        return job

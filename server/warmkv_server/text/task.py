@@ -1,0 +1,118 @@
+"""What passes between the server and the processes that do its text work."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from warmkv_server import errors
+from warmkv_server.text.text import Chat, Content, RawText
+
+FORKS = sys.platform == "linux"
+"""Whether the processes are forked from one that has loaded the tokenizer. Other systems don't take forks well."""
+
+MEMORY_BYTES = 768 << 20
+"""That one task may take, besides the tokenizer. Tokenising takes about 200 bytes for each byte of a text."""
+
+HEADER = struct.Struct("!cBI")
+"""Of a reply: its kind, whether the process ends itself behind it, and the length of what follows."""
+TOKENS, REFUSAL, NO_MEMORY, BROKEN = b"T", b"R", b"M", b"B"
+
+LENGTH = struct.Struct("!Q")
+"""Before everything that goes to a process."""
+ORDER = struct.Struct("!cI")
+"""To the process that the others are forked from: FORK with a socket, or KILL, and the number of the process."""
+FORK, KILL = b"F", b"K"
+
+_ERRORS = {kind.__name__: kind for kind in (errors.InvalidField, errors.Unsupported, errors.ContextTooLong)}
+_MESSAGE_CHARACTERS = 1000
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """What mlx-lm makes the model's tokenizer of.
+
+    Attributes:
+        chat_template: None takes the tokenizer's own, if it has one.
+        eos_token_ids: those that end an answer.
+        defaults: of the model's class, for checkpoints without settings of their own.
+        vocab_size: of the model.
+    """
+
+    folder: Path
+    chat_template: str | None
+    eos_token_ids: Sequence[int]
+    defaults: dict[str, Any] | None
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `Text.encode` takes."""
+
+    content: Content
+    starts: bool
+    ending: str
+    last_token: int | None
+    answer: bool
+    room: int | None
+
+    @property
+    def characters(self) -> int:
+        match self.content:
+            case RawText(text):
+                return len(text)
+            case Chat(messages):
+                return sum(len(message.role) + len(message.content) for message in messages)
+        return 0
+
+    @property
+    def field(self) -> str:
+        return "content.text" if isinstance(self.content, RawText) else "content.chat.messages"
+
+    @property
+    def work(self) -> str:
+        """What takes the time and the memory, for people."""
+        return "tokenising it" if isinstance(self.content, RawText) else "the model's chat template, and tokenising,"
+
+
+def packed(value: object) -> bytes:
+    """For a process: it believes the server, and not the other way round."""
+    body = pickle.dumps(value, protocol=5)
+    return LENGTH.pack(len(body)) + body
+
+
+def receive(connection: socket.socket) -> Any:
+    """What the server sent; None at the end."""
+    header = _exactly(connection, LENGTH.size)
+    body = _exactly(connection, LENGTH.unpack(header)[0]) if header else b""
+    return pickle.loads(body) if body else None
+
+
+def refusal_bytes(error: errors.WarmKVError) -> bytes:
+    violations = [(v.field, v.description[:_MESSAGE_CHARACTERS]) for v in error.violations]
+    return json.dumps([type(error).__name__, str(error)[:_MESSAGE_CHARACTERS], violations]).encode()
+
+
+def refusal_of(data: bytes) -> errors.WarmKVError:
+    name, message, violations = json.loads(data)
+    return _ERRORS[name](message, violations=[errors.Violation(*violation) for violation in violations])
+
+
+def _exactly(connection: socket.socket, count: int) -> bytearray:
+    """So many bytes, or none if the other side is gone."""
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        taken = connection.recv_into(view)
+        if not taken:
+            return bytearray()
+        view = view[taken:]
+    return data
