@@ -20,9 +20,9 @@ from warmkv_evaluation.windows import cut
 from warmkv_server.contract.generation import Job
 from warmkv_server.contract.kv import Reuse
 from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import discover
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
+from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.memory_need import Need
 from warmkv_server.engine.steps.chunk import run_chunk
 from warmkv_server.engine.steps.sequence import Sequence as Running

@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import CacheMap, discover
+from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
+from warmkv_server.engine.model.discover import discover
 from warmkv_server.errors import OperatorError
 
 BUILTIN = "builtin:tiny"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from warmkv_server.contract.content import RawText
 from warmkv_server.errors import OperatorError
-from warmkv_server.text.text import RawText, Text
+from warmkv_server.text.text import Text
 
 
 def read_text(path: Path | None) -> str:

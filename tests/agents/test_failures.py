@@ -16,6 +16,7 @@ import pytest
 
 from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.agents.types import AgentKey, GenerateFinished, GenerateRequest, PrimeRequest, PrimeResult
+from warmkv_server.contract.content import TokenIds
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.contract.generation import Answer
 from warmkv_server.contract.kv import Source
@@ -25,7 +26,6 @@ from warmkv_server.kv.blocks import reader
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.kv.tasks import loader
 from warmkv_server.service.codecs import codecs
-from warmkv_server.text.text import TokenIds
 
 TOKENS = {name: [seed + n % 97 for n in range(600)] for name, seed in (("a", 400), ("b", 900))}
 

@@ -14,7 +14,8 @@ from tests.engine.spans import compute, distance, equal, filled, from_disk, need
 from warmkv_server.contract.kv import PartKind, Span
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import CacheMap, discover, empty_caches
+from warmkv_server.engine.cache.layout import CacheMap, empty_caches
+from warmkv_server.engine.model.discover import discover
 from warmkv_server.errors import OperatorError
 
 UNINTERRUPTED = 1e-4

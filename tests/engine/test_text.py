@@ -15,8 +15,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
+from warmkv_server.contract.content import Chat, Ending, Message, RawText, TokenIds
 from warmkv_server.errors import InvalidField
-from warmkv_server.text.text import Chat, Ending, Message, RawText, Text, TokenIds, ending_after
+from warmkv_server.text.text import Text, ending_after
 
 BOS, END = 0, 1
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n"

@@ -14,12 +14,13 @@ import pytest
 from tests.e2e.waiting import await_that
 from tests.engine.tokenizers import built_in, variant
 from tests.hostile.others import family
+from warmkv_server.contract.content import Chat, Content, Message, RawText, TokenIds
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.model.load import BUILT_IN
 from warmkv_server.errors import ContextTooLong, Draining, InvalidField, OperatorError, QueueFull
 from warmkv_server.text.pool import TextPool
 from warmkv_server.text.task import Task, TokenizerSource
-from warmkv_server.text.text import Chat, Content, Message, RawText, Text, TokenIds
+from warmkv_server.text.text import Text
 
 SLOW = """\
 {%- for m in messages -%}{%- if m.content == 'loop' -%}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from warmkv_server.contract.store import Tier
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.index.records import Tier
 from warmkv_server.kv.store import Store
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.kv.driver import Driver
+from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.index.records import Durability
 
 
 class RefusingFiles(Files):

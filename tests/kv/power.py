@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.journal import FILE_NAME, Database, Statement
-from warmkv_server.kv.index.records import Durability
 
 Image = dict[Path, bytes]
 """Contents of files by path, as found after a power cut."""

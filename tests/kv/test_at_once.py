@@ -15,9 +15,10 @@ from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.test_limits import damage_all
 from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.contract.kv import Reuse, Source
+from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.quarantine import quarantine
-from warmkv_server.kv.index.records import Commit, Committed, Durability, RequestOutcome, TokenIds
+from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, TokenIds
 
 TOKENS = context(1000)
 WAIT_SECONDS = 10.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import PartKind
-from warmkv_server.kv.index.records import Tier
+from warmkv_server.contract.store import Tier
 
 
 def disk_use(data_dir: Path) -> int:

@@ -10,12 +10,14 @@ import pytest
 from tests.kv.disk import RefusingFiles
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import context
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import MemoryBudget
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.commit_log import CommitLog
 from warmkv_server.kv.catalog.journal import Database, Journal
-from warmkv_server.kv.index.records import Durability, RequestOutcome
-from warmkv_server.kv.tasks.outcomes import KeptOutcome, Outcomes, StoredOutcomes
+from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome, StoredOutcomes
+from warmkv_server.kv.index.records import RequestOutcome
+from warmkv_server.kv.tasks.outcomes import Outcomes
 
 ENDLESS = 3600.0
 LIMIT = 50_000

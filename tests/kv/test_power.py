@@ -18,10 +18,11 @@ from tests.kv.driver import TENANT, Driver
 from tests.kv.power import Moment, PowerlessFiles, RecordedDatabase, put_down
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import KVLayout
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.catalog import truth
 from warmkv_server.kv.catalog.journal import FILE_NAME
-from warmkv_server.kv.index.records import Durability, TokenIds
+from warmkv_server.kv.index.records import TokenIds
 
 State = dict[str, TokenIds | None]
 RAM_DISK = Path("/dev/shm")

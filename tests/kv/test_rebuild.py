@@ -16,10 +16,10 @@ from tests.kv.driver import OTHER_MODEL, TENANT, Driver
 from tests.kv.test_limits import disk_use
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import Fallback, KVLayout
+from warmkv_server.contract.store import AgentRecord, Durability
 from warmkv_server.errors import OperatorError, StorageUnavailable
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.manifest import BadManifest, decode, file_name
-from warmkv_server.kv.index.records import AgentRecord, Durability
 
 ENDLESS = 3600.0
 

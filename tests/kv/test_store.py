@@ -12,8 +12,8 @@ import pytest
 from tests.kv.driver import OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.contract.kv import Fallback, KVLayout, PartKind, Source
+from warmkv_server.contract.store import Tier
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound, OperatorError
-from warmkv_server.kv.index.records import Tier
 from warmkv_server.kv.store import Commit
 
 

@@ -12,8 +12,8 @@ from tests.kv.books import check_directory, check_sums
 from tests.kv.disk import RefusingFiles
 from tests.kv.driver import Driver
 from tests.kv.words import context
+from warmkv_server.contract.store import Tier
 from warmkv_server.errors import MemoryBudget
-from warmkv_server.kv.index.records import Tier
 
 DISK = 6_000_000
 RAM = 3_000_000

@@ -16,10 +16,11 @@ import pytest
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import Source
+from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks import reader
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.rebuild import aside_files
-from warmkv_server.kv.index.records import Durability, RequestOutcome
+from warmkv_server.kv.index.records import RequestOutcome
 from warmkv_server.kv.tasks import loader
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.verify import verify

@@ -14,9 +14,10 @@ import pytest
 from tests.kv.disk import make_index_refuse
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import context
+from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import AgentDeleted, AgentNotFound, StorageUnavailable
 from warmkv_server.kv.catalog.journal import Database, Statement
-from warmkv_server.kv.index.records import AgentRecord, RequestOutcome
+from warmkv_server.kv.index.records import RequestOutcome
 
 SHORT, LONG = context(300), context(700)
 WAIT_SECONDS = 60.0

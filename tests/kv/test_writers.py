@@ -14,8 +14,8 @@ import pytest
 
 from tests.kv.driver import Driver
 from tests.kv.words import context
+from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.index.records import Durability
 
 WAIT_SECONDS = 60.0
 SUFFIX = ".safetensors"

@@ -28,11 +28,11 @@ from warmkv_server.agents.types import (
     PrimeResult,
     Recorded,
 )
+from warmkv_server.contract.content import Content
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds
-from warmkv_server.text.text import Content
 
 Event = TypeVar("Event")
 

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from warmkv_server.agents.types import AgentKey
+from warmkv_server.contract.content import Chat, Content, Ending, RawText
+from warmkv_server.contract.content import TokenIds as TokenContent
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds
 from warmkv_server.text.task import Task
-from warmkv_server.text.text import Chat, Content, Ending, RawText, ending_after
-from warmkv_server.text.text import TokenIds as TokenContent
+from warmkv_server.text.text import ending_after
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
@@ -22,17 +23,13 @@ from warmkv_server.kv.index.lease import Lease
 from warmkv_server.kv.index.match import Matcher
 from warmkv_server.kv.index.records import (
     UNSET,
-    AgentRecord,
     Commit,
     Committed,
-    Durability,
     Evicted,
     Fingerprint,
     OutcomeOf,
     RequestOutcome,
     StoreSettings,
-    StoreStats,
-    Tier,
     TokenIds,
     Unset,
 )

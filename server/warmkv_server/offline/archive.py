@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
-from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, file_name, verify
+from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, file_name, verify
 from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.catalog.signing import is_signed, sign
-from warmkv_server.kv.index.index import Agent, Node, Part
+from warmkv_server.kv.index.index import Agent, Node
 from warmkv_server.kv.index.records import Fingerprint
 
 FORMAT = "warmkv-agent-archive"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog import commit_log, journal, lock, rows, signing
@@ -19,13 +20,13 @@ from warmkv_server.kv.catalog.commit_log import CommitLog
 from warmkv_server.kv.catalog.evidence import Evidence, gather
 from warmkv_server.kv.catalog.journal import Database, JournalDamaged
 from warmkv_server.kv.catalog.lock import DirectoryLock
+from warmkv_server.kv.catalog.manifest_files import bring_up_to_date
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.catalog.rebuild import holds_contexts
 from warmkv_server.kv.catalog.startup import make_folders
 from warmkv_server.kv.catalog.truth import believe
 from warmkv_server.kv.index.index import Agent, Index, Node
-from warmkv_server.kv.index.records import Durability, Fingerprint, StoreSettings
-from warmkv_server.kv.tasks.manifests import bring_up_to_date
+from warmkv_server.kv.index.records import Fingerprint, StoreSettings
 
 _REBUILD = "`warmkv store rebuild-index` builds it anew, and so does a server that starts"
 

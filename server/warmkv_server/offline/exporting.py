@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, PartKind
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.blockfile import BadFile, verify
+from warmkv_server.kv.blocks.blockfile import BadFile, Part, verify
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, read_file
+from warmkv_server.kv.blocks.paths import block_path
 from warmkv_server.kv.catalog.signing import key_of
-from warmkv_server.kv.index.index import Node, Part
-from warmkv_server.kv.index.records import Durability
-from warmkv_server.kv.tasks.core import block_info, block_path
+from warmkv_server.kv.index.index import Node, block_info
 from warmkv_server.offline.archive import ArchiveWriter, Manifest
 from warmkv_server.offline.directory import View, find_agent, usable_tokens
 

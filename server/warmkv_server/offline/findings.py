@@ -8,8 +8,8 @@ from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.kv.blocks.files import in_words
+from warmkv_server.kv.blocks.paths import BLOCKS
 from warmkv_server.kv.index.index import Node
-from warmkv_server.kv.tasks.core import BLOCKS
 
 
 class Trouble(StrEnum):

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, entries, is_plain
+from warmkv_server.kv.blocks.paths import QUARANTINE, block_path
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.journal import Statement
 from warmkv_server.kv.catalog.manifest import FOLDER, file_name
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.startup import block_files, is_block
 from warmkv_server.kv.index.index import Agent, Node
-from warmkv_server.kv.tasks.core import QUARANTINE, block_path
 from warmkv_server.offline.directory import Taken, View
 
 

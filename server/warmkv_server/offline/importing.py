@@ -14,14 +14,14 @@ from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind, TensorSpec
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, expect, renamed
+from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, expect, renamed
 from warmkv_server.kv.blocks.files import open_file
 from warmkv_server.kv.blocks.ids import root_id
+from warmkv_server.kv.blocks.paths import block_path
 from warmkv_server.kv.catalog import plausible, rows
 from warmkv_server.kv.catalog.signing import key_of
-from warmkv_server.kv.index.index import Agent, Node, Part
+from warmkv_server.kv.index.index import Agent, Node, block_info
 from warmkv_server.kv.index.records import Fingerprint
-from warmkv_server.kv.tasks.core import block_info, block_path
 from warmkv_server.offline import placing
 from warmkv_server.offline.archive import ArchiveReader, BadArchive
 from warmkv_server.offline.directory import Taken, usable_tokens

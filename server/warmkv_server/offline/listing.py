@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from warmkv_server.kv.blocks.files import entries
+from warmkv_server.kv.blocks.paths import QUARANTINE
 from warmkv_server.kv.catalog import journal
 from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.index.index import Agent
-from warmkv_server.kv.tasks.core import QUARANTINE
 from warmkv_server.offline.directory import View, disk_bytes, usable_tokens
 
 

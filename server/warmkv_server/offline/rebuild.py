@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog import journal, rows
@@ -13,7 +14,7 @@ from warmkv_server.kv.catalog.journal import JournalDamaged
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.catalog.rebuild import Rebuilt, holds_contexts, rebuild_index
 from warmkv_server.kv.index.index import Index
-from warmkv_server.kv.index.records import Durability, StoreSettings
+from warmkv_server.kv.index.records import StoreSettings
 from warmkv_server.offline.directory import locked
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from warmkv_server.contract.kv import Fallback
 from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.paths import QUARANTINE
 from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.records import StoreSettings
-from warmkv_server.kv.tasks.core import QUARANTINE
 from warmkv_server.offline.directory import Taken
 from warmkv_server.offline.findings import Bad, Trouble
 

@@ -16,11 +16,11 @@ from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.kv.blocks.blockfile import SUFFIX, BadFile, BlockInfo, file_name
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, is_plain
 from warmkv_server.kv.blocks.ids import block_of, node_id, root_id
+from warmkv_server.kv.blocks.paths import block_path
 from warmkv_server.kv.blocks.reader import verify_file
 from warmkv_server.kv.catalog import journal
 from warmkv_server.kv.catalog.startup import block_files
-from warmkv_server.kv.index.index import Agent, Node
-from warmkv_server.kv.tasks.core import block_info, block_path
+from warmkv_server.kv.index.index import Agent, Node, block_info
 from warmkv_server.offline.directory import View, in_use, usable_tokens
 from warmkv_server.offline.findings import Bad, Problem, Report, Trouble, name_of, short
 from warmkv_server.offline.manifests import check_manifests

@@ -27,12 +27,12 @@ from warmkv_server.agents.types import (
     Recorded,
     Timings,
 )
+from warmkv_server.contract.content import Chat, Content, RawText, TokenIds
+from warmkv_server.contract.content import Message as ChatMessage
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.kv.store import Tier
 from warmkv_server.service import limits
-from warmkv_server.text.text import Chat, Content, RawText, TokenIds
-from warmkv_server.text.text import Message as ChatMessage
 
 SOURCES = {
     Source.WARM: pb.CACHE_SOURCE_WARM,

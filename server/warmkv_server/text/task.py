@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from warmkv_server import errors
-from warmkv_server.text.text import Chat, Content, RawText
+from warmkv_server.contract.content import Chat, Content, RawText
 
 FORKS = sys.platform == "linux"
 """Whether the processes are forked from one that has loaded the tokenizer. Other systems don't take forks well."""

@@ -7,10 +7,9 @@ template: the server calls it in processes that it can stop (text_pool.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds
 from warmkv_server.errors import ContextTooLong, InvalidField, Unsupported
 
 if TYPE_CHECKING:
@@ -20,41 +19,6 @@ from warmkv_server.text.token_bytes import most_bytes_per_token
 MOST_RENDERED = 32 << 20
 """Characters that a chat template may make of a request's messages: twice what a message of the default size holds."""
 _SENTINEL = "the earlier answer"
-
-
-@dataclass(frozen=True)
-class RawText:
-    text: str
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Chat:
-    messages: tuple[Message, ...]
-
-
-Content = RawText | TokenIds | Chat
-
-
-class Ending(StrEnum):
-    """What a context ends with, which decides how chat messages go on behind it."""
-
-    RAW = "raw"
-    """Raw text or tokens, or nothing: messages follow as they are."""
-    TURN = "turn"
-    """A message that the template has closed."""
-    ANSWER = "answer"
-    """A generated answer: the template's text after an answer comes first."""
 
 
 def ending_after(content: Content | None, *, answered: bool, previous: str) -> str:

@@ -7,21 +7,17 @@ speed of one of six.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors, TensorSpec
+from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.attention_shapes import FewShapes
-from warmkv_server.engine.cache.codec import Codec, join, kernel_reads_back, restored, storable
-from warmkv_server.engine.model.fitting import few_shapes
-from warmkv_server.errors import OperatorError
+from warmkv_server.engine.cache.codec import Codec, join, restored, storable
 
 KEYS, VALUES = 0, 1
 
@@ -123,7 +119,7 @@ class CacheMap:
         """The recurrent state as it is now. Models replace these arrays and never write to them: no copy is needed."""
         members = list(kinds.leaves(caches))
         return {
-            _state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1]) for leaf, index in self.states
+            state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1]) for leaf, index in self.states
         }
 
     def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> Iterator[None]:
@@ -156,7 +152,7 @@ class CacheMap:
             assert reuse.spans[-1].end == reuse.length  # a snapshot of a longer context is another one
             state = reuse.spans[-1].parts[PartKind.STATE]
             for (leaf, index), dtype in self.states.items():
-                members[leaf].cache[index] = restored(state[_state_name(leaf, index)], dtype)
+                members[leaf].cache[index] = restored(state[state_name(leaf, index)], dtype)
 
     def _behind(self, held: int, room: int) -> int:
         """Tokens of memory behind those that are held, for so many that follow at least."""
@@ -183,76 +179,10 @@ class CacheMap:
         return components
 
 
-def discover(model: Any, codec: Codec) -> CacheMap:
-    """Run one token through the model and look at what its caches were given.
-
-    Raises:
-        OperatorError: when a layer's cache is of a kind that can't be kept, or its head_dim doesn't divide by the
-            group size.
-    """
-    plain = empty_caches(model, Codec(bits=0))
-    model(mx.array([[0]]), cache=plain)
-    mx.eval(kinds.arrays(plain))
-    stacks: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
-    states: dict[tuple[int, int], mx.Dtype] = {}
-    specs: list[TensorSpec] = []
-    window = 0
-    for number, leaf in enumerate(kinds.leaves(plain)):
-        if isinstance(leaf, ArraysCache):
-            for index, array in enumerate(leaf.cache):
-                if array is not None:
-                    states[number, index] = array.dtype
-                    specs.append(_state_spec(_state_name(number, index), array))
-            continue
-        if not leaf.log:
-            continue  # a layer that reads another layer's KV
-        window = max(window, getattr(leaf, "window", 0))
-        for side, (values,) in zip((KEYS, VALUES), leaf.take(), strict=True):
-            _, heads, _, head_dim = values.shape
-            _check_group(codec, number, head_dim)
-            stacks.setdefault((leaf.kind, heads, head_dim, values.dtype), []).append((number, side))
-    made = []
-    for number, ((kind, heads, head_dim, dtype), streams) in enumerate(stacks.items()):
-        probe = codec.encode(mx.zeros((1, heads, 1, head_dim), dtype))
-        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, tuple(p.dtype for p in probe))
-        made.append(stack)
-        kernel_reads_back(codec, dtype)  # compiled before the first request needs it
-        for component, piece in zip(codec.components, probe, strict=True):
-            specs.append(_token_spec(stack, component, storable(piece)))
-    layout = KVLayout(tuple(specs), window)
-    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
-
-
 def empty_caches(model: Any, codec: Codec, shapes: FewShapes | None = None) -> list[Any]:
     """Empty caches for one sequence, as the model makes them, quantising first."""
     return [kinds.quantise_first(cache, codec, shapes) for cache in make_prompt_cache(model)]
 
 
-def _check_group(codec: Codec, leaf: int, head_dim: int) -> None:
-    if codec.bits and head_dim % codec.group_size:
-        fitting = next((g for g in (64, 32) if head_dim % g == 0), None)
-        remedy = f"--kv-group-size {fitting}" if fitting else "--kv-bits 0 to keep the KV unquantised"
-        raise OperatorError(
-            f"layer {leaf} has keys or values of dimension {head_dim}, which doesn't divide by the group size "
-            f"{codec.group_size}; start with {remedy}"
-        )
-
-
-def _state_name(leaf: int, index: int) -> str:
+def state_name(leaf: int, index: int) -> str:
     return f"state.{leaf}.{index}"
-
-
-def _state_spec(name: str, array: mx.array) -> TensorSpec:
-    stored = storable(array)
-    return TensorSpec(name, PartKind.STATE, _numpy_name(stored), tuple(stored.shape), int(stored.nbytes))
-
-
-def _token_spec(stack: Stack, component: str, piece: mx.array) -> TensorSpec:
-    shape = (len(stack.streams), stack.heads, piece.shape[-1])
-    return TensorSpec(
-        stack.tensor(component), stack.kind, _numpy_name(piece), shape, math.prod(shape) * piece.dtype.size
-    )
-
-
-def _numpy_name(array: mx.array) -> str:
-    return str(np.dtype(str(array.dtype).removeprefix("mlx.core.")))

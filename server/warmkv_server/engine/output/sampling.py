@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from warmkv_server.contract.generation import Logprobs, Sampling
-from warmkv_server.engine.model.tokenizer import Choosable
+from warmkv_server.engine.output.choosable import Choosable
 
 _MASK64 = (1 << 64) - 1
 

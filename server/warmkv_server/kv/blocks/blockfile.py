@@ -269,3 +269,11 @@ def expect(parsed: Parsed, info: BlockInfo, specs: Sequence[TensorSpec]) -> None
 def flat(words: Words) -> memoryview:
     """A contiguous array's bytes."""
     return words.reshape(-1).view(np.uint8).data if words.size else memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file, as the journal records it: its size and its xxh3-128."""
+
+    nbytes: int
+    digest: str

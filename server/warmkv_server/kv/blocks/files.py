@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from warmkv_server.kv.index.records import Durability
+from warmkv_server.contract.store import Durability
 
 TEMP_SUFFIX = ".tmp"
 _IOV = 512

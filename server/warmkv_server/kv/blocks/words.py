@@ -11,9 +11,8 @@ import mlx.core as mx
 from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSpec
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.arrays import allocate, view
-from warmkv_server.kv.blocks.blockfile import BlockInfo
+from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.index.index import Part
 
 
 @dataclass(frozen=True)

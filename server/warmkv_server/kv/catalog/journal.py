@@ -24,12 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import open_private
 from warmkv_server.kv.blocks.inflight import InFlight
 from warmkv_server.kv.catalog.commit_log import CommitLog, RecordOf
 from warmkv_server.kv.index.index import AgentKey
-from warmkv_server.kv.index.records import Durability
 
 SCHEMA_VERSION = 1
 FILE_NAME = "index.sqlite"

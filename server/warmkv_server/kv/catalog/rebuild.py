@@ -20,20 +20,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
-from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Parsed
+from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Parsed, Part
 from warmkv_server.kv.blocks.files import Files, entries, is_plain, open_file
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.blocks.paths import BLOCKS, QUARANTINE, block_path
 from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.catalog import commit_log, journal, plausible, rows
 from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.evidence import Evidence
 from warmkv_server.kv.catalog.journal import Database, Statement
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX, Manifest, file_name
-from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, Part
-from warmkv_server.kv.index.records import Durability
-from warmkv_server.kv.tasks.core import BLOCKS, QUARANTINE, block_info, block_path
+from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_info
 
 log = logging.getLogger(__name__)
 

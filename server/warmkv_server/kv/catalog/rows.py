@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.kv.blocks.blockfile import Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, node_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.clock import Clock, Reading, TimeSource
 from warmkv_server.kv.catalog.journal import JournalDamaged, Queryable, Statement, as_json, insert
-from warmkv_server.kv.index.index import Agent, Index, Node, Part
+from warmkv_server.kv.index.index import Agent, Index, Node
 from warmkv_server.kv.index.records import Fingerprint, RequestOutcome
 
 

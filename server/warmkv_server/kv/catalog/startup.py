@@ -14,6 +14,7 @@ from warmkv_server.contract.kv import Fallback, KVLayout, PartKind
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import SUFFIX, file_name
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
+from warmkv_server.kv.blocks.paths import BLOCKS, QUARANTINE, block_path
 from warmkv_server.kv.catalog import commit_log, journal, plausible, rows, signing
 from warmkv_server.kv.catalog import lock as locking
 from warmkv_server.kv.catalog.clock import Clock, TimeSource
@@ -22,15 +23,14 @@ from warmkv_server.kv.catalog.foreign import Foreign
 from warmkv_server.kv.catalog.journal import CHECKPOINT_BYTES, Database, Statement
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.manifest import FOLDER, Manifest, encode
+from warmkv_server.kv.catalog.manifest_files import UpToDate, bring_up_to_date
 from warmkv_server.kv.catalog.private import make_folder, tighten
 from warmkv_server.kv.catalog.rebuild import aside_files
+from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.truth import open_index
 from warmkv_server.kv.index.boundaries import in_window
 from warmkv_server.kv.index.index import Agent, AgentKey, Index
 from warmkv_server.kv.index.records import Fingerprint, StoreSettings
-from warmkv_server.kv.tasks.core import BLOCKS, QUARANTINE, block_path
-from warmkv_server.kv.tasks.manifests import UpToDate, bring_up_to_date
-from warmkv_server.kv.tasks.outcomes import StoredOutcomes
 
 log = logging.getLogger(__name__)
 

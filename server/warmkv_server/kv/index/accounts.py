@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.contract.kv import KVLayout, PartKind
+from warmkv_server.kv.blocks.blockfile import Part
 from warmkv_server.kv.index.boundaries import in_window, window_start
 from warmkv_server.kv.index.hot import HotTier
-from warmkv_server.kv.index.index import Agent, Index, Node, Part
+from warmkv_server.kv.index.index import Agent, Index, Node
 
 
 @dataclass(frozen=True)

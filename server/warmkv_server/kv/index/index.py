@@ -13,19 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
 from warmkv_server.kv.index.records import TokenIds
 
 AgentKey = tuple[str, str]
 """(tenant, agent_id)"""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A file, as the journal records it: its size and its xxh3-128."""
-
-    nbytes: int
-    digest: str
 
 
 @dataclass(eq=False, slots=True)
@@ -312,3 +305,10 @@ def common_length(a: TokenIds, b: TokenIds) -> int:
     size = min(len(a), len(b))
     differing = np.flatnonzero(a[:size] != b[:size])
     return int(differing[0]) if len(differing) else size
+
+
+def block_info(node: Node, kind: PartKind) -> BlockInfo:
+    """What the header of a node's file has to say."""
+    return BlockInfo(
+        kind, node.id.hex(), node.parent.hex(), node.start, node.block_tokens, node.fingerprint, node.tenant
+    )

@@ -8,16 +8,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import AgentExists, StorageUnavailable
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.commit_log import dies, lives
+from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome
 from warmkv_server.kv.index.index import Agent
-from warmkv_server.kv.index.records import AgentRecord, OutcomeOf, RequestOutcome, Unset
+from warmkv_server.kv.index.records import OutcomeOf, RequestOutcome, Unset
 from warmkv_server.kv.tasks.collect import Collector
 from warmkv_server.kv.tasks.commit import Committer
 from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.manifests import Manifests
-from warmkv_server.kv.tasks.outcomes import KeptOutcome
 
 
 class Changes:

@@ -21,13 +21,13 @@ from warmkv_server.kv.blocks.words import Words
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.commit_log import lives
 from warmkv_server.kv.catalog.journal import Statement
+from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome
 from warmkv_server.kv.index.index import Agent, AgentKey, Node
 from warmkv_server.kv.index.plan import Plan, Planner
 from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, Unset
 from warmkv_server.kv.tasks.collect import Collector
 from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.manifests import Manifests
-from warmkv_server.kv.tasks.outcomes import KeptOutcome
 from warmkv_server.kv.tasks.parts import Effort, PartWriter
 
 log = logging.getLogger(__name__)

@@ -13,25 +13,24 @@ from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec
+from warmkv_server.contract.store import AgentRecord, Tier
 from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.blockfile import BlockInfo
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.ids import root_id
 from warmkv_server.kv.blocks.inflight import InFlight
+from warmkv_server.kv.blocks.paths import block_path
 from warmkv_server.kv.catalog.clock import LATEST, Clock
 from warmkv_server.kv.catalog.foreign import Foreign
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.manifest import FOLDER, file_name
 from warmkv_server.kv.index.accounts import Accounts
 from warmkv_server.kv.index.hot import HotTier
-from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node
-from warmkv_server.kv.index.records import AgentRecord, StoreSettings, Tier
+from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_info
+from warmkv_server.kv.index.records import StoreSettings
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.outcomes import Outcomes
-
-BLOCKS = "blocks"
-QUARANTINE = "quarantine"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -182,18 +181,6 @@ class Core:
         )
 
 
-def block_path(data_dir: Path, node: str, kind: PartKind) -> Path:
-    """Where a node's file is; `node` in hex. Spread over 256 folders."""
-    return data_dir.joinpath(BLOCKS, node[:2], blockfile.file_name(node, kind))
-
-
 def node_of(path: Path) -> bytes:
     """The id of the node whose block file this is, or was."""
     return bytes.fromhex(path.name.partition(".")[0])
-
-
-def block_info(node: Node, kind: PartKind) -> BlockInfo:
-    """What the header of a node's file has to say."""
-    return BlockInfo(
-        kind, node.id.hex(), node.parent.hex(), node.start, node.block_tokens, node.fingerprint, node.tenant
-    )

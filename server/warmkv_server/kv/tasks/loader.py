@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from warmkv_server.contract.kv import Fallback, PartKind, Reuse, Span, Tensors
-from warmkv_server.kv.blocks.blockfile import BadFile
+from warmkv_server.kv.blocks.blockfile import BadFile, Part
+from warmkv_server.kv.blocks.paths import QUARANTINE
 from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.blocks.reader import PartOrder, read_parts
 from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.boundaries import Has, in_window, longest_usable
 from warmkv_server.kv.index.hot import PartKey
-from warmkv_server.kv.index.index import Node, Part
+from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.lease import Lease
-from warmkv_server.kv.tasks.core import QUARANTINE, Core
+from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.manifests import Manifests
 
 log = logging.getLogger(__name__)
