@@ -19,7 +19,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES, VOCAB
 from tests.engine.folders import write_model
 from tests.engine.test_model import load, read, rewrite
-from warmkv_server.engine.model.ends import EndSource
+from warmkv_server.contract.model import EndSource
 from warmkv_server.errors import OperatorError
 
 TOKENS = mx.array([[5, 6, 7, 8, 9]])

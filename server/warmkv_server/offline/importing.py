@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind, TensorSpec
+from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, expect, renamed
 from warmkv_server.kv.blocks.files import open_file
@@ -25,7 +26,6 @@ from warmkv_server.kv.index.records import Fingerprint
 from warmkv_server.offline import placing
 from warmkv_server.offline.archive import ArchiveReader, BadArchive
 from warmkv_server.offline.directory import Taken, usable_tokens
-from warmkv_server.service.validate import AGENT_ID, AGENT_ID_RULE
 
 Specs = Mapping[PartKind, Sequence[TensorSpec]]
 

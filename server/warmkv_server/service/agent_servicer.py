@@ -10,8 +10,8 @@ from typing import Any
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.agents.types import GenerateFinished
+from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import InvalidField
-from warmkv_server.kv.store import AgentRecord
 from warmkv_server.service import convert, limits, validate
 from warmkv_server.service.endpoint import Call
 from warmkv_server.service.metrics import Metrics

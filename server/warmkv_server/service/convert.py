@@ -31,7 +31,7 @@ from warmkv_server.contract.content import Chat, Content, RawText, TokenIds
 from warmkv_server.contract.content import Message as ChatMessage
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
-from warmkv_server.kv.store import Tier
+from warmkv_server.contract.store import Tier
 from warmkv_server.service import limits
 
 SOURCES = {

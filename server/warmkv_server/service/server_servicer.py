@@ -10,10 +10,9 @@ from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import Fallback, Source
-from warmkv_server.engine.model.ends import EndSource
-from warmkv_server.engine.model.load import LayerInfo, ModelInfo, ModelKind
+from warmkv_server.contract.model import EndSource, LayerInfo, ModelInfo, ModelKind
+from warmkv_server.contract.store import Durability, StoreStats, Tier
 from warmkv_server.errors import InvalidField
-from warmkv_server.kv.store import Durability, StoreStats, Tier
 from warmkv_server.platform.versions import version_of
 from warmkv_server.service import convert, limits, validate
 from warmkv_server.service.endpoint import Call

@@ -7,7 +7,6 @@ field may have is in limits.py; wire.py has made sure that there is nothing here
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +15,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
+from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, Violation
 from warmkv_server.service import limits
 
-AGENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-AGENT_ID_RULE = "must be 1 to 128 characters of A-Z a-z 0-9 . _ : -"
 _SECOND = 1_000_000_000
 _LONGEST_TTL = 100 * 365 * 86400 * _SECOND
 """Nanoseconds. Later than that, times run out of what a Timestamp can hold."""

@@ -4,61 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.models.cache import ArraysCache, CacheList
 
 from warmkv_server.contract.generation import Sampling
-from warmkv_server.contract.kv import KVLayout, PartKind
+from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.model import LayerInfo
 from warmkv_server.engine.cache.layout import CacheMap, empty_caches
-from warmkv_server.engine.model.ends import End
-from warmkv_server.engine.model.locate import ModelKind
 from warmkv_server.errors import OperatorError
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One cache of the model. A model whose layers share KV has fewer of them than layers."""
-
-    cache_kind: str
-    """append, window, state or composite."""
-    kv_heads: int = 0
-    key_dim: int = 0
-    value_dim: int = 0
-    window: int = 0
-    members: tuple[LayerInfo, ...] = ()
-    """The parts of a composite cache."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the server says about its model."""
-
-    model_id: str
-    kind: ModelKind
-    weights_digest: str
-    device: str
-    blas: str
-    context_limit: int
-    vocab_size: int
-    layers: tuple[LayerInfo, ...]
-    kv_bits: int
-    kv_group_size: int
-    kv_bytes_per_token: int
-    """Bytes at rest of one token's KV in layers that keep every token."""
-    layout: KVLayout
-    fingerprint_fields: Mapping[str, str]
-    sampling_defaults: Sampling
-    ends: tuple[End, ...]
-    has_chat_template: bool
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        return frozenset(end.token_id for end in self.ends)
 
 
 def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:

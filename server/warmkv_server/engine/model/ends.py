@@ -8,11 +8,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from warmkv_server.contract.model import End, EndSource
 from warmkv_server.engine.model import closing_mark
 from warmkv_server.engine.model.config_norms import text_config
 from warmkv_server.errors import OperatorError
@@ -21,22 +20,6 @@ log = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 30.0
 """Longest time for a chat template to write two messages."""
-
-
-class EndSource(StrEnum):
-    GENERATION_CONFIG = "generation_config"
-    CONFIG = "config"
-    TOKENIZER = "tokenizer"
-    CHAT_TEMPLATE = "chat_template"
-
-
-@dataclass(frozen=True)
-class End:
-    """A token that ends an answer: its id, how the tokenizer writes it, and everything that names it."""
-
-    token_id: int
-    text: str
-    sources: tuple[EndSource, ...]
 
 
 def find(folder: Path, config: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> tuple[End, ...]:

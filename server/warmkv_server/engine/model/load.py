@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.model import LayerInfo, ModelInfo, ModelKind
 from warmkv_server.engine.cache.codec import Codec
 from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import (
@@ -28,10 +29,9 @@ from warmkv_server.engine.model import (
 from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.engine.model.checkpoint import Checkpoint
 from warmkv_server.engine.model.cpu_modules import exchange_modules
-from warmkv_server.engine.model.description import LayerInfo, ModelInfo
 from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
-from warmkv_server.engine.model.locate import BUILT_IN, ModelKind, locate
+from warmkv_server.engine.model.locate import BUILT_IN, locate
 from warmkv_server.engine.model.positions import context_limit as limit_of
 from warmkv_server.engine.output.choosable import Choosable
 from warmkv_server.errors import OperatorError

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+from warmkv_server.contract.model import ModelKind
 from warmkv_server.errors import OperatorError
 
 BUILT_IN = Path(__file__).parents[2] / "models"
 _HUB_PATTERNS = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".py")]
-
-
-class ModelKind(StrEnum):
-    BUILT_IN = "built_in"
-    LOCAL = "local"
-    HUB = "hub"
-    RANDOM = "random"
-    """Random weights: noise, for tests and benchmarks of geometry."""
 
 
 def locate(spec: str) -> tuple[ModelKind, Path]:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from warmkv_server.contract.names import AGENT_ID
 from warmkv_server.kv.index.records import TokenIds
 
-AGENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 NODE_ID = re.compile(r"[0-9a-f]{32}")
 _FINGERPRINT = NODE_ID
 _LAST_REVISION = (1 << 63) - 1

@@ -1,0 +1,76 @@
+"""What a model is, as far as anybody but the engine has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from warmkv_server.contract.generation import Sampling
+from warmkv_server.contract.kv import KVLayout
+
+
+class ModelKind(StrEnum):
+    BUILT_IN = "built_in"
+    LOCAL = "local"
+    HUB = "hub"
+    RANDOM = "random"
+    """Random weights: noise, for tests and benchmarks of geometry."""
+
+
+class EndSource(StrEnum):
+    GENERATION_CONFIG = "generation_config"
+    CONFIG = "config"
+    TOKENIZER = "tokenizer"
+    CHAT_TEMPLATE = "chat_template"
+
+
+@dataclass(frozen=True)
+class End:
+    """A token that ends an answer: its id, how the tokenizer writes it, and everything that names it."""
+
+    token_id: int
+    text: str
+    sources: tuple[EndSource, ...]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One cache of the model. A model whose layers share KV has fewer of them than layers."""
+
+    cache_kind: str
+    """append, window, state or composite."""
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int = 0
+    members: tuple[LayerInfo, ...] = ()
+    """The parts of a composite cache."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the server says about its model."""
+
+    model_id: str
+    kind: ModelKind
+    weights_digest: str
+    device: str
+    blas: str
+    context_limit: int
+    vocab_size: int
+    layers: tuple[LayerInfo, ...]
+    kv_bits: int
+    kv_group_size: int
+    kv_bytes_per_token: int
+    """Bytes at rest of one token's KV in layers that keep every token."""
+    layout: KVLayout
+    fingerprint_fields: Mapping[str, str]
+    sampling_defaults: Sampling
+    ends: tuple[End, ...]
+    has_chat_template: bool
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset(end.token_id for end in self.ends)
