@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import warmkv_server  # noqa: F401 - loads a fast BLAS, which has to be there before a test imports MLX
+
 # No example is too slow and no data too slow to draw: the machine may be a slow one, or a busy one.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

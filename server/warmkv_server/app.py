@@ -30,13 +30,17 @@ from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.server import GrpcServer, Tls
 from warmkv_server.service.server_servicer import Facts, ServerServicer
 from warmkv_server.shutdown import Shutdown
+from warmkv_server.text.launch import Started
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, text: Started) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
+
+    Args:
+        text: the first process for text work.
 
     Returns:
         The exit status; see shutdown.py.
@@ -67,7 +71,7 @@ async def serve(settings: Settings) -> int:
         metrics.expose(settings.host, settings.metrics_port)
     await server.start()  # already now, so that health can say that the model is loading
     try:
-        engine = await _unless_stopped(_load_engine(settings, auth.tenants), signals.first)
+        engine = await _unless_stopped(_load_engine(settings, auth.tenants, text), signals.first)
         try:
             fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
             layout = replace(engine.info.layout, vocabulary=engine.info.vocab_size)
@@ -120,7 +124,7 @@ async def serve(settings: Settings) -> int:
     return status
 
 
-async def _load_engine(settings: Settings, tenants: int) -> Engine:
+async def _load_engine(settings: Settings, tenants: int, text: Started) -> Engine:
     if blas.is_reference():
         log.warning(
             "no fast BLAS was found: this CPU computes tens of times slower than it could; "
@@ -142,7 +146,8 @@ async def _load_engine(settings: Settings, tenants: int) -> Engine:
             prefill_chunk=settings.prefill_chunk,
             max_decode_gap_ms=settings.max_decode_gap_ms,
             speculate_tokens=settings.speculate_tokens,
-        )
+        ),
+        text,
     )
     where = f"{engine.info.device}, {engine.info.blas}" if engine.info.blas else engine.info.device
     log.info("loaded %s in %.1f seconds (%s)", engine.info.model_id, time.perf_counter() - began, where)

@@ -36,7 +36,6 @@ async def pool(folder: Path = BUILT_IN / "tiny", waiting: int = 100) -> AsyncIte
     made = TextPool(Bound(waiting))
     try:
         made.found(TokenizerSource(folder, None, eos_token_ids=(), defaults=None, vocab_size=4096))
-        made.begin()
         await made.ready()
         yield made
     finally:

@@ -66,9 +66,12 @@ def serve(**flags: Any) -> None:
     try:
         settings = Settings.read({name: value for name, value in flags.items() if value is not None})
         _log_to_stderr(settings.log_level)
-        from warmkv_server.app import serve as run
+        from warmkv_server.text.launch import Started
 
-        status = asyncio.run(run(settings))
+        text = Started.first()
+        from warmkv_server.app import serve as run  # imports MLX, and not before the process above is there
+
+        status = asyncio.run(run(settings, text))
     except OperatorError as error:
         _refuse(str(error))
     except ServerFailed as error:

@@ -23,6 +23,7 @@ from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop
 from warmkv_server.engine.steps.running_set import Message
 from warmkv_server.engine.steps.schedule import together
 from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
+from warmkv_server.text.launch import Started as StartedText
 from warmkv_server.text.pool import TextPool
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Handle:
 class Engine:
     """Owns the MLX thread. Made by `start`; used from one event loop."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, text: StartedText | None = None) -> None:
         self._settings = settings
         self._asyncio = asyncio.get_running_loop()
         self._handles: dict[int, Handle] = {}
@@ -164,7 +165,7 @@ class Engine:
         self._bound = Bound(settings.max_batch + settings.max_queue, settings.tenants)
         self._stopping = False
         self._delivery = Delivery(self._asyncio, self._deliver)
-        self.text = TextPool(Bound(settings.max_queue, settings.tenants))
+        self.text = TextPool(Bound(settings.max_queue, settings.tenants), text)
         codec = Codec(settings.kv_bits, settings.kv_group_size)
         self._loop = StepLoop(
             lambda: model.load(
@@ -194,13 +195,16 @@ class Engine:
         self.needs: Needs
 
     @classmethod
-    async def start(cls, settings: EngineSettings) -> Engine:
-        """Start the MLX thread and load the model on it. The tokenizer is being loaded in processes of its own then.
+    async def start(cls, settings: EngineSettings, text: StartedText | None = None) -> Engine:
+        """Start the MLX thread and load the model on it. `text.ready` says when content can be tokenised.
+
+        Args:
+            text: the first process for text work; None to start one when it is needed.
 
         Raises:
             OperatorError: if the model can't be served.
         """
-        engine = cls(settings)
+        engine = cls(settings, text)
         engine._loop.start()
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:
@@ -211,7 +215,6 @@ class Engine:
         assert engine._loop.loaded is not None
         assert engine._loop.needs is not None
         engine.info, engine.needs = engine._loop.loaded.info, engine._loop.needs
-        engine.text.begin()
         return engine
 
     @property

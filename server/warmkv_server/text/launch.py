@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 
 from warmkv_server.errors import OperatorError
+from warmkv_server.text.process import without_mlx
 from warmkv_server.text.task import FORK, FORKS, HEADER, KILL, LENGTH, ORDER, Task, TokenizerSource, packed
 
 LOAD_SECONDS = 600.0
@@ -20,7 +22,6 @@ LOAD_SECONDS = 600.0
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # a process with threads must not fork
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "WARMKV_BLAS": "reference",  # that is: load none
 }
 
 
@@ -77,15 +78,18 @@ class Process(asyncio.Protocol):
 
 
 class Launcher:
-    """Starts processes; on Linux by having them forked from one that is started at once.
+    """Starts processes; on Linux by having them forked from the first one.
 
     Made on the event loop's thread, with which they end.
+
+    Args:
+        first: the process to begin with; None to start one when it is needed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: Started | None) -> None:
         self._numbers = itertools.count()
         self._source = b""
-        self._first: _Started | None = _Started()
+        self._first = first
         self._closed = False
 
     def tell(self, source: TokenizerSource) -> None:
@@ -100,7 +104,9 @@ class Launcher:
         Raises:
             OperatorError: if it can't be loaded.
         """
-        assert self._first is not None
+        if self._first is None:
+            self._first = Started.spawn()
+            self._first.tell(self._source)
         return await self._first.loaded()
 
     async def launch(self, replied: Callable[[bytes, bool, bytes], None], ended: Callable[[], None]) -> Process:
@@ -143,8 +149,8 @@ class Launcher:
         started, self._first = self._first or await self._anew(), None
         return started.control, started.kill
 
-    async def _anew(self) -> _Started:
-        started = _Started()
+    async def _anew(self) -> Started:
+        started = Started.spawn()
         if self._closed:
             started.kill()
         started.tell(self._source)
@@ -152,20 +158,70 @@ class Launcher:
         return started
 
 
-class _Started:
-    """A process as it is started: it waits for the tokenizer's source, loads it, and says so."""
+class Started:
+    """A process as it is started: it waits for the tokenizer's source, loads it, and says so.
 
-    def __init__(self) -> None:
-        self.control, other = socket.socketpair()
+    Args:
+        control: what it is talked to by.
+        end: ends it, and waits until it has ended.
+    """
+
+    def __init__(self, control: socket.socket, end: Callable[[], None]) -> None:
+        self.control = control
         self.control.setblocking(False)
+        self._end = end
+
+    @classmethod
+    def first(cls) -> Started:
+        """The one of a server: to be called before MLX is imported and before there are threads.
+
+        Where processes can be forked it is forked from this one, so that what both need of transformers, seconds of
+        imports, is imported once.
+        """
+        return cls._fork() if FORKS else cls.spawn()
+
+    @classmethod
+    def spawn(cls) -> Started:
+        """One that begins from nothing."""
+        own, other = socket.socketpair()
         with other:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "warmkv_server.text.process", str(other.fileno())],
                 pass_fds=(other.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **_ENVIRONMENT, "WARMKV_BLAS": "reference"},  # that is: load none
             )
+
+        def end() -> None:
+            process.kill()
+            process.wait()
+
+        return cls(own, end)
+
+    @classmethod
+    def _fork(cls) -> Started:
+        own, other = socket.socketpair()
+        os.environ.update(_ENVIRONMENT)
+        with without_mlx():
+            from warmkv_server.text.work import main
+        pid = os.fork()
+        if not pid:
+            try:
+                own.close()
+                nothing = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nothing, 0)
+                os.dup2(nothing, 1)
+                main(other.detach())
+            finally:
+                os._exit(0)
+        other.close()
+
+        def end() -> None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+        return cls(own, end)
 
     def tell(self, source: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended; `loaded` says so
@@ -193,6 +249,6 @@ class _Started:
         return said
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self.control.close()
+        if self.control.fileno() >= 0:
+            self._end()
+            self.control.close()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from warmkv_server.contract.fairness import Bound, FairLine
 from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
-from warmkv_server.text.launch import Launcher, Process
+from warmkv_server.text.launch import Launcher, Process, Started
 from warmkv_server.text.task import (
     BROKEN,
     MEMORY_BYTES,
@@ -78,14 +78,15 @@ class TextPool:
 
     Args:
         bound: on the tasks that wait, short and long apart.
+        first: the process that others begin from; None to start one with the first task.
 
     Attributes:
         bytes_per_token: of UTF-8 that one token stands for at most; 0 where that can't be told, or not yet.
     """
 
-    def __init__(self, bound: Bound) -> None:
+    def __init__(self, bound: Bound, first: Started | None = None) -> None:
         self._bound = bound
-        self._launcher = Launcher()
+        self._launcher = Launcher(first)
         self._short: FairLine[_Job] = FairLine()
         self._long: FairLine[_Job] = FairLine()
         long_ones = max(1, min(4, (os.cpu_count() or 1) // 4))
@@ -101,17 +102,14 @@ class TextPool:
         """Say what the tokenizer is made of. From any thread, once."""
         self._launcher.tell(source)
 
-    def begin(self) -> None:
-        """Have the processes started as soon as the tokenizer is loaded. What comes before waits."""
-        self._beginning = asyncio.create_task(self._begin())
-
     async def ready(self) -> None:
-        """Wait until they are.
+        """Start the processes, unless they are, and wait until they have the tokenizer. What comes before waits.
 
         Raises:
             OperatorError: if the tokenizer can't be loaded.
         """
-        assert self._beginning is not None
+        if self._beginning is None:
+            self._beginning = asyncio.create_task(self._begin())
         await asyncio.shield(self._beginning)
 
     async def encode(self, task: Task, tenant: str) -> Tokens:
@@ -124,6 +122,7 @@ class TextPool:
         """
         if self._stopping:
             raise Draining("the server is shutting down")
+        await self.ready()
         job = _Job(task, tenant, task.characters, asyncio.get_running_loop().create_future())
         line = self._line(job)
         if self._bound.refuses(len(line), line.held_by(tenant)):
