@@ -93,7 +93,7 @@ def test_a_commit_on_a_dead_disk_does_not_hold_up_the_end(tmp_path: Path, dying:
         (tmp_path / "dead").touch()
         failed = threading.Thread(target=_fail_to_prime, args=(client,))
         failed.start()
-        await_that(lambda: any(path.suffix == ".tmp" for path in server.data_dir.rglob("*.tmp")))
+        await_that(lambda: any((server.data_dir / "blocks").rglob("*.tmp")))
         assert server.terminate() == 1
         failed.join()
         assert "the disk has not answered" in server.log_text()
