@@ -31,9 +31,9 @@ from tests.engine.runs import (
     running,
 )
 from warmkv_server.contract.generation import Job, Sampling
-from warmkv_server.engine.cache import layout
 from warmkv_server.engine.cache.attention_shapes import FewShapes
 from warmkv_server.engine.engine import Engine, Handle
+from warmkv_server.engine.model import discover
 from warmkv_server.errors import EngineError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -112,7 +112,7 @@ async def watched(folder: Path, shapes: FewShapes | None, short_prompt: int) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         solo = Solo(folder)
-        patch.setattr(layout, "few_shapes", lambda *_: shapes)
+        patch.setattr(discover, "few_shapes", lambda *_: shapes)
         become(patch, subclass)
         async with running(folder, max_batch=8, prefill_chunk=CHUNK, short_prompt=short_prompt) as engine:
             found.append(Bench(engine, solo))

@@ -32,10 +32,10 @@ from tests.engine.test_need import within
 from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache import layout
 from warmkv_server.engine.cache.attention_shapes import FewShapes
 from warmkv_server.engine.cache.codec import Codec
 from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.model import discover
 from warmkv_server.engine.model.fitting import takes
 
 
@@ -45,7 +45,7 @@ async def few(folder_of: FolderOf) -> AsyncIterator[tuple[Engine, Solo, list[tup
     solo = Solo(folder_of("llama"))
     calls: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "few_shapes", lambda *_: FEW_SHAPES)
+        patch.setattr(discover, "few_shapes", lambda *_: FEW_SHAPES)
         become(patch, counting(calls))
         async with running(folder_of("llama"), max_decode_gap_ms=60_000) as engine:
             yield engine, solo, calls
@@ -127,7 +127,7 @@ async def test_rows_of_one_length_and_short_ones_are_fed_one(few: Few, lengths: 
 
 
 async def test_what_padding_takes_was_foreseen(folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "few_shapes", lambda *_: FewShapes(mx.float32))
+    monkeypatch.setattr(discover, "few_shapes", lambda *_: FewShapes(mx.float32))
     async with running(folder_of("llama"), prefill_chunk=256) as engine:
         jobs = [job_of(prompt_of(length), 40) for length in (300, 310)]
         with within(engine, jobs, 3):

@@ -17,10 +17,10 @@ import mlx.core as mx
 
 from tests.engine.runs import Solo, outcome, outcomes, running
 from tests.engine.spans import filled, grown, needed
-from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.contract.generation import Answer, Job
 from warmkv_evaluation.windows import read_text
+from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.contract.kv import Growth
+from warmkv_server.engine.cache.codec import Codec
 
 CASES = 24
 DECODED = 30
