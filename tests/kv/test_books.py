@@ -150,7 +150,7 @@ async def test_blocks_that_the_index_does_not_forget_go_when_it_does(
     await driver.put("a", context([2] * 300))
     refused = asyncio.Event()
 
-    def remove(_: Any) -> None:
+    def remove(*_: Any) -> None:
         loop.call_soon_threadsafe(refused.set)
         raise OSError("refused")
 

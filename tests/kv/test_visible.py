@@ -34,10 +34,10 @@ class SlowIndex:
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         apply = Database.apply
 
-        def slow(database: Database, statements: Sequence[Statement]) -> None:
+        def slow(database: Database, statements: Sequence[Statement], number: int | None = None) -> None:
             self._reached.set()
             assert self._free.wait(WAIT_SECONDS)
-            apply(database, statements)
+            apply(database, statements, number)
 
         monkeypatch.setattr(Database, "apply", slow)
 
