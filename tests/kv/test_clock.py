@@ -13,6 +13,7 @@ from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import context
 from warmkv_server.kv.catalog.clock import LATEST, Clock, TimeSource
 from warmkv_server.kv.catalog.journal import FILE_NAME
+from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.index.records import RequestOutcome
 
 HOUR, DAY, YEAR = 3600.0, 86400.0, 365 * 86400.0
@@ -125,8 +126,8 @@ async def test_a_killed_server_has_used_its_time(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path, times=machine.times)
     machine.pass_time(HOUR)
     await driver.put("a", context(10))
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
-        kept = db.execute("SELECT time, wall, elapsed, boot, shift, away FROM clock").fetchone()
+    with ReadOnlyDatabase(tmp_path / FILE_NAME) as database:
+        (kept,) = database.query("SELECT time, wall, elapsed, boot, shift, away FROM clock")
     await driver.close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as db, db:
         db.execute("UPDATE clock SET time = ?, wall = ?, elapsed = ?, boot = ?, shift = ?, away = ?", kept)
