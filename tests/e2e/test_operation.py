@@ -161,7 +161,15 @@ def slow_adapter(folder: Path) -> Callable[[], object]:
     content = config.read_text()
     config.unlink()
     os.mkfifo(config)
-    return lambda: config.write_text(content)
+
+    def let_it_load() -> None:
+        whole = config.with_name("whole.json")
+        whole.write_text(content)
+        with config.open("w") as pipe:
+            whole.replace(config)  # for whoever reads it again
+            pipe.write(content)
+
+    return let_it_load
 
 
 def test_while_the_model_loads(tmp_path: Path) -> None:

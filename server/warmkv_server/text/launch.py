@@ -176,9 +176,9 @@ class Started:
         """The one of a server: to be called before MLX is imported and before there are threads.
 
         Where processes can be forked it is forked from this one, so that what both need of transformers, seconds of
-        imports, is imported once.
+        imports, is imported once. A process that has MLX already doesn't fork.
         """
-        return cls._fork() if FORKS else cls.spawn()
+        return cls._fork() if FORKS and "mlx" not in sys.modules else cls.spawn()
 
     @classmethod
     def spawn(cls) -> Started:
