@@ -65,7 +65,7 @@ async def grow(shape: Shape, data_dir: Path, *, tokens: int, turn: int, commits:
     rng = np.random.default_rng(0)
     context = tokens_of(tokens)
     async with opened(data_dir, layout) as store:
-        before = written_bytes()
+        before, opening = written_bytes(), store.stats().metadata_bytes_written
         for end in (*range(turn, tokens, turn), tokens):
             await extend(store, layout, GROWING, context[:end], rng)
         await store.settled()
@@ -83,7 +83,7 @@ async def grow(shape: Shape, data_dir: Path, *, tokens: int, turn: int, commits:
         turn=turn,
         kv_bytes=sum(layout.nbytes(kind) * held for kind, held in shape.held(tokens).items()),
         block_bytes=stats.kv_bytes_written,
-        index_bytes=stats.metadata_bytes_written,
+        index_bytes=stats.metadata_bytes_written - opening,
         written_bytes=None if before is None or after is None else after - before,
         files_bytes=files,
         short_seconds=tuple(short),
