@@ -63,11 +63,6 @@ class FairLine(Generic[Item]):
         """Join before everybody who is there."""
         self._places.insert(0, _Place(tenant, item, ahead=True))
 
-    @property
-    def first(self) -> Item:
-        """Whose turn it is. There must be somebody."""
-        return self._first().item
-
     def tenants(self) -> set[str]:
         """Those of whom somebody waits."""
         return {place.tenant for place in self._places}

@@ -80,9 +80,6 @@ class Roster:
         waiting = set(self.schedule.waiting)
         return [sequence for sequence in list(self.sequences.values()) if sequence not in waiting]
 
-    def group_of(self, sequence: Sequence) -> Group | None:
-        return next((group for group in self.groups if sequence in group.sequences), None)
-
     def drop_empty_groups(self) -> None:
         self.groups = [group for group in self.groups if group.sequences]
 
