@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_it_fails_begins_anew_and_fails_for_good(server: Planted) -> None:
         def said() -> str:
             return health_pb2.HealthCheckResponse.ServingStatus.Name(next(watched).status)
 
-        assert said() == "SERVING"
+        said_so_far = [said()]
 
         def break_it() -> None:
             stream = client.stream("", token_ids(some_tokens(20)), max_tokens=20_000, ignore_eos=True)
@@ -82,9 +83,12 @@ def test_it_fails_begins_anew_and_fails_for_good(server: Planted) -> None:
         break_it()
         assert client.generate("kept", token_ids([5])).cache.cached_tokens >= 300
         assert client.health_of() == "SERVING"
-        assert [said(), said()] == ["NOT_SERVING", "SERVING"]
         break_it()
-        assert said() == "NOT_SERVING"
+        with contextlib.suppress(grpc.RpcError):  # the stream ends with the process
+            while True:
+                said_so_far.append(said())
+        # A watcher is told what is so when it looks: beginning anew may be over before it does.
+        assert said_so_far in (["SERVING", "NOT_SERVING"], ["SERVING", "NOT_SERVING"] * 2)
     assert server.wait() == 1
     last = server.log_text().splitlines()[-1]
     assert last.startswith("warmkv: the engine has failed twice within 60 seconds"), last
