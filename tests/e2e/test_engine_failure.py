@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from tests.e2e.harness import Client, Refusal, Server, refusal_of, some_tokens, token_ids
+from tests.e2e.harness import Client, Refusal, Server, refusal_of, some_tokens, started_anew, token_ids
 from tests.e2e.waiting import read_deltas
 
 POISON = 2999
@@ -38,17 +39,13 @@ sys.exit(main())
 class Planted(Server):
     """The server's own command line, in a process where `Schedule.pick` breaks on a prompt."""
 
-    def __init__(self, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        script = data_dir.with_name("planted")
-        script.write_text(f"#!{sys.executable}\n{PLANT}")
-        script.chmod(0o755)
-        monkeypatch.setattr("tests.e2e.harness.WARMKV", script)
-        super().__init__(data_dir)
+    def _start(self, command: Sequence[str], environment: Mapping[str, str], stderr: int) -> subprocess.Popen[str]:
+        return started_anew([sys.executable, "-c", PLANT, *command], environment, stderr)
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Planted]:
-    server = Planted(tmp_path / "data", monkeypatch)
+def server(tmp_path: Path) -> Iterator[Planted]:
+    server = Planted(tmp_path / "data")
     yield server
     if server.process.poll() is None:
         server.kill()
