@@ -97,9 +97,12 @@ class Connection:
 
 
 @contextmanager
-def connection(address: str, certificate: Path | None = None) -> Iterator[Connection]:
+def connection(address: str, certificate: Path | None = None, patience: float = PATIENCE) -> Iterator[Connection]:
+    """Args:
+    patience: seconds that the server may be silent.
+    """
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), PATIENCE) as plain:
+    with socket.create_connection((host, int(port)), patience) as plain:
         if certificate is None:
             yield Connection(plain)
             return

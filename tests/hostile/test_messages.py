@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 import grpc
 import pytest
 
-from tests.e2e.harness import Client, Server, refusal_of, serving
-from tests.hostile.others import MIB, watching
+from tests.e2e.harness import Client, Server, refusal_of, serving, text
+from tests.e2e.waiting import await_that
+from tests.hostile import http2
+from tests.hostile.others import MIB, resident, watching
 
 AGENTS, SERVER = "/warmkv.v1.AgentService", "/warmkv.v1.ServerService"
 ROOM = 16 * MIB - 64
@@ -69,15 +72,36 @@ ATTACKS = {
 }
 
 
+@dataclass(frozen=True)
+class Attacked:
+    """A server.
+
+    Attributes:
+        at_rest: bytes of RAM that it had before it was attacked, when it had answered once.
+        silent: a call to it that was begun then, and whose message never comes.
+    """
+
+    server: Server
+    client: Client
+    at_rest: int
+    silent: http2.Connection
+
+
 @pytest.fixture(scope="module")
-def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Client]]:
-    with serving(tmp_path_factory.mktemp("attacked") / "data") as (server, client):
-        yield server, client
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    with (
+        serving(tmp_path_factory.mktemp("attacked") / "data") as (server, client),
+        http2.connection(server.address, patience=120) as silent,
+    ):
+        client.generate("", text("hi"))
+        silent.begin()
+        silent.send(http2.frame(http2.HEADERS, http2.END_HEADERS, 1, http2.fields()))
+        yield Attacked(server, client, resident(server.process.pid), silent)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_one_message_costs_others_little(attacked: tuple[Server, Client], name: str) -> None:
-    server, client = attacked
+def test_one_message_costs_others_little(attacked: Attacked, name: str) -> None:
+    server, client = attacked.server, attacked.client
     attack = ATTACKS[name]
     assert len(attack.body) <= 16 * MIB
     with watching(server) as seen, ThreadPoolExecutor(2) as attackers:
@@ -88,6 +112,16 @@ def test_one_message_costs_others_little(attacked: tuple[Server, Client], name: 
     assert seen.longest < 2.5
     # Two are on their way at a time.
     assert seen.growth < 2 * 5 * 16 * MIB
+
+
+def test_their_memory_comes_back(attacked: Attacked) -> None:
+    pid, began = attacked.server.process.pid, time.perf_counter()
+    await_that(lambda: resident(pid) < attacked.at_rest + 16 * MIB)
+    print(f"back at {attacked.at_rest / MIB:.0f} + 16 MiB {time.perf_counter() - began:.0f} s after the last")
+
+
+def test_a_call_whose_message_never_comes_ends(attacked: Attacked) -> None:
+    assert b"send it at once" in attacked.silent.answer()
 
 
 def send(client: Client, attack: Attack) -> None:

@@ -34,6 +34,8 @@ _GZIP = b"\x1f\x8b"
 _GZIP_WINDOW = zlib.MAX_WBITS | 16
 _LARGE_BYTES = 1 << 20
 """Of a message that leaves much memory free behind it."""
+_MESSAGE_SECONDS = 60.0
+"""For the one message of a call: a call without one holds a place and memory for nobody."""
 _STEP = 1 << 18
 """Bytes that are inflated before others get a turn on the event loop."""
 
@@ -43,7 +45,7 @@ def _nothing(_: bytes) -> None:
 
 
 async def read(context: Context, kind: type[Kind], limit: int, refusal: Refusal = _nothing) -> Kind:
-    """The one message of a request.
+    """The one message of a request, within a minute.
 
     Args:
         limit: most bytes of it, inflated or not.
@@ -51,8 +53,15 @@ async def read(context: Context, kind: type[Kind], limit: int, refusal: Refusal 
     Raises:
         MalformedMessage, MessageTooLarge, and what `refusal` gives
     """
-    async for message in read_all(context, kind, limit, refusal):
-        return message
+    try:
+        async with asyncio.timeout(_MESSAGE_SECONDS):
+            async for message in read_all(context, kind, limit, refusal):
+                return message
+    except TimeoutError:
+        raise MalformedMessage(
+            f"within {_MESSAGE_SECONDS:g} seconds no whole {kind.DESCRIPTOR.full_name} has come; send it at once, or "
+            "in parts, with Extend"
+        ) from None
     raise MalformedMessage(f"the call ended before its {kind.DESCRIPTOR.full_name} had come")
 
 
