@@ -2,8 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast hostile clients bench-clock trace lint style types rooms draw-rooms stubs check-stubs \
-	proto-lint lock release-check clean
+.PHONY: help setup serve test test-long test-fast hostile clients bench-clock trace lint style types rooms draw-rooms \
+	stubs check-stubs proto-lint lock release-check clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -41,7 +41,10 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 	@exec $(BIN)/warmkv serve $(ARGS)
 
 test: setup ## Run the tests; ARGS="tests/contract"
-	@$(PYTEST) $(BESIDE) $(ARGS)
+	@$(PYTEST) $(BESIDE) -m "not long" $(ARGS)
+
+test-long: setup ## Run the rest of them: power cuts, kill -9, state machines, planted bugs, the benchmark itself
+	@$(PYTEST) $(BESIDE) -m long $(ARGS)
 
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
 	@$(PYTEST) $(BESIDE) -m "not slow" $(ARGS)

@@ -21,20 +21,24 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addini("slow", "Folders and files of tests that `-m 'not slow'` leaves out.", type="paths", default=[])
+    parser.addini("long", "Folders and files of tests that `-m 'not long'` leaves out.", type="paths", default=[])
+    parser.addini("slow", "Those that `-m 'not slow'` leaves out, besides the long ones.", type="paths", default=[])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what is slow, and has it begin first, in the list's order: what is long must not begin last."""
-    slow: list[Path] = config.getini("slow")
+    """Marks what is long or slow, and has it begin first, in the lists' order: what is long must not begin last."""
+    long: list[Path] = config.getini("long")
+    slow = [*long, *config.getini("slow")]
     place = {item: _place(item.path, slow) for item in items}
     for item, at in place.items():
         if at < len(slow):
             item.add_marker(pytest.mark.slow)
+        if at < len(long):
+            item.add_marker(pytest.mark.long)
     items.sort(key=place.__getitem__)
 
 
-def _place(path: Path, slow: list[Path]) -> int:
+def _place(path: Path, listed: list[Path]) -> int:
     """Where the list has a file, or the most special of its folders."""
-    found = [(len(each.parts), at) for at, each in enumerate(slow) if path.is_relative_to(each)]
-    return max(found)[1] if found else len(slow)
+    found = [(len(each.parts), at) for at, each in enumerate(listed) if path.is_relative_to(each)]
+    return max(found)[1] if found else len(listed)
