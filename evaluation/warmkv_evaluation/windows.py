@@ -33,7 +33,7 @@ def cut(text: Text, content: str, length: int, count: int) -> list[list[int]]:
     Raises:
         OperatorError: if the content has fewer tokens than one window.
     """
-    tokens = text.encode(RawText(content), starts=True, ending="raw", last_token=None, answer=False)
+    tokens = text.encode(RawText(content), starts=True, ending="raw", held=0, tail=(), answer=False).tokens.tolist()
     if len(tokens) < length:
         raise OperatorError(
             f"the text has {len(tokens)} tokens, fewer than a window of {length}; give a longer --text or a smaller "

@@ -15,15 +15,30 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
-from warmkv_server.contract.content import Chat, Ending, Message, RawText, TokenIds
+from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds, ending_after
 from warmkv_server.errors import InvalidField
-from warmkv_server.text.text import Text, ending_after
+from warmkv_server.text.task import TAIL
+from warmkv_server.text.text import Text
 
 BOS, END = 0, 1
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<|[>"), max_size=30)
 answers = st.from_regex(r"[A-Za-z][A-Za-z ,.\n]{0,20}[a-z]", fullmatch=True)
+
+
+def encoded(
+    text: Text, content: Content, *, held: Sequence[int] = (), ending: str = "", answer: bool = True
+) -> list[int]:
+    """The new tokens alone."""
+    new = text.encode(content, starts=not held, ending=ending, held=len(held), tail=tuple(held[-TAIL:]), answer=answer)
+    return new.tokens.tolist()
+
+
+def behind(text: Text, held: Sequence[int], content: Content, ending: str, answer: bool) -> list[int]:
+    """The whole context with content behind it."""
+    new = text.encode(content, starts=not held, ending=ending, held=len(held), tail=tuple(held[-TAIL:]), answer=answer)
+    return [*held[: len(held) - new.replaced], *new.tokens.tolist()]
 
 
 @dataclass
@@ -47,10 +62,10 @@ class Talk:
         return ids(self.tokenizer, self.render(messages, answer))
 
     def start(self, *messages: Message, answer: bool) -> list[int]:
-        return self.text.encode(Chat(messages), starts=True, ending="", last_token=None, answer=answer)
+        return encoded(self.text, Chat(messages), answer=answer)
 
     def go_on(self, held: list[int], *messages: Message, ending: Ending, answer: bool) -> list[int]:
-        return held + self.text.encode(Chat(messages), starts=False, ending=ending, last_token=held[-1], answer=answer)
+        return behind(self.text, held, Chat(messages), ending, answer)
 
     def answered(self, messages: Sequence[Message], reply: str) -> list[int]:
         """What the model writes behind these messages when this is its reply, the end of sequence included."""
@@ -128,7 +143,7 @@ def test_a_question_added_behind_an_answer_closes_it_first(talk: Talk) -> None:
 
 
 def test_behind_raw_tokens_messages_get_no_beginning_of_text_and_no_default_system_text(talk: Talk) -> None:
-    raw = talk.text.encode(RawText("Once upon a time"), starts=True, ending="", last_token=None, answer=False)
+    raw = encoded(talk.text, RawText("Once upon a time"), answer=False)
     added = talk.go_on(raw, user("Hi"), ending=Ending.RAW, answer=True)[len(raw) :]
     assert BOS not in added
     written = str(talk.tokenizer.decode(added))
@@ -168,7 +183,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
     ("content", "answered", "previous", "after"),
     [
         (Chat((user("Hi"),)), True, "", Ending.ANSWER),
-        (Chat((user("Hi"),)), False, Ending.RAW, Ending.TURN),
+        (Chat((user("Hi"),)), False, Ending.RAW, "turn user"),
         (RawText("Hi"), True, Ending.TURN, Ending.RAW),
         (TokenIds((7,)), False, Ending.ANSWER, Ending.RAW),
         (None, True, Ending.ANSWER, Ending.ANSWER),
@@ -177,7 +192,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
     ],
 )
 def test_what_a_context_ends_with(
-    content: Chat | RawText | TokenIds | None, answered: bool, previous: str, after: Ending
+    content: Chat | RawText | TokenIds | None, answered: bool, previous: str, after: str
 ) -> None:
     assert ending_after(content, answered=answered, previous=previous) == after
 
@@ -188,7 +203,7 @@ def test_raw_text_gets_the_beginning_once_and_only_where_it_starts(raw: str) -> 
     text = Text(built_in(), 4096)
 
     def encode(content: str, starts: bool) -> list[int]:
-        return text.encode(RawText(content), starts=starts, ending="raw", last_token=9, answer=True)
+        return encoded(text, RawText(content), held=() if starts else (9,), ending="raw")
 
     alone = ids(built_in(), raw)
     assert encode(raw, starts=False) == alone
@@ -199,13 +214,13 @@ def test_raw_text_gets_the_beginning_once_and_only_where_it_starts(raw: str) -> 
 def test_a_tokenizer_without_a_beginning_adds_none(tmp_path: Path) -> None:
     bare = variant(tmp_path, bare=True)
     text = Text(bare, 4096)
-    assert text.encode(RawText("so"), starts=True, ending="", last_token=None, answer=True) == ids(bare, "so")
+    assert encoded(text, RawText("so")) == ids(bare, "so")
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
     text = Text(built_in(), 4096)
     for starts in (True, False):
-        taken = text.encode(TokenIds((0, 7, 4095)), starts=starts, ending="raw", last_token=1, answer=True)
+        taken = encoded(text, TokenIds((0, 7, 4095)), held=() if starts else (1,), ending="raw")
         assert taken == [0, 7, 4095]
 
 
@@ -213,7 +228,7 @@ def test_token_ids_are_taken_as_they_are() -> None:
 def test_a_token_id_outside_the_vocabulary_is_named(wrong: int) -> None:
     text = Text(built_in(), 4096)
     with pytest.raises(InvalidField, match=str(wrong)) as caught:
-        text.encode(TokenIds((5, 6, wrong)), starts=True, ending="", last_token=None, answer=True)
+        encoded(text, TokenIds((5, 6, wrong)))
     (violation,) = caught.value.violations
     assert violation.field == "content.token_ids.ids[2]"
     assert "4095" in violation.description
@@ -222,7 +237,7 @@ def test_a_token_id_outside_the_vocabulary_is_named(wrong: int) -> None:
 def test_chat_without_a_template_says_what_to_send_instead(tmp_path: Path) -> None:
     text = Text(variant(tmp_path, chat_template=None), 4096)
     with pytest.raises(InvalidField, match=r"no chat template.*content\.text") as caught:
-        text.encode(Chat((user("Hi"),)), starts=True, ending="", last_token=None, answer=True)
+        encoded(text, Chat((user("Hi"),)))
     assert caught.value.violations[0].field == "content.chat"
 
 
@@ -230,10 +245,8 @@ def test_chat_without_a_template_says_what_to_send_instead(tmp_path: Path) -> No
 def test_messages_that_the_template_refuses_are_the_callers(starts: bool, tmp_path: Path) -> None:
     talk = Talk(STYLES["gemma"], STYLES["gemma"].tokenizer(tmp_path))
     with pytest.raises(InvalidField, match="must alternate") as caught:
-        talk.text.encode(
-            Chat((user("One?"), user("Two?"))), starts=starts, ending=Ending.ANSWER, last_token=END, answer=True
-        )
-    assert caught.value.violations[0].field == "content.chat.messages"
+        encoded(talk.text, Chat((user("One?"), user("Two?"))), held=() if starts else (END,), ending=Ending.ANSWER)
+    assert caught.value.violations[0].field == "content.chat.messages[1]"
 
 
 def test_threads_may_share_it() -> None:
@@ -241,7 +254,7 @@ def test_threads_may_share_it() -> None:
     contents = [Chat((user(f"What is {n}?"),)) if n % 2 else RawText("word " * n) for n in range(40)]
 
     def encode(content: Chat | RawText) -> list[int]:
-        return text.encode(content, starts=True, ending="", last_token=None, answer=True)
+        return encoded(text, content)
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(encode, contents * 5)) == [encode(content) for content in contents] * 5

@@ -49,11 +49,11 @@ async def processes() -> list[int]:
 
 
 def task(content: Content, room: int | None = None) -> Task:
-    return Task(content, starts=True, ending="", last_token=None, answer=True, room=room)
+    return Task(content, starts=True, ending="", held=0, tail=(), answer=True, room=room)
 
 
 def here(content: Content) -> list[int]:
-    return Text(built_in(), 4096).encode(content, starts=True, ending="", last_token=None, answer=True)
+    return Text(built_in(), 4096).encode(content, starts=True, ending="", held=0, tail=(), answer=True).tokens.tolist()
 
 
 async def test_tokens_are_those_of_doing_it_here() -> None:
@@ -65,10 +65,10 @@ async def test_tokens_are_those_of_doing_it_here() -> None:
     ]
     async with pool() as text:
         for content in contents:
-            assert (await text.encode(task(content), "")).tolist() == here(content)
+            assert (await text.encode(task(content), "")).tokens.tolist() == here(content)
         assert text.bytes_per_token == Text(built_in(), 4096).bytes_per_token > 0
         together = await asyncio.gather(*(text.encode(task(RawText(f"number {n}")), "") for n in range(50)))
-        assert [ids.tolist() for ids in together] == [here(RawText(f"number {n}")) for n in range(50)]
+        assert [each.tokens.tolist() for each in together] == [here(RawText(f"number {n}")) for n in range(50)]
 
 
 async def test_refusals_are_those_of_doing_it_here() -> None:
@@ -88,9 +88,9 @@ async def test_processes_that_are_killed_are_replaced() -> None:
             _, *working = await processes()
             for pid in working:
                 os.kill(pid, signal.SIGKILL)
-            assert (await text.encode(task(RawText("hi")), "")).tolist() == here(RawText("hi"))
+            assert (await text.encode(task(RawText("hi")), "")).tokens.tolist() == here(RawText("hi"))
         os.kill((await processes())[0], signal.SIGKILL)
-        assert (await text.encode(task(RawText("hi")), "")).tolist() == here(RawText("hi"))
+        assert (await text.encode(task(RawText("hi")), "")).tokens.tolist() == here(RawText("hi"))
 
 
 async def test_the_short_text_of_one_goes_before_the_long_ones_of_another() -> None:
@@ -100,7 +100,7 @@ async def test_the_short_text_of_one_goes_before_the_long_ones_of_another() -> N
         await asyncio.sleep(0)
         await text.encode(task(RawText("hi")), "two")
         assert not all(each.done() for each in long_ones)
-        assert len({len(ids) for ids in await asyncio.gather(*long_ones)}) == 1
+        assert len({len(each.tokens) for each in await asyncio.gather(*long_ones)}) == 1
 
 
 async def test_tenants_take_turns() -> None:
@@ -124,7 +124,7 @@ async def test_a_task_that_nobody_waits_for_is_stopped(tmp_path: Path) -> None:
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(text.encode(task(LOOP), ""), 0.05)
-        assert (await text.encode(task(RawText("hi")), "")).tolist() == here(RawText("hi"))
+        assert (await text.encode(task(RawText("hi")), "")).tokens.tolist() == here(RawText("hi"))
 
 
 async def test_a_task_that_takes_too_long_names_the_template(tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ from warmkv_server.agents.types import (
     PrimeResult,
     Recorded,
 )
-from warmkv_server.contract.content import Content
+from warmkv_server.contract.content import Content, Encoded
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
-from warmkv_server.kv.store import AgentRecord, Store, TokenIds
+from warmkv_server.kv.store import AgentRecord, Store
 
 Event = TypeVar("Event")
 
@@ -131,7 +131,7 @@ class Agents:
                 found.append(self._view(record))
         return AgentPage(tuple(found), "")
 
-    async def count_tokens(self, key: AgentKey, content: Content | None, replace: bool) -> TokenIds:
+    async def count_tokens(self, key: AgentKey, content: Content | None, replace: bool) -> Encoded:
         """The tokens that Generate would put behind the agent's context, or start one with."""
         if key.agent_id:
             manage.require(self._tools, key)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from warmkv_server.agents.types import AgentKey
-from warmkv_server.contract.content import Chat, Content, Ending, RawText
+from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, ending_after
 from warmkv_server.contract.content import TokenIds as TokenContent
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds
-from warmkv_server.text.task import Task
-from warmkv_server.text.text import ending_after
+from warmkv_server.text.task import TAIL, Task
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,19 @@ async def assemble(
     if is_empty(content):
         content = None
     new = await encode(engine, key.tenant, content, held, ending, answer=answer)
-    if not new.size and not (answer and held.size):
+    if not new.tokens.size and not (answer and held.size):
         raise empty_content()
-    tokens = np.concatenate([held, new])
+    tokens = np.concatenate([held[: len(held) - new.replaced], new.tokens])
     if len(tokens) > engine.info.context_limit:
         raise ContextTooLong(
             f"the context would have {len(tokens)} tokens, and this server takes {engine.info.context_limit}; "
             "send less, or start a new context with CONTEXT_MODE_REPLACE"
         )
-    return Context(agent, tokens, ending_after(content, answered=answer, previous=ending))
+    after = ending_after(content, answered=answer, previous=ending, holds_back=new.holds_back)
+    return Context(agent, tokens, after)
 
 
-async def count(engine: Engine, store: Store, key: AgentKey, content: Content | None, *, append: bool) -> TokenIds:
+async def count(engine: Engine, store: Store, key: AgentKey, content: Content | None, *, append: bool) -> Encoded:
     """The tokens that Generate would put behind the held context, or in its place.
 
     Raises:
@@ -93,24 +93,41 @@ async def count(engine: Engine, store: Store, key: AgentKey, content: Content | 
         InvalidField: if the content can't be encoded.
     """
     _, held, ending = _held(engine, store, key, append)
-    tokens = await encode(engine, key.tenant, None if is_empty(content) else content, held, ending, answer=True)
-    if not tokens.size:
+    new = await encode(engine, key.tenant, None if is_empty(content) else content, held, ending, answer=True)
+    if not new.tokens.size:
         raise empty_content()
-    return tokens
+    return new
 
 
 async def encode(
     engine: Engine, tenant: str, content: Content | None, held: TokenIds, ending: str, *, answer: bool
-) -> TokenIds:
-    """The tokens of content that is put behind held ones."""
+) -> Encoded:
+    """The tokens of content that is put behind held ones, and how many of those they replace.
+
+    Raises:
+        InvalidField: if it can't be encoded, or messages of the context that wait for a user's would be lost behind it.
+    """
+    if not isinstance(content, Chat) and (content is not None or answer) and Ending.of(ending) is Ending.HELD:
+        raise InvalidField.of(
+            "content",
+            "the model's chat template writes the messages of this context with the user's message that follows; send "
+            "that as content.chat, or replace the context",
+        )
     if content is None:
-        return np.empty(0, np.int32)
+        return Encoded(np.empty(0, np.int32))
     if isinstance(content, TokenContent):
-        return _known(np.asarray(content.ids, np.int64), engine.info.vocab_size)
-    last = int(held[-1]) if held.size else None
+        return Encoded(_known(np.asarray(content.ids, np.int64), engine.info.vocab_size))
+    tail = tuple(held[-TAIL:].tolist())
     limit = engine.info.context_limit
-    task = Task(content, starts=last is None, ending=ending, last_token=last, answer=answer, room=limit)
-    return await engine.text.encode(task, tenant)
+    task = Task(content, starts=not held.size, ending=ending, held=len(held), tail=tail, answer=answer, room=limit)
+    new = await engine.text.encode(task, tenant)
+    if not new.replaced:
+        return new
+    kept = held[len(held) - new.replaced :]
+    length = min(len(kept), len(new.tokens))
+    unlike = np.flatnonzero(kept[:length] != new.tokens[:length])
+    alike = int(unlike[0]) if unlike.size else length
+    return replace(new, tokens=new.tokens[alike:], replaced=new.replaced - alike)
 
 
 def _known(ids: npt.NDArray[np.int64], vocab_size: int) -> TokenIds:

@@ -1,9 +1,13 @@
-"""What a request puts into a context: text, tokens or chat messages."""
+"""What a request puts into a context: text, tokens or chat messages; and what a context ends with."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,68 @@ class Chat:
 Content = RawText | TokenIds | Chat
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What content becomes behind a context.
+
+    Attributes:
+        tokens: to put behind it, shape (tokens,).
+        replaced: how many of its last tokens give way to them.
+        holds_back: whether the messages are not in them, and come with the next user's message.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    replaced: int = 0
+    holds_back: bool = False
+
+
 class Ending(StrEnum):
-    """What a context ends with, which decides how chat messages go on behind it."""
+    """What a context ends with, which decides how content goes on behind it.
+
+    Kept with the context as text: one of these words, and behind a space what `TURN` and `HELD` have besides.
+    """
 
     RAW = "raw"
     """Raw text or tokens, or nothing: messages follow as they are."""
     TURN = "turn"
-    """A message that the template has closed."""
+    """A message that the template has closed, and its role."""
     ANSWER = "answer"
     """A generated answer: the template's text after an answer comes first."""
+    HELD = "held"
+    """Messages that the template writes with the next user's message and not before, in JSON."""
+
+    @classmethod
+    def of(cls, ending: str) -> Ending:
+        return cls(ending.partition(" ")[0] or cls.RAW)
+
+
+def role_before(ending: str) -> str:
+    """The role of the message that a context ends with; empty where nobody knows."""
+    return ending.partition(" ")[2] if Ending.of(ending) is Ending.TURN else ""
+
+
+def held_back(ending: str) -> tuple[Message, ...]:
+    """The messages that a context holds back: all that it was made of."""
+    if Ending.of(ending) is not Ending.HELD:
+        return ()
+    return tuple(Message(role, content) for role, content in json.loads(ending.partition(" ")[2]))
+
+
+def ending_after(content: Content | None, *, answered: bool, previous: str, holds_back: bool = False) -> str:
+    """The ending to keep with a context once `content` (None: nothing) and perhaps an answer were put behind it.
+
+    Args:
+        holds_back: whether the template didn't write the messages yet.
+    """
+    if isinstance(content, Chat):
+        if answered:
+            return Ending.ANSWER
+        if holds_back:
+            messages = [(m.role, m.content) for m in (*held_back(previous), *content.messages)]
+            return f"{Ending.HELD} {json.dumps(messages, ensure_ascii=False)}"
+        return f"{Ending.TURN} {content.messages[-1].role}"
+    if content is None and Ending.of(previous) is Ending.ANSWER:
+        return Ending.ANSWER
+    if content is None and not answered:
+        return previous or Ending.RAW
+    return Ending.RAW

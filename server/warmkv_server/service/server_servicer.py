@@ -136,7 +136,8 @@ class ServerServicer:
     async def count_tokens(self, request: server_pb.CountTokensRequest, call: Call) -> server_pb.CountTokensResponse:
         validate.count_tokens(request, call.model)
         replace = request.context_mode == pb.CONTEXT_MODE_REPLACE
-        tokens = await call.agents.count_tokens(call.key(request.agent_id), convert.content(request.content), replace)
+        new = await call.agents.count_tokens(call.key(request.agent_id), convert.content(request.content), replace)
+        tokens = new.tokens
         if request.include_token_ids and len(tokens) > limits.COUNTED_TOKENS:
             raise InvalidField.of(
                 "include_token_ids",
@@ -144,7 +145,9 @@ class ServerServicer:
                 "count them without it",
             )
         return server_pb.CountTokensResponse(
-            token_count=len(tokens), token_ids=tokens.tolist() if request.include_token_ids else None
+            token_count=len(tokens),
+            token_ids=tokens.tolist() if request.include_token_ids else None,
+            replaced_tokens=new.replaced,
         )
 
 

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from warmkv_server.contract.content import Encoded
 from warmkv_server.contract.fairness import Bound, FairLine
 from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
 from warmkv_server.text.launch import Launcher, Process, Started
 from warmkv_server.text.task import (
+    ANSWER,
     BROKEN,
     MEMORY_BYTES,
     NO_MEMORY,
@@ -42,15 +43,13 @@ _RETRY_SECONDS = 1.0
 """Before trying again, where no process can be started, or one ended before it was asked for anything."""
 _MEMORY = f"took more than {MEMORY_BYTES >> 20} MiB of memory"
 
-Tokens = npt.NDArray[np.int32]
-
 
 @dataclass(eq=False)
 class _Job:
     task: Task
     tenant: str
     characters: int
-    done: asyncio.Future[Tokens]
+    done: asyncio.Future[Encoded]
     ended_one: bool = False
     """Whether a process has ended over it."""
 
@@ -112,7 +111,7 @@ class TextPool:
             self._beginning = asyncio.create_task(self._begin())
         await asyncio.shield(self._beginning)
 
-    async def encode(self, task: Task, tenant: str) -> Tokens:
+    async def encode(self, task: Task, tenant: str) -> Encoded:
         """The tokens of content: what `Text.encode` returns, or raises.
 
         Raises:
@@ -257,7 +256,9 @@ class _Worker:
         elif kind == BROKEN:
             job.fail(RuntimeError(f"text work failed: {body.decode(errors='replace')}"))
         elif not job.done.done():
-            job.done.set_result(np.frombuffer(body, np.int32))
+            replaced, holds_back = ANSWER.unpack_from(body)
+            tokens = np.frombuffer(body, np.int32, offset=ANSWER.size)
+            job.done.set_result(Encoded(tokens, replaced, bool(holds_back)))
         if leaving:
             assert self._process is not None
             self._process.kill()

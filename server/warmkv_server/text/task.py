@@ -23,6 +23,8 @@ MEMORY_BYTES = 768 << 20
 
 HEADER = struct.Struct("!cBI")
 """Of a reply: its kind, whether the process ends itself behind it, and the length of what follows."""
+ANSWER = struct.Struct("=iB")
+"""Before the tokens of a reply: how many of the context's they replace, and whether messages are held back."""
 TOKENS, REFUSAL, NO_MEMORY, BROKEN = b"T", b"R", b"M", b"B"
 
 LENGTH = struct.Struct("!Q")
@@ -30,6 +32,9 @@ LENGTH = struct.Struct("!Q")
 ORDER = struct.Struct("!cI")
 """To the process that the others are forked from: FORK with a socket, or KILL, and the number of the process."""
 FORK, KILL = b"F", b"K"
+
+TAIL = 16
+"""Of a context's last tokens, those that content behind it may have to do with."""
 
 _ERRORS = {kind.__name__: kind for kind in (errors.InvalidField, errors.Unsupported, errors.ContextTooLong)}
 _MESSAGE_CHARACTERS = 1000
@@ -55,12 +60,17 @@ class TokenizerSource:
 
 @dataclass(frozen=True)
 class Task:
-    """What `Text.encode` takes."""
+    """What `Text.encode` takes.
+
+    Attributes:
+        tail: the last `TAIL` tokens of the context, or all.
+    """
 
     content: Content
     starts: bool
     ending: str
-    last_token: int | None
+    held: int
+    tail: tuple[int, ...]
     answer: bool
     room: int | None
 

@@ -1,35 +1,29 @@
 """From content to tokens: raw text, raw tokens, and chat messages, exact to the token.
 
 Thread-safe and synchronous. How long it takes, and how much memory, is up to the content and to the model's own chat
-template: the server calls it in processes that it can stop (text_pool.py).
+template: the server calls it in processes that it can stop (pool.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
-from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds
-from warmkv_server.errors import ContextTooLong, InvalidField, Unsupported
+import numpy as np
+
+from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, TokenIds, held_back
+from warmkv_server.errors import ContextTooLong, InvalidField
+from warmkv_server.text.follow_up import follow_up
+from warmkv_server.text.template import Template, mark
+from warmkv_server.text.token_bytes import most_bytes_per_token
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper  # imports MLX
-from warmkv_server.text.token_bytes import most_bytes_per_token
 
-MOST_RENDERED = 32 << 20
-"""Characters that a chat template may make of a request's messages: twice what a message of the default size holds."""
-_SENTINEL = "the earlier answer"
-
-
-def ending_after(content: Content | None, *, answered: bool, previous: str) -> str:
-    """The ending to keep with a context once `content` (None: nothing) and perhaps an answer were put behind it."""
-    if isinstance(content, Chat):
-        return Ending.ANSWER if answered else Ending.TURN
-    if content is None and Ending(previous or Ending.RAW) is Ending.ANSWER:
-        return Ending.ANSWER
-    if content is None and not answered:
-        return Ending(previous or Ending.RAW)
-    return Ending.RAW
+_MOST_HELD_BACK = 1 << 19
+"""Characters of messages that wait for the next one: they are kept with the agent, and written with every commit."""
+_MESSAGES = "content.chat.messages"
 
 
 class Text:
@@ -42,8 +36,10 @@ class Text:
     def __init__(self, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.bytes_per_token = most_bytes_per_token(tokenizer)
+        self.template = Template(tokenizer) if tokenizer.has_chat_template else None
         self._vocab_size = vocab_size
         self._bos = _bos_ids(tokenizer)
+        self._ends = {token: _written(tokenizer, token) for token in sorted(tokenizer.eos_token_ids)}
         # The server checks the context limit itself; the tokenizer would only warn about it, on stderr.
         tokenizer.model_max_length = 1 << 60
 
@@ -53,42 +49,131 @@ class Text:
         *,
         starts: bool,
         ending: str,
-        last_token: int | None,
+        held: int,
+        tail: Sequence[int],
         answer: bool,
         room: int | None = None,
-    ) -> list[int]:
+    ) -> Encoded:
         """The tokens to put behind the held context.
 
         Args:
             starts: whether the content starts the context: only then it gets a BOS and a default system text.
             ending: what the held context ends with (`ending_after` of the turn before).
-            last_token: the held context's last token.
+            held: tokens of the held context.
+            tail: the last of them, `TAIL` at most.
             answer: whether to add the template's generation prompt behind a chat.
             room: tokens that there is room for. A text that is certain to have more is refused before it is tokenised.
 
         Raises:
-            InvalidField: a token id outside the vocabulary, no chat template, or messages the template refuses.
+            InvalidField: a token id outside the vocabulary, no chat template, or messages that the template refuses or
+                doesn't write.
             Unsupported: the chat template can't render messages behind others.
             ContextTooLong: there is no room for it.
         """
         match content:
             case RawText(text):
                 ids = self._ids(text, "content.text", room)
-                return self._bos + ids if starts and ids[: len(self._bos)] != self._bos else ids
+                return _encoded(self._bos + ids if starts and ids[: len(self._bos)] != self._bos else ids)
             case TokenIds(ids):
-                return self._known(list(ids), "content.token_ids.ids")
+                return _encoded(self._known(list(ids), "content.token_ids.ids"))
             case Chat(messages):
-                self._require_template()
+                template = self._require_template()
+                if earlier := held_back(ending):
+                    return self._beginning(template, (*earlier, *messages), len(earlier), held, answer, room)
                 if starts:
-                    rendered = self._render(messages, answer)
-                else:
-                    rendered = self._follow_up(messages, Ending(ending), last_token, answer)
-                return self._ids(rendered, "content.chat.messages", room)
+                    return self._beginning(template, messages, 0, 0, answer, room)
+                return self._behind(template, messages, ending, tail, answer, room)
+
+    def _beginning(
+        self,
+        template: Template,
+        messages: Sequence[Message],
+        earlier: int,
+        held: int,
+        answer: bool,
+        room: int | None,
+    ) -> Encoded:
+        """A conversation from its start.
+
+        Args:
+            earlier: how many of the messages were sent before, and held back.
+        """
+        shape = template.shape((), messages, answer)
+        if shape.good:
+            written = template.whole(messages, answer, skip=earlier)
+            return _encoded(self._ids(written, _MESSAGES, room), held)
+        merges = template.shape((), (*messages, Message("user", "-")), answer).good
+        if not merges or answer:
+            template.require(shape, messages, skip=earlier, merges=merges)
+        if sum(len(message.role) + len(message.content) + 8 for message in messages) > _MOST_HELD_BACK:
+            raise InvalidField.of(
+                _MESSAGES,
+                "the model's chat template writes them with the user's message that follows, and they are too long to "
+                "wait for it; send them together with it",
+            )
+        return _encoded(self._until_the_user(template, messages), held, holds_back=True)
+
+    def _until_the_user(self, template: Template, messages: Sequence[Message]) -> list[int]:
+        """The tokens of messages that are held back: what they begin with in any case."""
+        number = len(messages)
+        whole = self._rendered(template, [*messages, Message("user", mark(number))])
+        shape = template.shape((), messages, answer=False)
+        if not shape.error:
+            alone = self._encode(template.write(shape, messages, answer=False))
+            if alone and whole[: len(alone)] == alone:
+                return alone
+        others = [Message(message.role, mark(n)) for n, message in enumerate(messages)]
+        for different in ([*others, Message("user", mark(number))], [*messages, Message("user", "another")]):
+            if common := _common(whole, self._rendered(template, different)):
+                return whole[:common]
+        raise InvalidField.of(
+            f"{_MESSAGES}[0]",
+            "the model's chat template writes it with the user's message that follows; send them together",
+        )
+
+    def _rendered(self, template: Template, messages: Sequence[Message]) -> list[int]:
+        return self._encode(template.write(template.shape((), messages, answer=False), messages, answer=False))
+
+    def _behind(
+        self,
+        template: Template,
+        messages: Sequence[Message],
+        ending: str,
+        tail: Sequence[int],
+        answer: bool,
+        room: int | None,
+    ) -> Encoded:
+        """Messages behind others that are in the context already."""
+        found = follow_up(template, messages, ending, tail[-1] if tail else None, self._ends, answer)
+        head = self._encode(found.before + found.closed)
+        whole = self._ids(found.before + found.text, _MESSAGES, room)
+        common = _common(head, whole)
+        more = head[common:]
+        if not more:
+            return _encoded(whole[common:], int(found.replaces_last))
+        if found.closed and len(more) <= len(tail) and list(tail[-len(more) :]) == more:
+            # Where more follows, the template closes the turn before in another way.
+            return _encoded(whole[common:], len(more))
+        # Tokens that lie across the seam: what follows is cut by itself.
+        text = found.text.removeprefix(found.closed)
+        return _encoded(self._ids_in_the_middle(text, room), int(found.replaces_last))
+
+    def _ids_in_the_middle(self, text: str, room: int | None) -> list[int]:
+        """The tokens of a text that doesn't stand at the beginning, where some tokenizers put a space before it."""
+        for mark_text in self._ends.values():
+            head = self._encode(mark_text)
+            whole = self._ids(mark_text + text, _MESSAGES, room)
+            if len(head) == 1 and whole[:1] == head:
+                return whole[1:]
+        return self._ids(text, _MESSAGES, room)
 
     def _ids(self, text: str, field: str, room: int | None) -> list[int]:
         if room is not None and self.bytes_per_token and _utf8_length(text) > room * self.bytes_per_token:
             raise ContextTooLong(f"{field} has more tokens than the {room} that there is room for; send less")
-        return self._known(list(self.tokenizer.encode(text, add_special_tokens=False)), field)
+        return self._known(self._encode(text), field)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _known(self, ids: list[int], field: str) -> list[int]:
         """The ids, all of which the model has to know: a tokenizer can have more than it."""
@@ -100,60 +185,31 @@ class Text:
             raise InvalidField.of(field, f"the tokenizer makes token {index} of it, and {rule}")
         return ids
 
-    def _require_template(self) -> None:
-        if not self.tokenizer.has_chat_template:
+    def _require_template(self) -> Template:
+        if self.template is None:
             raise InvalidField.of(
                 "content.chat", "this model has no chat template; send content.text or content.token_ids instead"
             )
+        return self.template
 
-    def _render(self, messages: Sequence[Message], answer: bool) -> str:
-        try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
-                tokenize=False,
-                add_generation_prompt=answer,
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # templates raise jinja2 errors, and whatever their own code raises
-            raise InvalidField.of("content.chat.messages", f"the chat template refuses them: {error}") from error
-        written = str(rendered)
-        if len(written) > MOST_RENDERED:
-            raise InvalidField.of(
-                "content.chat.messages",
-                f"the model's chat template makes {len(written)} characters of them, and {MOST_RENDERED} are the most",
-            )
-        return written
 
-    def _follow_up(self, messages: Sequence[Message], ending: Ending, last_token: int | None, answer: bool) -> str:
-        """What the template writes for these messages behind an earlier conversation.
+def _encoded(ids: Sequence[int], replaced: int = 0, holds_back: bool = False) -> Encoded:
+    return Encoded(np.asarray(ids, np.int32), replaced, holds_back)
 
-        Rendered behind a stand-in conversation, whose text is then cut off: templates can't render a part.
-        """
-        stand_in = [Message("user", "-")]
-        if messages[0].role != "assistant":
-            stand_in.append(Message("assistant", _SENTINEL))
-        else:
-            stand_in[0] = Message("user", _SENTINEL)
-        before = self._render(stand_in, answer=False)
-        whole = self._render([*stand_in, *messages], answer)
-        if _SENTINEL not in before or _SENTINEL not in whole:
-            raise Unsupported(
-                "this model's chat template doesn't write out the text of earlier messages, so that none can be put "
-                "behind a context; send the whole conversation (Prime, or CONTEXT_MODE_REPLACE), or content.text"
-            )
-        closing = before[before.rindex(_SENTINEL) + len(_SENTINEL) :]
-        rest = whole[whole.index(_SENTINEL) + len(_SENTINEL) :]
-        follow_up = rest.removeprefix(closing)
-        if ending is not Ending.ANSWER:
-            return follow_up
-        if last_token is not None and last_token in self.tokenizer.eos_token_ids:
-            closing = closing.removeprefix(str(self.tokenizer.decode([last_token])))
-        return closing + follow_up
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens they begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _written(tokenizer: TokenizerWrapper, token: int) -> str:
+    """A token as a text has it."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return str(added.content) if added is not None else str(tokenizer.decode([token]))
 
 
 def _bos_ids(tokenizer: TokenizerWrapper) -> list[int]:

@@ -21,13 +21,13 @@ import sys
 import threading
 import time
 import traceback
-from array import array
 from pathlib import Path
 
 from mlx_lm.tokenizer_utils import load
 
 from warmkv_server.errors import WarmKVError
 from warmkv_server.text.task import (
+    ANSWER,
     BROKEN,
     FORK,
     FORKS,
@@ -124,15 +124,17 @@ def _work(connection: socket.socket, text: Text) -> None:
 
 def _result(text: Text, task: Task) -> tuple[bytes, bytes]:
     try:
-        ids = text.encode(
+        encoded = text.encode(
             task.content,
             starts=task.starts,
             ending=task.ending,
-            last_token=task.last_token,
+            held=task.held,
+            tail=task.tail,
             answer=task.answer,
             room=task.room,
         )
-        return TOKENS, array("i", ids).tobytes()
+        head = ANSWER.pack(encoded.replaced, encoded.holds_back)
+        return TOKENS, head + encoded.tokens.tobytes()
     except WarmKVError as error:
         return REFUSAL, refusal_bytes(error)
     except MemoryError:

@@ -643,8 +643,13 @@ class CountTokensResponse(_message.Message):
 
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    REPLACED_TOKENS_FIELD_NUMBER: _builtins.int
     token_count: _builtins.int
     """Tokens that the content becomes. Appended content does not count the agent's tokens that are there already."""
+    replaced_tokens: _builtins.int
+    """How many of the agent's last tokens give way to these: the token that an answer ended with, where the chat template
+    closes an earlier answer in another way. Mostly 0.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Their ids, if include_token_ids asked for them."""
@@ -654,10 +659,11 @@ class CountTokensResponse(_message.Message):
         *,
         token_count: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        replaced_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_count", b"token_count", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replaced_tokens", b"replaced_tokens", "token_count", b"token_count", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

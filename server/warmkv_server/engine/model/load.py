@@ -33,6 +33,7 @@ from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.locate import BUILT_IN, locate
 from warmkv_server.engine.model.positions import context_limit as limit_of
+from warmkv_server.engine.output.answer_text import Spelling
 from warmkv_server.engine.output.choosable import Choosable
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import blas
@@ -50,6 +51,7 @@ class LoadedModel:
     cache_map: CacheMap
     info: ModelInfo
     choosable: Choosable
+    spelling: Spelling
 
     def empty_caches(self) -> list[Any]:
         return self.cache_map.empty_caches(self.model)
@@ -145,7 +147,7 @@ def load(
         has_chat_template=bool(tokenizer.has_chat_template),
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
-    return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
+    return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))
 
 
 def _caches(model: Any, codec: Codec, spec: str) -> CacheMap:

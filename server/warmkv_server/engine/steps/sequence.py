@@ -117,7 +117,7 @@ class Sequence:
             self.chooser = Chooser(
                 job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs, self.loaded.choosable
             )
-            self.text = AnswerText(self.loaded.tokenizer, job.tokens[-1], info.eos_token_ids, job.answer.stop)
+            self.text = AnswerText(self.loaded.spelling, job.tokens[-64:], info.eos_token_ids, job.answer.stop)
 
     def _room(self) -> int:
         """Tokens to make room for behind a reused prefix: the new prompt and a first stretch of the answer.

@@ -21,6 +21,8 @@ _LAST_TIME = 250_000_000_000.0
 """Seconds since 1970. With a lifetime of a hundred years on top, still a time that the API can tell."""
 _LONGEST_TTL = 100 * 365 * 86400.0
 _TEXT_LIMIT = 1024
+ENDING_LIMIT = 1 << 20
+"""Characters of an ending, which may have messages that wait for the next."""
 _LABELS, _KEY_LIMIT, _VALUE_LIMIT = 64, 63, 255
 
 
@@ -76,7 +78,7 @@ def fault(agent: AgentLike, length: int) -> str | None:
         "its labels can't be": _are_labels(agent.labels),
         "its parent can't be one": agent.parent_agent_id == ""
         or (is_text(agent.parent_agent_id) and AGENT_ID.fullmatch(agent.parent_agent_id)),
-        "its ending is no text": is_text(agent.ending),
+        "its ending is no text": is_text(agent.ending, ENDING_LIMIT),
     }
     return next((wrong for wrong, good in rules.items() if not good), None)
 
@@ -109,8 +111,8 @@ def spans_fault(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str
     return None
 
 
-def is_text(value: object) -> bool:
-    if not isinstance(value, str) or len(value) > _TEXT_LIMIT:
+def is_text(value: object, limit: int = _TEXT_LIMIT) -> bool:
+    if not isinstance(value, str) or len(value) > limit:
         return False
     try:
         value.encode()

@@ -1,0 +1,100 @@
+"""What a chat template writes for messages behind an earlier conversation.
+
+Templates write whole conversations. So the messages are written behind others that stand for the earlier ones, and what
+belongs to those is cut off: behind a generated answer at the first mark of an end of sequence, since the model has
+written it; behind a turn that the template closed itself at the end of what closes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from warmkv_server.contract.content import Ending, Message, role_before
+from warmkv_server.errors import Unsupported
+from warmkv_server.text.template import Shape, Template
+
+_ANSWERED = (("user", "assistant"), ("system", "user", "assistant"))
+"""Conversations that end with an answer; the second where a template wants a system message."""
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """
+    Attributes:
+        before: text of the earlier conversation in front of `text`, or a stand-in for it, which decides how the
+            tokenizer cuts.
+        closed: the end of `before` that the template wrote behind the last message, and `text` is what it writes
+            when more follows.
+        text: what is to be put behind the context.
+        replaces_last: whether the last token of the context gives way to it.
+    """
+
+    before: str
+    closed: str
+    text: str
+    replaces_last: bool = False
+
+
+def follow_up(
+    template: Template,
+    messages: Sequence[Message],
+    ending: str,
+    last_token: int | None,
+    ends: Mapping[int, str],
+    answer: bool,
+) -> FollowUp:
+    """
+    Args:
+        ending: of the context.
+        last_token: of the context.
+        ends: how the template writes the tokens that end an answer.
+        answer: whether a generation prompt follows.
+
+    Raises:
+        InvalidField: if the template refuses messages, or writes nothing of one of them.
+        Unsupported: if it can't write messages behind others.
+    """
+    shape = _behind(template, messages, ending, answer)
+    whole = template.write(shape, messages, answer)
+    rest = whole[whole.index(shape.anchor) + len(shape.anchor) :]
+    template.require_contents(shape, messages, answer, rest)
+    if Ending.of(ending) is not Ending.ANSWER:
+        closing = template.closing(shape)
+        if Ending.of(ending) is Ending.RAW:
+            return FollowUp(shape.anchor + closing, "", rest.removeprefix(closing))
+        return FollowUp(shape.anchor, closing, rest)
+    if last_token not in ends:
+        return FollowUp(shape.anchor, "", rest)
+    gap = rest[: len(shape.gap)]
+    own = ends[last_token]
+    first = min(((gap.find(text), -len(text)) for text in ends.values() if text and text in gap), default=None)
+    if not own or first != (gap.find(own), -len(own)):
+        # It closes an answer in another way than the model does, or not at all: what it has there takes the place.
+        return FollowUp(shape.anchor, "", rest, replaces_last=True)
+    cut = first[0] + len(own)
+    return FollowUp(shape.anchor + rest[:cut], "", rest[cut:])
+
+
+def _behind(template: Template, messages: Sequence[Message], ending: str, answer: bool) -> Shape:
+    """The shape of these messages behind the earlier conversation that is most like this one and is written out."""
+    role = role_before(ending)
+    before = list(_ANSWERED)
+    if Ending.of(ending) is not Ending.ANSWER and not role and messages[0].role == "assistant":
+        before.insert(0, ("user",))
+    elif role in ("user", "system"):
+        before.insert(0, (role,))
+    elif role not in ("", "assistant"):
+        before.insert(0, ("user", "assistant", role))
+    shapes = []
+    for roles in before:
+        shapes.append(shape := template.shape(roles, messages, answer))
+        if shape.good:
+            return shape
+    for shape in shapes:
+        if not shape.forgets and template.shape((), shape.before, answer=False).good:
+            template.require(shape, messages)
+    raise Unsupported(
+        "this model's chat template doesn't write out the text of earlier messages, so that none can be put "
+        "behind a context; send the whole conversation (Prime, or CONTEXT_MODE_REPLACE), or content.text"
+    )

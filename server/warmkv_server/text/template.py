@@ -1,0 +1,262 @@
+"""The model's chat template: what it writes for messages, and whether it writes all of them.
+
+Nothing here knows any model. What a template does with messages of given roles is found out by having it write others,
+whose contents are marks that are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from warmkv_server.contract.content import Message
+from warmkv_server.errors import InvalidField
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper  # imports MLX
+
+MOST_RENDERED = 32 << 20
+"""Characters that a chat template may make of a request's messages: twice what a message of the default size holds."""
+_FIELD = "content.chat.messages"
+_SHAPES, _MOST_ROLES = 256, 4096
+"""Shapes of conversations that are remembered, and characters of roles in one of them."""
+_SYSTEM = "system"
+
+
+class Refused(Exception):
+    """The template raised an error."""
+
+
+def mark(number: int) -> str:
+    """A content that no template changes, and that is in no other."""
+    return f"warmkv-message-{number}-here"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the template does with messages of some roles, whatever they say.
+
+    Attributes:
+        before: the messages that stand for an earlier conversation; the last one's content is a mark.
+        parts: indices of the messages whose content it wants as a list of parts, those before included.
+        lost: indices of the messages, without those before, of which it writes nothing.
+        gap: what it writes between the last of those before, or the beginning, and the first of the others.
+        forgets: whether it leaves out those before, once others follow.
+        error: what it raises.
+    """
+
+    before: tuple[Message, ...] = ()
+    parts: frozenset[int] = frozenset()
+    lost: tuple[int, ...] = ()
+    gap: str = ""
+    forgets: bool = False
+    error: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not self.error and not self.lost and not self.forgets
+
+    @property
+    def anchor(self) -> str:
+        """The content behind which it writes the messages."""
+        return self.before[-1].content
+
+
+Roles = tuple[tuple[str, bool], ...]
+"""The role of each message, and whether it says anything."""
+
+
+class Template:
+    """The chat template of a tokenizer that has one."""
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        self._apply = _plainly(tokenizer)
+        self._remembered = lru_cache(_SHAPES)(self._probe)
+
+    def shape(self, before: Sequence[str], messages: Sequence[Message], answer: bool) -> Shape:
+        """
+        Args:
+            before: roles of the messages that stand for an earlier conversation.
+            answer: whether a generation prompt follows.
+        """
+        roles = tuple((message.role, not message.content.isspace() and bool(message.content)) for message in messages)
+        probe = self._remembered if sum(len(role) for role, _ in roles) <= _MOST_ROLES else self._probe
+        return probe(tuple(before), roles, answer)
+
+    def whole(self, messages: Sequence[Message], answer: bool, *, skip: int = 0) -> str:
+        """What it writes for a conversation.
+
+        Args:
+            skip: how many of the messages were sent before, and are not of this request.
+
+        Raises:
+            InvalidField: if it refuses messages, or writes nothing of one of them.
+        """
+        shape = self.shape((), messages, answer)
+        self.require(shape, messages, skip=skip)
+        written = self.write(shape, messages, answer)
+        self.require_contents(shape, messages, answer, written, skip=skip)
+        return written
+
+    def write(self, shape: Shape, messages: Sequence[Message], answer: bool) -> str:
+        """What it writes for messages behind those of the shape.
+
+        Raises:
+            InvalidField: if it refuses them.
+        """
+        try:
+            return self._render((*shape.before, *messages), shape.parts, answer)
+        except Refused as error:
+            raise InvalidField.of(_FIELD, f"the chat template refuses them: {error}") from error
+
+    def closing(self, shape: Shape) -> str:
+        """What it writes behind the last of the messages before, where nothing follows."""
+        try:
+            written = self._render(shape.before, shape.parts, answer=False)
+        except Refused:
+            return ""
+        return written.rpartition(shape.anchor)[2]
+
+    def require(self, shape: Shape, messages: Sequence[Message], *, skip: int = 0, merges: bool = False) -> None:
+        """
+        Args:
+            skip: how many of the messages were sent before, and are not of this request.
+            merges: whether it would write all of them if a user's message followed.
+
+        Raises:
+            InvalidField: naming the first message that it refuses, or writes nothing of.
+        """
+        if shape.error:
+            before, index = [message.role for message in shape.before], len(messages) - 1
+            least = 0
+            while least < index:  # a beginning that is refused has the message that is
+                middle = (least + index) // 2
+                if self.shape(before, messages[: middle + 1], answer=False).error:
+                    index = middle
+                else:
+                    least = middle + 1
+            why = f"the chat template refuses it: {shape.error}"
+        elif shape.lost:
+            index = shape.lost[0]
+            role = messages[index].role
+            why = f"the model's chat template writes nothing of a message of role {role!r} in this place"
+        else:
+            return
+        if index < skip:
+            why = f"behind it {messages[index].role!r} message {index} of this context, which waits, is lost"
+        raise InvalidField.of(f"{_FIELD}[{max(0, index - skip)}]", f"{why}; {_remedy(messages[index], merges)}")
+
+    def require_contents(
+        self, shape: Shape, messages: Sequence[Message], answer: bool, written: str, *, skip: int = 0
+    ) -> None:
+        """
+        Args:
+            written: for these messages, which are all written where they say something else.
+            skip: how many of the messages are not of this request.
+
+        Raises:
+            InvalidField: naming the first message that is left out for what it says.
+        """
+        changed = [n for n, message in enumerate(messages) if message.content.strip() not in written]
+        if not changed:
+            return
+        # It escapes them, or leaves out a part, such as earlier reasoning: what stands around it tells.
+        around = list(messages)
+        for n in changed:
+            around[n] = Message(messages[n].role, f"{mark(n)} {messages[n].content} {mark(n)}")
+        written = self.write(shape, around, answer)
+        for n in changed:
+            if mark(n) not in written:
+                raise InvalidField.of(
+                    f"{_FIELD}[{max(0, n - skip)}]",
+                    "the model's chat template writes nothing of a message that says this; reword it",
+                )
+
+    def _probe(self, before: tuple[str, ...], roles: Roles, answer: bool) -> Shape:
+        contents = [mark(n) for n in range(len(before))]
+        contents += [mark(len(before) + n) if says else "" for n, (_, says) in enumerate(roles)]
+        names = (*before, *(role for role, _ in roles))
+        messages = [Message(role, content) for role, content in zip(names, contents, strict=True)]
+        stand_in = tuple(messages[: len(before)])
+        parts, lost, written, error = self._forms(messages, answer)
+        if error:
+            return Shape(stand_in, error=error)
+        start = written.find(contents[len(before) - 1]) + len(contents[len(before) - 1]) if before else 0
+        own = range(len(before), len(messages))
+        behind = written[start:]
+        lost |= {n for n in own if contents[n] not in behind}
+        first = min((behind.find(contents[n]) for n in own if contents[n] and contents[n] in behind), default=-1)
+        gap = behind if first < 0 else behind[:first]
+        forgets = any(n < len(before) for n in lost)
+        return Shape(stand_in, parts, tuple(sorted(n - len(before) for n in lost if n >= len(before))), gap, forgets)
+
+    def _forms(self, messages: Sequence[Message], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
+        """Which messages it wants as parts, which of them it leaves out then, what it writes, and its error."""
+        parts: frozenset[int] = frozenset()
+        best: tuple[frozenset[int], set[int], str, str] | None = None
+        for _ in range(3):
+            try:
+                written = self._render(messages, parts, answer)
+            except Refused as error:
+                best = best or (parts, set(), "", str(error))
+                if parts:
+                    break
+                parts = frozenset(range(len(messages)))
+                continue
+            raw = {n for n in parts if _is_data(messages[n].content, written)}
+            lost = {n for n, message in enumerate(messages) if message.content not in written} | raw
+            if best is None or best[3] or len(lost) < len(best[1]):
+                best = (parts, lost, written, "")
+            if not lost:
+                break
+            parts = parts - raw if raw else parts | lost
+        assert best is not None
+        return best
+
+    def _render(self, messages: Iterable[Message], parts: frozenset[int], answer: bool) -> str:
+        try:
+            written = str(self._apply([_plain(m, n in parts) for n, m in enumerate(messages)], answer))
+        except MemoryError:
+            raise
+        except Exception as error:  # templates raise jinja2 errors, and whatever their own code raises
+            raise Refused(" ".join(str(error).split()) or type(error).__name__) from error
+        if len(written) > MOST_RENDERED:
+            raise InvalidField.of(
+                _FIELD,
+                f"the model's chat template makes {len(written)} characters of them, and {MOST_RENDERED} are the most",
+            )
+        return written
+
+
+def _plainly(tokenizer: TokenizerWrapper) -> Callable[[list[dict[str, Any]], bool], Any]:
+    """Rendering as transformers does it: mlx-lm's wrapper sets a variable of the template (`enable_thinking`).
+
+    Where mlx-lm brings the template itself, as a function, it is mlx-lm that renders.
+    """
+    own = tokenizer._chat_template is not None
+    renderer: Any = tokenizer if own else tokenizer._tokenizer
+
+    def apply(messages: list[dict[str, Any]], answer: bool) -> Any:
+        return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+
+    return apply
+
+
+def _plain(message: Message, as_parts: bool) -> dict[str, Any]:
+    content = [{"type": "text", "text": message.content}] if as_parts else message.content
+    return {"role": message.role, "content": content}
+
+
+def _is_data(content: str, written: str) -> bool:
+    """Whether a list of parts was written as a list, which no template means to do."""
+    return f"'text': '{content}'" in written or f'"text": "{content}"' in written
+
+
+def _remedy(message: Message, merges: bool) -> str:
+    if merges:
+        return "send it together with the user's message that follows it"
+    if message.role == _SYSTEM:
+        return "put all that it says into one system message at the beginning, or into a user's message"
+    return "put what it says into a user's message, or send content.text"
