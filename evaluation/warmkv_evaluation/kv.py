@@ -24,7 +24,8 @@ from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.memory_need import Need
-from warmkv_server.engine.steps.chunk import run_chunk
+from warmkv_server.engine.model.step_plan import StepPlan
+from warmkv_server.engine.steps.batch import run_chunk
 from warmkv_server.engine.steps.sequence import Sequence as Running
 from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.text.text import Text
@@ -88,7 +89,7 @@ async def evaluate(
         reference, _ = await _score(plain, texts, context)
         for width in bits:
             codec = Codec(width, group_size)
-            quantised = replace(plain, cache_map=discover(plain.model, codec))
+            quantised = replace(plain, cache_map=discover(plain.runner, codec))
             logprobs, loaded = await _score(quantised, texts, context)
             yield _compare(context, width, texts, reference, logprobs, loaded)
 
@@ -103,10 +104,10 @@ async def _score(loaded: models.LoadedModel, texts: list[list[int]], context: in
         try:
             for tokens in texts:
                 reuse = await _round_trip(store, loaded, tokens[:context])
-                caches = loaded.empty_caches()
+                caches = loaded.cache_map.empty_caches(loaded.model)
                 for _ in loaded.cache_map.fill(caches, reuse, room=len(tokens) - context):
                     pass
-                logits = loaded.model(mx.array(tokens[context:])[None], cache=caches)[0].astype(mx.float32)
+                logits = loaded.runner.probe(StepPlan.probe(tokens[context:], context), caches)[0].astype(mx.float32)
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 mx.eval(logprobs)
                 found.append(logprobs)

@@ -18,6 +18,7 @@ from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.engine.model.discover import discover
+from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.errors import OperatorError
 
 BUILTIN = "builtin:tiny"
@@ -100,4 +101,4 @@ def shape_of(name: str, group_size: int = 64) -> Shape:
     # As served: on a CPU 16-bit models are computed in 32 bits.
     model.set_dtype(mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
     mx.eval(model.parameters())
-    return Shape(name, model, discover(model, codec), group_size)
+    return Shape(name, model, discover(ModelRunner(model), codec), group_size)

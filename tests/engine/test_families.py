@@ -16,6 +16,7 @@ from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codec import Codec
 from warmkv_server.engine.cache.layout import CacheMap, empty_caches
 from warmkv_server.engine.model.discover import discover
+from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.errors import OperatorError
 
 UNINTERRUPTED = 1e-4
@@ -29,7 +30,7 @@ model_of = cache(build)
 
 
 def map_of(name: str, bits: int) -> CacheMap:
-    return discover(model_of(name), Codec(bits, FAMILIES[name].group_size))
+    return discover(ModelRunner(model_of(name)), Codec(bits, FAMILIES[name].group_size))
 
 
 def continuation(model: Any, caches: list[Any]) -> mx.array:
@@ -69,7 +70,7 @@ def test_sixteen_bit_activations_come_back_bit_for_bit(name: str, dtype: mx.Dtyp
     """As on a GPU. bfloat16 goes to disk as 16-bit integers, which numpy has."""
     model = build(name)
     model.set_dtype(dtype)
-    cache_map = discover(model, Codec(bits))
+    cache_map = discover(ModelRunner(model), Codec(bits))
     running = empty_caches(model, cache_map.codec)
     spans = needed(compute(model, cache_map, running, TOKENS, 0, CHUNKS), cache_map.layout, LENGTH)
     hot = continuation(model, filled(model, cache_map, spans, LENGTH, room=20))
@@ -170,11 +171,11 @@ def test_a_cache_that_cannot_be_kept_is_refused_by_name(cache_class: Any) -> Non
     model = build("llama")
     model.make_cache = lambda: [KVCache(), cache_class()]
     with pytest.raises(OperatorError, match=r"RotatingKVCache|ConcatenateKVCache"):
-        discover(model, Codec())
+        discover(ModelRunner(model), Codec())
 
 
 def test_a_dimension_that_does_not_divide_is_refused_with_the_group_size_that_does() -> None:
     with pytest.raises(OperatorError, match=r"layer 0 .*dimension 96.*group size 64.*--kv-group-size 32"):
-        discover(model_of("phi3_head_dim_96"), Codec(4, 64))
+        discover(ModelRunner(model_of("phi3_head_dim_96")), Codec(4, 64))
     with pytest.raises(OperatorError, match=r"layer 0 .*dimension 64.*group size 128.*--kv-group-size 64"):
-        discover(model_of("llama"), Codec(4, 128))
+        discover(ModelRunner(model_of("llama")), Codec(4, 128))

@@ -37,6 +37,7 @@ from warmkv_server.engine.cache.codec import Codec
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.model import discover
 from warmkv_server.engine.model.fitting import takes
+from warmkv_server.engine.model.runner import ModelRunner
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -168,4 +169,4 @@ def test_capacities_are_what_was_asked_for() -> None:
     ("family", "taken"), [("llama", True), ("qwen3", True), ("qwen3_moe", True), ("deepseek_v3", False)]
 )
 def test_a_model_is_tried_before_it_is_given_masks_of_numbers(family: str, taken: bool) -> None:
-    assert takes(families.build(family), FEW_SHAPES) is taken
+    assert takes(ModelRunner(families.build(family)), FEW_SHAPES) is taken

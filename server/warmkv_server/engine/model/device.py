@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from warmkv_server.engine.cache import cuda_codec
-from warmkv_server.engine.model.pace import Pace
 
 
 def prepare() -> None:
@@ -49,7 +48,7 @@ def prefill_chunk() -> int:
 
 def smallest_chunk() -> int:
     """Tokens of the smallest chunk that is worth while where others wait for it: fewer take about as long."""
-    return 256 if cuda_codec.is_available() else Pace.smallest
+    return 256 if cuda_codec.is_available() else 16
 
 
 def short_prompt() -> int:

@@ -14,18 +14,20 @@ from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codec import Codec, kernel_reads_back, storable
 from warmkv_server.engine.cache.layout import KEYS, VALUES, CacheMap, Stack, empty_caches, state_name
 from warmkv_server.engine.model.fitting import few_shapes
+from warmkv_server.engine.model.runner import ModelRunner
+from warmkv_server.engine.model.step_plan import StepPlan, Wanted
 from warmkv_server.errors import OperatorError
 
 
-def discover(model: Any, codec: Codec) -> CacheMap:
+def discover(runner: ModelRunner, codec: Codec) -> CacheMap:
     """Run one token through the model and look at what its caches were given.
 
     Raises:
         OperatorError: when a layer's cache is of a kind that can't be kept, or its head_dim doesn't divide by the
             group size.
     """
-    plain = empty_caches(model, Codec(bits=0))
-    model(mx.array([[0]]), cache=plain)
+    plain = empty_caches(runner.model, Codec(bits=0))
+    runner.probe(StepPlan.probe([0], wanted=Wanted.NOTHING), plain)
     mx.eval(kinds.arrays(plain))
     stacks: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     states: dict[tuple[int, int], mx.Dtype] = {}
@@ -54,7 +56,7 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         for component, piece in zip(codec.components, probe, strict=True):
             specs.append(_token_spec(stack, component, storable(piece)))
     layout = KVLayout(tuple(specs), window)
-    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
+    return CacheMap(codec, tuple(made), states, layout, few_shapes(runner, plain))
 
 
 def _check_group(codec: Codec, leaf: int, head_dim: int) -> None:

@@ -33,7 +33,8 @@ from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.locate import BUILT_IN, locate
 from warmkv_server.engine.model.positions import context_limit as limit_of
-from warmkv_server.engine.output.choosable import Choosable
+from warmkv_server.engine.model.runner import ModelRunner
+from warmkv_server.engine.output.sampling import Choosable
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import blas
 from warmkv_server.text.task import TokenizerSource
@@ -45,14 +46,16 @@ __all__ = ["BUILT_IN", "LayerInfo", "LoadedModel", "ModelInfo", "ModelKind", "lo
 class LoadedModel:
     """A model ready to run on this thread."""
 
-    model: Any
+    runner: ModelRunner
     tokenizer: TokenizerWrapper
     cache_map: CacheMap
     info: ModelInfo
     choosable: Choosable
 
-    def empty_caches(self) -> list[Any]:
-        return self.cache_map.empty_caches(self.model)
+    @property
+    def model(self) -> Any:
+        """mlx-lm's, for who wants to know what it is made of."""
+        return self.runner.model
 
 
 def load(
@@ -114,7 +117,8 @@ def load(
     )
     if on_cpu:
         exchange_modules(model, limit)
-    cache_map = _caches(model, codec, spec)
+    runner = ModelRunner(model)
+    cache_map = _caches(runner, codec, spec)
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
@@ -145,12 +149,12 @@ def load(
         has_chat_template=bool(tokenizer.has_chat_template),
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
-    return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
+    return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
 
 
-def _caches(model: Any, codec: Codec, spec: str) -> CacheMap:
+def _caches(runner: ModelRunner, codec: Codec, spec: str) -> CacheMap:
     try:
-        return discover(model, codec)
+        return discover(runner, codec)
     except OperatorError:
         raise
     except (

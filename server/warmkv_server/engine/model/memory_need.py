@@ -16,6 +16,7 @@ from warmkv_server.contract.kv import PartKind
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.layout import CacheMap, Stack
 from warmkv_server.engine.model.load import LoadedModel
+from warmkv_server.engine.model.step_plan import StepPlan, Wanted
 
 _COPIED_LAYERS = 2
 """Layers that are there twice while rows join or leave a batch; the next is copied when one is done."""
@@ -158,7 +159,7 @@ def _temporary(loaded: LoadedModel, tokens: int, prefix: int) -> int:
     caches = _zeros(loaded, prefix, tokens)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
+    loaded.runner.probe(StepPlan.probe([0] * tokens, prefix, Wanted.NOTHING), caches)
     mx.eval(kinds.arrays(caches))
     return max(0, mx.get_peak_memory() - before)
 
@@ -169,7 +170,7 @@ def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:
     Args:
         more: tokens that will follow. Of few shapes, caches have room for them, so that no growth is measured.
     """
-    caches, shapes = loaded.empty_caches(), loaded.cache_map.shapes
+    caches, shapes = loaded.cache_map.empty_caches(loaded.model), loaded.cache_map.shapes
     room = shapes.length(length + shapes.tokens(more)) - length if shapes is not None else 0
     if length + room:
         members = list(kinds.leaves(caches))

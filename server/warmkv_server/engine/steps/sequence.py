@@ -100,7 +100,7 @@ class Sequence:
 
     def open(self) -> Iterator[None]:
         """Take memory and put what is there already in place, in steps."""
-        self.caches = self.loaded.empty_caches()
+        self.caches = self.loaded.cache_map.empty_caches(self.loaded.runner.model)
         job = self.job
         if self._reuse.length:
             yield from self.loaded.cache_map.fill(self.caches, self._reuse, room=self._room())
