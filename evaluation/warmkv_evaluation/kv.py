@@ -19,7 +19,7 @@ from warmkv_evaluation.statistics import Floats, interval
 from warmkv_evaluation.windows import cut
 from warmkv_server.contract.generation import Job
 from warmkv_server.contract.kv import Reuse
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.engine.model.discover import discover
@@ -82,14 +82,13 @@ async def evaluate(
         scored: tokens scored behind each context.
     """
     device.prepare()
-    plain = models.load(spec, adapter=None, codec=Codec(bits=0), context_limit=None)
+    plain = models.load(spec, adapter=None, codecs=codecs_for(0), context_limit=None)
     text = Text(plain.tokenizer, plain.info.vocab_size)
     for context in contexts:
         texts = cut(text, content, context + scored, windows)
         reference, _ = await _score(plain, texts, context)
         for width in bits:
-            codec = Codec(width, group_size)
-            quantised = replace(plain, cache_map=discover(plain.runner, codec))
+            quantised = replace(plain, cache_map=discover(plain.runner, codecs_for(width, group_size)))
             logprobs, loaded = await _score(quantised, texts, context)
             yield _compare(context, width, texts, reference, logprobs, loaded)
 
@@ -99,7 +98,7 @@ async def _score(loaded: models.LoadedModel, texts: list[list[int]], context: in
     found, bytes_loaded = [], 0
     with tempfile.TemporaryDirectory(prefix="warmkv-eval-") as folder:
         settings = StoreSettings(Path(folder), durability=Durability.NONE)
-        fields = {**loaded.info.fingerprint_fields, "kv_bits": str(loaded.cache_map.codec.bits)}
+        fields = {**loaded.info.fingerprint_fields, **loaded.cache_map.codecs.fingerprint_fields()}
         store = await Store.open(settings, loaded.cache_map.layout, Fingerprint(fields))
         try:
             for tokens in texts:

@@ -21,8 +21,8 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import CHUNK, FEW_SHAPES, Solo, job_of, outcome, outcomes, prompt_of, running
 from tests.engine.spans import equal
-from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import empty_caches
+from warmkv_server.engine.cache.caches import empty_caches
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import discover
 from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.engine.model.step_plan import Row, StepKind, StepPlan, Wanted
@@ -186,7 +186,7 @@ def test_hidden_states_are_what_logits_are_made_of(name: str) -> None:
     tokens = prompt_of(11)
 
     def probe(wanted: Wanted) -> mx.array:
-        caches = empty_caches(runner.model, Codec(bits=0))
+        caches = empty_caches(runner.model, codecs_for(0))
         return runner.probe(StepPlan.probe(tokens, wanted=wanted), caches)
 
     hidden, logits = probe(Wanted.HIDDEN), probe(Wanted.LOGITS)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache import cuda_codec
 from warmkv_server.engine.cache.attention_shapes import FewShapes
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs import cuda
+from warmkv_server.engine.cache.codecs.as_computed import AsComputed
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.engine.model.step_plan import NOBODY, Row, StepKind, StepPlan, Wanted
 
@@ -32,7 +32,7 @@ def few_shapes(runner: ModelRunner, caches: Sequence[Any]) -> FewShapes | None:
     Args:
         caches: of the model, with something in them.
     """
-    if not cuda_codec.is_available() or not all(isinstance(leaf, kinds.AppendCache) for leaf in caches):
+    if not cuda.is_available() or not all(isinstance(leaf, kinds.AppendCache) for leaf in caches):
         return None
     shapes = FewShapes(caches[0].keys.dtype)
     return shapes if takes(runner, shapes) else None
@@ -57,7 +57,7 @@ def _tried(runner: ModelRunner, shapes: FewShapes | None) -> tuple[mx.array, mx.
     own = []
     lengths = _LONGER, _SHORTER
     for length in lengths:
-        caches = [kinds.quantise_first(cache, Codec(bits=0), shapes) for cache in make_prompt_cache(runner.model)]
+        caches = kinds.empty_caches(runner.model, CodecPlan(AsComputed()), shapes)
         fed, read = (length, length) if shapes is None else shapes.chunk(0, length)
         rows = (Row(NOBODY, 0, tuple(range(1, length + 1))),)
         chunk = StepPlan(StepKind.PROBE, rows, fed, read, Wanted.LOGITS)

@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.contract.model import LayerInfo, ModelInfo, ModelKind
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import (
     adapters,
@@ -62,7 +62,7 @@ def load(
     spec: str,
     *,
     adapter: str | None,
-    codec: Codec,
+    codecs: CodecPlan,
     context_limit: int | None,
     tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
 ) -> LoadedModel:
@@ -71,6 +71,7 @@ def load(
     Args:
         spec: `builtin:NAME`, `random:SHAPE`, a folder, or `ORG/NAME[@REVISION]` on the hub.
         adapter: folder of a LoRA adapter, or None.
+        codecs: of the KV.
         context_limit: positions to serve, at most the model's own; None for all.
         tokenizer_found: told what the tokenizer is made of, once it is known to load.
 
@@ -118,15 +119,14 @@ def load(
     if on_cpu:
         exchange_modules(model, limit)
     runner = ModelRunner(model)
-    cache_map = _caches(runner, codec, spec)
+    cache_map = _caches(runner, codecs, spec)
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
         "adapter": adapter_digest,
         "config": digest_json(config),
         "tokenizer": digest_files(tokenizers.files(folder)),
-        "kv_bits": str(codec.bits),
-        "kv_group_size": str(codec.group_size if codec.bits else 0),
+        **codecs.fingerprint_fields(),
         "dtype": dtype.removeprefix("mlx.core."),
         "rope": digest_json({k: v for k, v in text_config.items() if k.startswith("rope")}),
     }
@@ -139,8 +139,8 @@ def load(
         context_limit=limit,
         vocab_size=vocab_size,
         layers=description.layers(model, cache_map),
-        kv_bits=codec.bits,
-        kv_group_size=codec.group_size if codec.bits else 0,
+        kv_bits=codecs.bits,
+        kv_group_size=codecs.group_size,
         kv_bytes_per_token=cache_map.layout.nbytes(PartKind.APPEND),
         layout=cache_map.layout,
         fingerprint_fields=fields,
@@ -152,9 +152,9 @@ def load(
     return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
 
 
-def _caches(runner: ModelRunner, codec: Codec, spec: str) -> CacheMap:
+def _caches(runner: ModelRunner, codecs: CodecPlan, spec: str) -> CacheMap:
     try:
-        return discover(runner, codec)
+        return discover(runner, codecs)
     except OperatorError:
         raise
     except (

@@ -173,7 +173,7 @@ def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:
     caches, shapes = loaded.cache_map.empty_caches(loaded.model), loaded.cache_map.shapes
     room = shapes.length(length + shapes.tokens(more)) - length if shapes is not None else 0
     if length + room:
-        members = list(kinds.leaves(caches))
+        members = kinds.token_leaves(caches)
         for leaf, (keys, values) in _layers(loaded.cache_map).items():
             kept = loaded.cache_map.kept(keys.kind, length) + room
             zeros = [mx.zeros((1, stack.heads, kept, stack.head_dim), stack.dtype) for stack in (keys, values)]

@@ -73,7 +73,7 @@ class Group:
         counts = [row.count for row in plan.rows]
         if most := max(counts):
             loaded.runner.prefill(plan, self.caches)
-            for leaf in kinds.leaves(self.caches):
+            for leaf in kinds.token_leaves(self.caches).values():
                 leaf.prepare(right_padding=[most - count for count in counts])
                 leaf.finalize()
             pieces = loaded.cache_map.drain(self.caches, len(self.sequences))
@@ -160,7 +160,7 @@ class Group:
     def cut(self, tokens: int) -> None:
         """Take back the last tokens that `verify` fed, in caches and logged words; none is fine."""
         if tokens:
-            for leaf in kinds.leaves(self.caches):
+            for leaf in kinds.token_leaves(self.caches).values():
                 leaf.cut(tokens)
             self.sequences[0].done -= tokens
         self._count_step()
@@ -171,7 +171,7 @@ class Group:
         self._drain(self.sequences)
 
     def _drain(self, rows: list[Sequence]) -> None:
-        if any(getattr(leaf, "log", None) for leaf in kinds.leaves(self.caches)):
+        if any(leaf.log for leaf in kinds.leaves(self.caches)):
             pieces = rows[0].loaded.cache_map.drain(self.caches, len(rows))
             for sequence, tensors in zip(rows, pieces, strict=True):
                 sequence.add_grown(tensors)
@@ -191,8 +191,7 @@ class Group:
     def _note_lengths(self) -> None:
         even = len({sequence.done for sequence in self.sequences}) == 1
         for leaf in kinds.leaves(self.caches):
-            if isinstance(leaf, kinds.BatchAppendCache):
-                leaf.even = even
+            leaf.even = even
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
