@@ -110,7 +110,8 @@ async def test_plans_alone_give_the_answer_elsewhere(folder_of: FolderOf, caplog
 
     loaded = Solo(folder_of("gemma3_text")).loaded
     caches = loaded.cache_map.empty_caches(loaded.model)
-    tokens, reported = [], []
+    tokens: list[int] = []
+    reported = []
     for plan in map(carried, plans):
         if plan.kind is StepKind.PREFILL:
             loaded.runner.prefill(plan, caches)
@@ -136,10 +137,10 @@ async def test_a_plan_says_what_a_step_does(folder_of: FolderOf, caplog: pytest.
         place = 0
         for plan, row in own:
             assert row.start == place
-            assert (plan.fed, plan.read) == (row.count, max(each.start for each in plan.rows) + plan.fed)
-            assert row.tokens is None or list(row.tokens) == prompt[place : place + row.count]
+            assert (plan.fed, plan.read) == (row.length, max(each.start for each in plan.rows) + plan.fed)
+            assert row.tokens is None or list(row.tokens) == prompt[place : place + row.length]
             assert plan.wanted is (Wanted.NOTHING if plan.kind is StepKind.PREFILL else Wanted.LOGITS)
-            place += row.count
+            place += row.length
         assert place >= len(prompt) + 3
     together = [plan for plan in plans if len(plan.rows) > 1]
     assert together
@@ -154,7 +155,7 @@ async def test_a_plan_says_what_is_padded(
         caplog.set_level(logging.DEBUG, "warmkv_server.engine.model.runner")
         await outcomes(engine, [job_of(prompt_of(length), 4) for length in (60, 52)])
     plans = logged(caplog)
-    chunks = {(row.start, row.count): plan for plan in plans if plan.kind is StepKind.PREFILL for row in plan.rows}
+    chunks = {(row.start, row.length): plan for plan in plans if plan.kind is StepKind.PREFILL for row in plan.rows}
     assert (chunks[32, 27].fed, chunks[32, 27].read) == (32, 64)
     both = {max(row.start for row in plan.rows): plan for plan in plans if len(plan.rows) == 2}
     assert (both[60].fed, both[60].read) == (2, 64)
@@ -176,7 +177,7 @@ async def test_guesses_are_in_the_plan(folder_of: FolderOf, caplog: pytest.LogCa
     checks = [plan for plan in logged(caplog) if plan.kind is StepKind.VERIFY]
     assert checks
     for plan in checks:
-        assert plan.fed == plan.rows[0].count > 1
+        assert plan.fed == plan.rows[0].length > 1
         assert plan.read == plan.rows[0].start + plan.fed
 
 

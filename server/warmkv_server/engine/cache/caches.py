@@ -255,7 +255,8 @@ class StateCache(Kept, ArraysCache, stands_for=ArraysCache):
         return cls(len(stock.cache))
 
     def arrays(self) -> list[mx.array]:
-        return [array for array in self.cache if array is not None]
+        held: list[Any] = self.cache
+        return [array for array in held if array is not None]
 
 
 def _starts_early(rows: int, tokens: int) -> bool:

@@ -88,7 +88,7 @@ if TYPE_CHECKING:
         def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
             raise NotImplementedError
 
-        def make_mask(self, N: int, return_array: bool = ..., **kwargs: Any) -> Any: ...  # noqa: N803 - mlx-lm's name
+        def make_mask(self, *arguments: Any, **named: Any) -> Any: ...
 
         def trim(self, n: int) -> int:
             raise NotImplementedError

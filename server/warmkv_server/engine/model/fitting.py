@@ -59,8 +59,8 @@ def _tried(runner: ModelRunner, shapes: FewShapes | None) -> tuple[mx.array, mx.
     for length in lengths:
         caches = kinds.empty_caches(runner.model, CodecPlan(AsComputed()), shapes)
         fed, read = (length, length) if shapes is None else shapes.chunk(0, length)
-        rows = (Row(NOBODY, 0, tuple(range(1, length + 1))),)
-        chunk = StepPlan(StepKind.PROBE, rows, fed, read, Wanted.LOGITS)
+        row = Row(NOBODY, 0, tuple(range(1, length + 1)))
+        chunk = StepPlan(StepKind.PROBE, (row,), fed, read, Wanted.LOGITS)
         own.append((caches, runner.probe(chunk, caches)[:, :length]))
     batch = [type(pair[0]).merge(list(pair)) for pair in zip(own[0][0], own[1][0], strict=True)]
     fed, read = (1, _LONGER + 1) if shapes is None else shapes.decoding(lengths)

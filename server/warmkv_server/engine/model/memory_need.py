@@ -14,6 +14,7 @@ import mlx.core as mx
 from warmkv_server.contract.generation import Job
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES
 from warmkv_server.engine.cache.layout import CacheMap, Stack
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.step_plan import StepPlan, Wanted
@@ -176,7 +177,7 @@ def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:
         members = kinds.token_leaves(caches)
         for leaf, (keys, values) in _layers(loaded.cache_map).items():
             kept = loaded.cache_map.kept(keys.kind, length) + room
-            zeros = [mx.zeros((1, stack.heads, kept, stack.head_dim), stack.dtype) for stack in (keys, values)]
-            mx.eval(zeros)
-            members[leaf].fill(*zeros, length)
+            filled = [mx.zeros((1, stack.heads, kept, stack.head_dim), stack.dtype) for stack in (keys, values)]
+            mx.eval(filled)
+            members[leaf].fill(filled[KEYS], filled[VALUES], length)
     return caches

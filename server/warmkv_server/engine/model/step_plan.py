@@ -49,7 +49,7 @@ class Row(NamedTuple):
     tokens: tuple[int, ...] | None = None
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return 1 if self.tokens is None else len(self.tokens)
 
 
@@ -73,9 +73,9 @@ class StepPlan:
     def probe(cls, tokens: Sequence[int], start: int = 0, wanted: Wanted = Wanted.LOGITS) -> StepPlan:
         """To feed these tokens of nobody's behind so many others, and see what comes of it."""
         row = Row(NOBODY, start, tuple(tokens))
-        return cls(StepKind.PROBE, (row,), row.count, start + row.count, wanted)
+        return cls(StepKind.PROBE, (row,), row.length, start + row.length, wanted)
 
     def __str__(self) -> str:
         """One line, without the tokens themselves."""
-        rows = ", ".join(f"#{row.ident} {row.start}+{row.count}" for row in self.rows)
+        rows = ", ".join(f"#{row.ident} {row.start}+{row.length}" for row in self.rows)
         return f"{self.kind} of {rows}; {self.fed} fed a row, {self.read} read, {self.wanted} wanted"

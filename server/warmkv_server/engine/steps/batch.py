@@ -70,7 +70,7 @@ class Group:
         self._settle()
         loaded = self.sequences[0].loaded
         plan = plan_chunk(self.sequences, [row.prefill_end for row in self.sequences])
-        counts = [row.count for row in plan.rows]
+        counts = [row.length for row in plan.rows]
         if most := max(counts):
             loaded.runner.prefill(plan, self.caches)
             for leaf in kinds.token_leaves(self.caches).values():
@@ -262,8 +262,8 @@ def plan_check(sequence: Sequence, tokens: Sequences[int]) -> StepPlan:
     """To feed a row its last token and a guess, and choose a token behind each."""
     row = Row(sequence.ident, sequence.done, tuple(tokens))
     shapes = sequence.loaded.cache_map.shapes
-    end = row.start + row.count
-    return StepPlan(StepKind.VERIFY, (row,), row.count, end if shapes is None else shapes.length(end), Wanted.LOGITS)
+    end = row.start + row.length
+    return StepPlan(StepKind.VERIFY, (row,), row.length, end if shapes is None else shapes.length(end), Wanted.LOGITS)
 
 
 def plan_token(sequence: Sequence, token: int, wanted: Wanted) -> StepPlan:
