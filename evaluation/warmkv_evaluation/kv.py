@@ -19,12 +19,13 @@ from warmkv_evaluation.statistics import Floats, interval
 from warmkv_evaluation.windows import cut
 from warmkv_server.contract.generation import Job
 from warmkv_server.contract.kv import Reuse
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.memory_need import Need
-from warmkv_server.engine.steps.chunk import run_chunk
+from warmkv_server.engine.model.step_plan import StepPlan
+from warmkv_server.engine.steps.batch import run_chunk
 from warmkv_server.engine.steps.sequence import Sequence as Running
 from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.text.text import Text
@@ -81,14 +82,13 @@ async def evaluate(
         scored: tokens scored behind each context.
     """
     device.prepare()
-    plain = models.load(spec, adapter=None, codec=Codec(bits=0), context_limit=None)
+    plain = models.load(spec, adapter=None, codecs=codecs_for(0), context_limit=None)
     text = Text(plain.tokenizer, plain.info.vocab_size)
     for context in contexts:
         texts = cut(text, content, context + scored, windows)
         reference, _ = await _score(plain, texts, context)
         for width in bits:
-            codec = Codec(width, group_size)
-            quantised = replace(plain, cache_map=discover(plain.model, codec))
+            quantised = replace(plain, cache_map=discover(plain.runner, codecs_for(width, group_size)))
             logprobs, loaded = await _score(quantised, texts, context)
             yield _compare(context, width, texts, reference, logprobs, loaded)
 
@@ -98,15 +98,15 @@ async def _score(loaded: models.LoadedModel, texts: list[list[int]], context: in
     found, bytes_loaded = [], 0
     with tempfile.TemporaryDirectory(prefix="warmkv-eval-") as folder:
         settings = StoreSettings(Path(folder), durability=Durability.NONE)
-        fields = {**loaded.info.fingerprint_fields, "kv_bits": str(loaded.cache_map.codec.bits)}
+        fields = {**loaded.info.fingerprint_fields, **loaded.cache_map.codecs.fingerprint_fields()}
         store = await Store.open(settings, loaded.cache_map.layout, Fingerprint(fields))
         try:
             for tokens in texts:
                 reuse = await _round_trip(store, loaded, tokens[:context])
-                caches = loaded.empty_caches()
+                caches = loaded.cache_map.empty_caches(loaded.model)
                 for _ in loaded.cache_map.fill(caches, reuse, room=len(tokens) - context):
                     pass
-                logits = loaded.model(mx.array(tokens[context:])[None], cache=caches)[0].astype(mx.float32)
+                logits = loaded.runner.probe(StepPlan.probe(tokens[context:], context), caches)[0].astype(mx.float32)
                 logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 mx.eval(logprobs)
                 found.append(logprobs)

@@ -28,7 +28,7 @@ from warmkv_evaluation.store_contexts import TENANT, block_files, extend, opened
 from warmkv_evaluation.store_readers import HASHED, PLAIN, READER, Readers
 from warmkv_evaluation.store_shapes import Shape
 from warmkv_server.contract.kv import PartKind, Reuse
-from warmkv_server.engine.cache.layout import empty_caches
+from warmkv_server.engine.cache.caches import empty_caches
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.store import Store, StoreSettings, TokenIds
@@ -148,7 +148,7 @@ async def _timed_load(store: Store, agent_id: str, context: TokenIds) -> float:
 
 
 def _join(shape: Shape, reuse: Reuse) -> float:
-    caches = empty_caches(shape.model, shape.cache_map.codec)
+    caches = empty_caches(shape.model, shape.cache_map.codecs)
     began = time.perf_counter()
     for _ in shape.cache_map.fill(caches, reuse, room=JOIN_ROOM):
         pass

@@ -13,11 +13,12 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.contract.kv import PartKind
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.engine.model.discover import discover
+from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.errors import OperatorError
 
 BUILTIN = "builtin:tiny"
@@ -88,9 +89,9 @@ def shape_of(name: str, group_size: int = 64) -> Shape:
         OperatorError: there is no such shape.
     """
     device.prepare()
-    codec = Codec(4, group_size)
+    codecs = codecs_for(4, group_size)
     if name == BUILTIN:
-        loaded = models.load(BUILTIN, adapter=None, codec=codec, context_limit=None)
+        loaded = models.load(BUILTIN, adapter=None, codecs=codecs, context_limit=None)
         return Shape(name, loaded.model, loaded.cache_map, group_size)
     if name not in _CONFIGS:
         raise OperatorError(f"there is no shape {name!r}; known are {', '.join(SHAPES)}")
@@ -100,4 +101,4 @@ def shape_of(name: str, group_size: int = 64) -> Shape:
     # As served: on a CPU 16-bit models are computed in 32 bits.
     model.set_dtype(mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
     mx.eval(model.parameters())
-    return Shape(name, model, discover(model, codec), group_size)
+    return Shape(name, model, discover(ModelRunner(model), codecs), group_size)

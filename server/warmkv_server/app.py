@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import LOOPBACK, Settings
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.steps.loop import SOON_SECONDS
 from warmkv_server.errors import ServerFailed
@@ -136,8 +137,7 @@ async def _load_engine(settings: Settings, tenants: int, text: Started) -> Engin
         EngineSettings(
             model=settings.model,
             adapter=settings.adapter,
-            kv_bits=settings.kv_bits,
-            kv_group_size=settings.kv_group_size,
+            codecs=codecs_for(settings.kv_bits, settings.kv_group_size),
             context_limit=settings.context_limit,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,

@@ -16,8 +16,9 @@ from tests.engine.spans import compute
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Logprobs
 from warmkv_server.contract.kv import Growth, Reuse, Span
 from warmkv_server.engine.cache.attention_shapes import FewShapes
-from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import empty_caches
+from warmkv_server.engine.cache.caches import empty_caches
+from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.engine import Engine, EngineSettings, Handle
 from warmkv_server.engine.model import load as model
 
@@ -33,9 +34,9 @@ quantised word. Two tokens whose logits are closer than twice as much may change
 
 
 @asynccontextmanager
-async def running(folder: Path | str, group_size: int = 64, **settings: Any) -> AsyncIterator[Engine]:
+async def running(folder: Path | str, group_size: int = 64, kv_bits: int = 4, **settings: Any) -> AsyncIterator[Engine]:
     """An engine on this model, stopped at the end."""
-    chosen = EngineSettings(model=str(folder), kv_group_size=group_size, prefill_chunk=CHUNK)
+    chosen = EngineSettings(model=str(folder), codecs=codecs_for(kv_bits, group_size), prefill_chunk=CHUNK)
     engine = await Engine.start(EngineSettings(**{**vars(chosen), **settings}))
     try:
         yield engine
@@ -149,8 +150,8 @@ class Step:
 class Solo:
     """A model on the test's own thread. Weights, caches and chunks are the engine's; nothing of its loop is."""
 
-    def __init__(self, folder: Path | str, codec: Codec | None = None) -> None:
-        self.loaded = model.load(str(folder), adapter=None, codec=codec or Codec(), context_limit=None)
+    def __init__(self, folder: Path | str, codecs: CodecPlan | None = None) -> None:
+        self.loaded = model.load(str(folder), adapter=None, codecs=codecs or codecs_for(), context_limit=None)
 
     def answer(self, prompt: Sequence[int], count: int) -> list[Step]:
         """The greedy answer to a prompt."""
@@ -168,7 +169,7 @@ class Solo:
     def context(self, tokens: Sequence[int]) -> tuple[mx.array, list[Any], list[Span]]:
         """Logits behind these tokens, the caches that hold them, and their KV."""
         cache_map = self.loaded.cache_map
-        caches = empty_caches(self.loaded.model, cache_map.codec)
+        caches = empty_caches(self.loaded.model, cache_map.codecs)
         last = len(tokens) - 1
         ends = [*range(CHUNK, last, CHUNK), last] if last else []
         spans = compute(self.loaded.model, cache_map, caches, tokens, 0, ends)

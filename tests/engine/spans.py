@@ -10,7 +10,8 @@ import numpy as np
 
 from warmkv_server.contract.kv import Growth, KVLayout, PartKind, Reuse, Span, Tensors
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.layout import CacheMap, empty_caches
+from warmkv_server.engine.cache.caches import empty_caches
+from warmkv_server.engine.cache.layout import CacheMap
 
 
 def compute(
@@ -32,7 +33,7 @@ def compute(
 
 def filled(model: Any, cache_map: CacheMap, spans: Sequence[Span], length: int, room: int = 0) -> list[Any]:
     """Fresh caches that start after the first `length` tokens."""
-    caches = empty_caches(model, cache_map.codec)
+    caches = empty_caches(model, cache_map.codecs)
     for _ in cache_map.fill(caches, Reuse(length, tuple(spans)), room):
         pass
     mx.eval(kinds.arrays(caches))

@@ -189,7 +189,7 @@ async def test_a_batch_has_a_mask_only_while_its_rows_differ_in_length(folder_of
     solo = Solo(folder_of("llama"))
     rows = []
     for length in (5, 5, 7):
-        caches = solo.loaded.empty_caches()
+        caches = solo.loaded.cache_map.empty_caches(solo.loaded.model)
         solo.loaded.model(mx.array([prompt_of(length)]), cache=caches)
         mx.eval(kinds.arrays(caches))
         sequence = Sequence(length, job_of(prompt_of(length), 4), solo.loaded, Need(0, 0, 0), caches, length)

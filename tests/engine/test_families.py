@@ -13,9 +13,11 @@ from tests.engine.families import FAMILIES, VOCAB, WINDOW, build
 from tests.engine.spans import compute, distance, equal, filled, from_disk, needed
 from warmkv_server.contract.kv import PartKind, Span
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import CacheMap, empty_caches
+from warmkv_server.engine.cache.caches import empty_caches
+from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model.discover import discover
+from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.errors import OperatorError
 
 UNINTERRUPTED = 1e-4
@@ -29,7 +31,12 @@ model_of = cache(build)
 
 
 def map_of(name: str, bits: int) -> CacheMap:
-    return discover(model_of(name), Codec(bits, FAMILIES[name].group_size))
+    return discover(ModelRunner(model_of(name)), codecs_for(bits, FAMILIES[name].group_size))
+
+
+def leaves(caches: list[Any]) -> list[Any]:
+    """As mlx-lm's, which have more to them than the engine asks for."""
+    return list(kinds.leaves(caches))
 
 
 def continuation(model: Any, caches: list[Any]) -> mx.array:
@@ -46,7 +53,7 @@ def continuation(model: Any, caches: list[Any]) -> mx.array:
 )
 def test_a_stored_context_goes_on_as_it_was(name: str, bits: int) -> None:
     model, cache_map = model_of(name), map_of(name, bits)
-    running = empty_caches(model, cache_map.codec)
+    running = empty_caches(model, cache_map.codecs)
     spans = needed(compute(model, cache_map, running, TOKENS, 0, CHUNKS), cache_map.layout, LENGTH)
 
     hot = continuation(model, filled(model, cache_map, spans, LENGTH, room=20))
@@ -69,8 +76,8 @@ def test_sixteen_bit_activations_come_back_bit_for_bit(name: str, dtype: mx.Dtyp
     """As on a GPU. bfloat16 goes to disk as 16-bit integers, which numpy has."""
     model = build(name)
     model.set_dtype(dtype)
-    cache_map = discover(model, Codec(bits))
-    running = empty_caches(model, cache_map.codec)
+    cache_map = discover(ModelRunner(model), codecs_for(bits))
+    running = empty_caches(model, cache_map.codecs)
     spans = needed(compute(model, cache_map, running, TOKENS, 0, CHUNKS), cache_map.layout, LENGTH)
     hot = continuation(model, filled(model, cache_map, spans, LENGTH, room=20))
     assert hot.dtype == dtype
@@ -82,7 +89,7 @@ def test_sixteen_bit_activations_come_back_bit_for_bit(name: str, dtype: mx.Dtyp
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_layout_tells_what_a_context_is_made_of(name: str) -> None:
     family, model, cache_map = FAMILIES[name], model_of(name), map_of(name, 4)
-    spans = compute(model, cache_map, empty_caches(model, cache_map.codec), TOKENS, 0, [LENGTH])
+    spans = compute(model, cache_map, empty_caches(model, cache_map.codecs), TOKENS, 0, [LENGTH])
     layout = cache_map.layout
     assert layout.window == (WINDOW if "window" in family.kinds else 0)
     assert layout.has_state == ("state" in family.kinds)
@@ -108,10 +115,10 @@ def test_four_bits_keep_an_append_only_token_in_a_third_of_sixteen(name: str) ->
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if set(family.kinds) == {"append"}])
 def test_an_append_only_context_is_cut_at_any_token(name: str) -> None:
     model, cache_map = model_of(name), map_of(name, 4)
-    running = empty_caches(model, cache_map.codec)
+    running = empty_caches(model, cache_map.codecs)
     spans = compute(model, cache_map, running, TOKENS, 0, CHUNKS)
     for length in (60, 25, 24, 1):
-        for leaf in kinds.leaves(running):
+        for leaf in leaves(running):
             leaf.trim(leaf.offset - length)
         trimmed = model(mx.array([TOKENS[:5]]), cache=running)
         again = filled(model, cache_map, [span for span in spans if span.start < length], length)
@@ -122,11 +129,11 @@ def test_an_append_only_context_is_cut_at_any_token(name: str) -> None:
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1])
 def test_a_window_that_is_just_full_comes_back(name: str, length: int) -> None:
     model, cache_map = model_of(name), map_of(name, 4)
-    running = empty_caches(model, cache_map.codec)
+    running = empty_caches(model, cache_map.codecs)
     spans = needed(compute(model, cache_map, running, TOKENS, 0, [length]), cache_map.layout, length)
     assert sum(span.count for span in spans if PartKind.WINDOW in span.parts) == min(length, WINDOW)
     again = filled(model, cache_map, spans, length)
-    for leaf in kinds.leaves(again):
+    for leaf in leaves(again):
         assert leaf.offset == length
     assert distance(continuation(model, again), continuation(model, running)) <= UNINTERRUPTED
 
@@ -147,7 +154,7 @@ def test_too_little_kv_is_never_taken_for_a_context() -> None:
 
     def lacking(name: str, kind: PartKind, end: int) -> list[Span]:
         model, cache_map = model_of(name), map_of(name, 4)
-        spans = compute(model, cache_map, empty_caches(model, cache_map.codec), TOKENS, 0, CHUNKS)
+        spans = compute(model, cache_map, empty_caches(model, cache_map.codecs), TOKENS, 0, CHUNKS)
         return [
             Span(span.start, span.count, {k: part for k, part in span.parts.items() if k is not kind or span.end > end})
             for span in spans
@@ -170,11 +177,11 @@ def test_a_cache_that_cannot_be_kept_is_refused_by_name(cache_class: Any) -> Non
     model = build("llama")
     model.make_cache = lambda: [KVCache(), cache_class()]
     with pytest.raises(OperatorError, match=r"RotatingKVCache|ConcatenateKVCache"):
-        discover(model, Codec())
+        discover(ModelRunner(model), codecs_for())
 
 
 def test_a_dimension_that_does_not_divide_is_refused_with_the_group_size_that_does() -> None:
     with pytest.raises(OperatorError, match=r"layer 0 .*dimension 96.*group size 64.*--kv-group-size 32"):
-        discover(model_of("phi3_head_dim_96"), Codec(4, 64))
+        discover(ModelRunner(model_of("phi3_head_dim_96")), codecs_for(4, 64))
     with pytest.raises(OperatorError, match=r"layer 0 .*dimension 64.*group size 128.*--kv-group-size 64"):
-        discover(model_of("llama"), Codec(4, 128))
+        discover(ModelRunner(model_of("llama")), codecs_for(4, 128))

@@ -27,9 +27,9 @@ from tests.engine.runs import (
 )
 from tests.engine.spans import grown, needed
 from warmkv_server.contract.generation import Answer, Delta, Finish, Job, Progress, Sampling, Started
-from warmkv_server.engine.cache.codec import join
+from warmkv_server.engine.cache.codecs.codec import join
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.steps.out_of_memory import ran_out
+from warmkv_server.engine.steps.running_set import ran_out
 from warmkv_server.errors import EngineError, MemoryBudget, WarmKVError
 
 KINDS = ["llama", "deepseek_v3", "gemma3_text", "gemma4_shared_kv", "llama4_chunked", "qwen3_5", "falcon_h1"]

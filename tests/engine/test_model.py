@@ -19,7 +19,8 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES, VOCAB, WINDOW
 from tests.engine.folders import END, write_model
 from warmkv_server.contract.generation import Sampling
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
 from warmkv_server.engine.model.load import BUILT_IN, LayerInfo, LoadedModel, ModelKind
 from warmkv_server.errors import OperatorError
@@ -28,9 +29,13 @@ Change = Callable[[Path], object]
 ON_CPU = mx.default_device() == mx.cpu
 
 
-def load(spec: Path | str, *, adapter: Path | None = None, codec: Codec | None = None, **options: Any) -> LoadedModel:
+def load(
+    spec: Path | str, *, adapter: Path | None = None, codecs: CodecPlan | None = None, **options: Any
+) -> LoadedModel:
     options.setdefault("context_limit", None)
-    return model.load(str(spec), adapter=None if adapter is None else str(adapter), codec=codec or Codec(), **options)
+    return model.load(
+        str(spec), adapter=None if adapter is None else str(adapter), codecs=codecs or codecs_for(), **options
+    )
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def test_a_model_is_described() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_described_by_its_caches(name: str, folder_of: FolderOf) -> None:
     family = FAMILIES[name]
-    info = load(folder_of(name), codec=Codec(group_size=family.group_size)).info
+    info = load(folder_of(name), codecs=codecs_for(kv_group_size=family.group_size)).info
     members = [member for layer in info.layers for member in (layer.members or (layer,))]
     assert tuple(member.cache_kind for member in members) == family.kinds
     for member in members:
@@ -89,7 +94,7 @@ def test_keys_and_values_of_different_widths_are_told_apart(folder_of: FolderOf)
 
 
 def test_without_quantisation_there_is_no_group(folder_of: FolderOf) -> None:
-    info = load(folder_of("llama"), codec=Codec(bits=0)).info
+    info = load(folder_of("llama"), codecs=codecs_for(0)).info
     assert (info.kv_bits, info.kv_group_size) == (0, 0)
 
 
@@ -203,11 +208,17 @@ def test_what_the_kv_depends_on_is_in_the_fingerprint(changed: str, folder: Path
 
 
 @pytest.mark.parametrize(
-    ("codec", "fields"),
-    [(Codec(8), {"kv_bits"}), (Codec(4, 32), {"kv_group_size"}), (Codec(0), {"kv_bits", "kv_group_size"})],
+    ("codecs", "fields"),
+    [
+        (codecs_for(8), {"kv_bits"}),
+        (codecs_for(4, 32), {"kv_group_size"}),
+        (codecs_for(0), {"kv_bits", "kv_group_size"}),
+    ],
 )
-def test_how_the_kv_is_quantised_is_in_the_fingerprint(codec: Codec, fields: set[str], folder_of: FolderOf) -> None:
-    assert differing(load(folder_of("llama")), load(folder_of("llama"), codec=codec)) == fields
+def test_how_the_kv_is_quantised_is_in_the_fingerprint(
+    codecs: CodecPlan, fields: set[str], folder_of: FolderOf
+) -> None:
+    assert differing(load(folder_of("llama")), load(folder_of("llama"), codecs=codecs)) == fields
 
 
 def write_adapter(folder: Path, seed: int) -> Path:
@@ -298,7 +309,7 @@ def test_more_positions_than_the_model_has(folder: Path) -> None:
 def test_a_head_that_does_not_divide_names_the_group_size_to_start_with(folder_of: FolderOf) -> None:
     with pytest.raises(OperatorError, match=r"dimension 96.*group size 64.*--kv-group-size 32"):
         load(folder_of("phi3_head_dim_96"))
-    assert load(folder_of("phi3_head_dim_96"), codec=Codec(group_size=32)).info.kv_group_size == 32
+    assert load(folder_of("phi3_head_dim_96"), codecs=codecs_for(kv_group_size=32)).info.kv_group_size == 32
 
 
 def test_a_head_that_no_group_divides_is_served_unquantised(tmp_path: Path) -> None:
@@ -306,7 +317,7 @@ def test_a_head_that_no_group_divides_is_served_unquantised(tmp_path: Path) -> N
     write_model(tmp_path / "model", config, llama.Model(llama.ModelArgs.from_dict(config)))
     with pytest.raises(OperatorError, match=r"dimension 40.*--kv-bits 0"):
         load(tmp_path / "model")
-    assert load(tmp_path / "model", codec=Codec(bits=0)).info.layers[0].key_dim == 40
+    assert load(tmp_path / "model", codecs=codecs_for(0)).info.layers[0].key_dim == 40
 
 
 def break_shape(adapter: Path) -> None:

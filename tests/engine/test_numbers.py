@@ -15,7 +15,7 @@ from tests.engine.families import FAMILIES, VOCAB
 from tests.engine.folders import write_model
 from tests.engine.runs import become, job_of, outcome, outcomes, prompt_of, running
 from warmkv_server.contract.generation import Answer, Job, Sampling
-from warmkv_server.engine.output.choosable import Choosable
+from warmkv_server.engine.output.sampling import Choosable
 from warmkv_server.errors import EngineError
 
 BROKEN_TOKEN = 300

@@ -12,7 +12,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES, VOCAB
 from tests.engine.runs import CHUNK, Outcome, Solo, job_of, outcomes, prompt_of, running
 from tests.engine.spans import distance
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 
 ROUNDING = 1e-4
 """The largest difference of a log-probability that batching may make, in 32 bits."""
@@ -63,7 +63,7 @@ def generated_in_a_batch(model: Any) -> list[Oracle]:
 async def test_a_batch_says_what_mlx_lm_says(name: str, folder_of: FolderOf) -> None:
     async with running(folder_of(name), kv_bits=0) as engine:
         got = await outcomes(engine, [job_of(prompt, ANSWER, top_logprobs=VOCAB) for prompt in PROMPTS])
-    model = Solo(folder_of(name), Codec(bits=0)).loaded.model
+    model = Solo(folder_of(name), codecs_for(0)).loaded.model
     oracles = [generated_one_by_one(model)]
     if name != "llama4_chunked":  # mlx-lm can't batch its caches
         oracles.append(generated_in_a_batch(model))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmkv_server.engine.model.pace import Pace
+from warmkv_server.engine.steps.prefill import Pace
 
 
 def learned(pace: Pace, seconds_a_token: float, seconds_a_prefix_token: float = 0.0) -> Pace:

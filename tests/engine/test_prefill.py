@@ -81,7 +81,7 @@ async def test_on_a_cpu_each_layer_of_a_step_is_under_way_while_the_next_is_desc
 ) -> None:
     """Else the device would wait for the whole description."""
     loaded = Solo(folder_of("llama")).loaded
-    caches, begun = loaded.empty_caches(), []
+    caches, begun = loaded.cache_map.empty_caches(loaded.model), []
     begin: Any = mx.async_eval
 
     def noted(*arrays: Any) -> None:

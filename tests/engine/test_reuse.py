@@ -32,7 +32,7 @@ from tests.engine.spans import cut, distance, filled, from_disk, grown, needed
 from tests.engine.tokenizers import built_in, ids
 from warmkv_server.contract.generation import Answer, Finish, Job, Sampling
 from warmkv_server.contract.kv import Growth, PartKind, Span
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.engine import Engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -66,7 +66,7 @@ class Bench:
 async def bench(request: pytest.FixtureRequest, folder_of: FolderOf) -> AsyncIterator[Bench]:
     folder, group_size = folder_of(request.param), FAMILIES[request.param].group_size
     async with running(folder, group_size) as engine:
-        yield Bench(engine, Solo(folder, Codec(group_size=group_size)))
+        yield Bench(engine, Solo(folder, codecs_for(kv_group_size=group_size)))
 
 
 def reported(got: Outcome) -> list[tuple[int, float]]:

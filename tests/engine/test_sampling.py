@@ -16,7 +16,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import VOCAB
 from tests.engine.runs import Solo, job_of, outcome, outcomes, prompt_of, running
 from warmkv_server.contract.generation import Sampling
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.output.sampling import Choice, Chooser
 
 Floats = npt.NDArray[np.float64]
@@ -204,7 +204,7 @@ def alone(solo: Solo, sampling: Sampling) -> list[int]:
 
 async def test_each_parameter_in_a_batch_and_alone(folder_of: FolderOf) -> None:
     """Without quantisation, so that a batch and a run alone differ by rounding only."""
-    solo = Solo(folder_of("llama"), Codec(bits=0))
+    solo = Solo(folder_of("llama"), codecs_for(0))
     jobs = [job_of(PROMPT, ANSWER, sampling=sampling) for sampling in SAMPLINGS]
     async with running(folder_of("llama"), kv_bits=0) as engine:
         together = await outcomes(engine, jobs)

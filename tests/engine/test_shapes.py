@@ -33,10 +33,11 @@ from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.attention_shapes import FewShapes
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.model import discover
 from warmkv_server.engine.model.fitting import takes
+from warmkv_server.engine.model.runner import ModelRunner
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -153,7 +154,7 @@ def test_a_mask_hides_what_comes_later_and_what_is_behind_the_end() -> None:
 
 
 def test_capacities_are_what_was_asked_for() -> None:
-    cache = kinds.AppendCache(Codec(), FEW_SHAPES)
+    cache = kinds.AppendCache(codecs_for().of_layer(0), FEW_SHAPES)
     # Up to `long` not a multiple of 256, and else one of the step.
     for tokens, read, capacity in ((5, 64, 64), (59, 64, 64), (1, 65, 128), (300, 384, 384)):
         keys, _ = cache.update_and_fetch(*2 * [mx.ones((1, 1, tokens, 64))])
@@ -168,4 +169,4 @@ def test_capacities_are_what_was_asked_for() -> None:
     ("family", "taken"), [("llama", True), ("qwen3", True), ("qwen3_moe", True), ("deepseek_v3", False)]
 )
 def test_a_model_is_tried_before_it_is_given_masks_of_numbers(family: str, taken: bool) -> None:
-    assert takes(families.build(family), FEW_SHAPES) is taken
+    assert takes(ModelRunner(families.build(family)), FEW_SHAPES) is taken

@@ -20,7 +20,7 @@ from tests.engine.spans import filled, grown, needed
 from warmkv_evaluation.windows import read_text
 from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.contract.kv import Growth
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 
 CASES = 24
 DECODED = 30
@@ -33,7 +33,7 @@ async def measure(bits: int) -> dict[str, list[float]]:
         differences: for each case, the largest between the log-probabilities of the next token.
         shares: of equal words in each tensor.
     """
-    solo = Solo("builtin:tiny", Codec(bits))
+    solo = Solo("builtin:tiny", codecs_for(bits))
     text = solo.loaded.tokenizer.encode(read_text(None)[:60_000])
     prompts = [text[case * 500 : case * 500 + 20 + 23 * case] for case in range(CASES)]
     answer = Answer(max_tokens=DECODED, ignore_eos=True)

@@ -10,7 +10,7 @@ import pytest
 from warmkv_evaluation.kv import Quality, evaluate
 from warmkv_evaluation.statistics import interval
 from warmkv_evaluation.windows import cut, read_text
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import load as model
 from warmkv_server.errors import OperatorError
 from warmkv_server.text.text import Text
@@ -51,7 +51,7 @@ def test_interval_narrows_with_more_windows() -> None:
 
 
 def test_windows_start_a_context_each_and_have_the_asked_length() -> None:
-    loaded = model.load("builtin:tiny", adapter=None, codec=Codec(), context_limit=None)
+    loaded = model.load("builtin:tiny", adapter=None, codecs=codecs_for(), context_limit=None)
     text = Text(loaded.tokenizer, loaded.info.vocab_size)
     windows = cut(text, read_text(None), 100, 5)
     assert [len(window) for window in windows] == [100] * 5

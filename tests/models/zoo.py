@@ -23,8 +23,8 @@ from mlx.nn.layers.base import Module
 from tests.engine.folders import write_model
 from tests.engine.spans import compute, distance, filled, from_disk, needed
 from tests.models.zoo_configs import config_of, names
-from warmkv_server.engine.cache.codec import Codec
-from warmkv_server.engine.cache.layout import empty_caches
+from warmkv_server.engine.cache.caches import empty_caches
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import load as models
 from warmkv_server.errors import OperatorError
 
@@ -56,7 +56,7 @@ def attempt(name: str) -> str:
                 return f"not tried: no small one was built ({brief(error)})"
             write_model(path, config_of(name), Module())
         try:
-            loaded = models.load(str(path), adapter=None, codec=Codec(4, 32), context_limit=None)
+            loaded = models.load(str(path), adapter=None, codecs=codecs_for(4, 32), context_limit=None)
         except OperatorError as error:
             return f"refused: {brief(error).replace(str(path), 'FOLDER')}"
         return run(loaded)
@@ -71,7 +71,7 @@ def build(name: str) -> Any:
 def run(loaded: models.LoadedModel) -> str:
     """Prime in chunks, go on, and go on again from the stored words."""
     model, cache_map = loaded.model, loaded.cache_map
-    caches = empty_caches(model, cache_map.codec)
+    caches = empty_caches(model, cache_map.codecs)
     spans = compute(model, cache_map, caches, TOKENS, 0, CHUNKS)
     follow = mx.array([TOKENS[CHUNKS[-1] :]])
     went_on = model(follow, cache=caches)

@@ -10,11 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Progress, Started
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
 from warmkv_server.engine.model.load import ModelInfo
 from warmkv_server.engine.model.memory_need import Needs
@@ -42,8 +43,7 @@ class EngineSettings:
     Attributes:
         model: as `--model` takes it.
         adapter: folder of a LoRA adapter.
-        kv_bits: 4 or 8; 0 keeps the KV unquantised.
-        kv_group_size: values that share a scale.
+        codecs: how the KV is stored.
         context_limit: positions to serve; None for all that the model has.
         max_batch: sequences running at once.
         max_queue: sequences waiting for their turn beyond those.
@@ -58,8 +58,7 @@ class EngineSettings:
 
     model: str = "builtin:tiny"
     adapter: str | None = None
-    kv_bits: int = 4
-    kv_group_size: int = 64
+    codecs: CodecPlan = field(default_factory=codecs_for)
     context_limit: int | None = None
     max_batch: int = 32
     max_queue: int = 256
@@ -166,12 +165,11 @@ class Engine:
         self._stopping = False
         self._delivery = Delivery(self._asyncio, self._deliver)
         self.text = TextPool(Bound(settings.max_queue, settings.tenants), text)
-        codec = Codec(settings.kv_bits, settings.kv_group_size)
         self._loop = StepLoop(
             lambda: model.load(
                 settings.model,
                 adapter=settings.adapter,
-                codec=codec,
+                codecs=settings.codecs,
                 context_limit=settings.context_limit,
                 tokenizer_found=self.text.found,
             ),

@@ -66,6 +66,17 @@ class FewShapes:
         tokens = self.tokens(end - start)
         return tokens, self.length(start + tokens)
 
+    def decoding(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Of a step of rows that hold so many tokens: the tokens that each is fed, and how far it reads.
+
+        Where rows differ in length they need a mask, and long ones are fed two, the second of which is padding and
+        forgotten at once.
+        """
+        longest = max(lengths)
+        if longest < self.long or min(lengths) == longest:
+            return 1, longest + 1
+        return 2, self.length(longest + 2)
+
     def mask(self, start: int, tokens: int) -> mx.array | None:
         """What a chunk's tokens must not see, (tokens, length); None where the causal mask says it all."""
         length = self.length(start + tokens)
@@ -81,23 +92,6 @@ class FewShapes:
 
     def _numbers(self, seen: mx.array) -> mx.array:
         return mx.where(seen, mx.array(0, self.dtype), mx.array(-mx.inf, self.dtype))
-
-
-def feed(model: Any, caches: Sequence[Any], prompts: Sequence[Sequence[int]], shapes: FewShapes | None) -> mx.array:
-    """Run a chunk of each row's tokens, and forget what it was padded with beyond the longest row's.
-
-    Args:
-        shapes: those that attention is to be given, for caches that can all be cut; None where any will do.
-
-    Returns the logits, lazy, of all that was fed.
-    """
-    most = max(map(len, prompts))
-    padded = most if shapes is None else shapes.tokens(most)
-    logits: mx.array = model(mx.array([[*row, *[0] * (padded - len(row))] for row in prompts]), cache=caches)
-    if padded > most:
-        for cache in caches:
-            cache.cut(padded - most)
-    return logits
 
 
 def make_room(cache: Any, held: int, length: int, keys: mx.array, values: mx.array) -> None:

@@ -5,14 +5,15 @@ one thing put before it: the new keys and values are quantised, what was quantis
 drains it, and the stock cache goes on with the dequantised values. Model code sees a stock cache of the class it asked
 for.
 
-Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be cut; they are used as they are.
+Recurrent caches (`ArraysCache`) hold state that is not quantised and can't be cut.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, Self
+from operator import attrgetter
+from typing import Any, ClassVar, Self, cast
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -23,140 +24,98 @@ from mlx_lm.models.cache import (
     ChunkedKVCache,
     KVCache,
     RotatingKVCache,
+    make_prompt_cache,
 )
 
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.engine.cache.attention_shapes import FewShapes, make_room
-from warmkv_server.engine.cache.codec import Codec, Words, join
+from warmkv_server.engine.cache.codecs.codec import CodecPlan, Coded, LayerCodec, Words, apart, cut_tokens, join_tokens
+from warmkv_server.engine.cache.layer_cache import Kept, LayerCache, TokenCache, Update
 from warmkv_server.errors import OperatorError
 
 DRAIN_EVERY = 64
 """Steps of decoding after which the words of what was logged are made, so that the log doesn't grow with the answer."""
 
 
-class StockCache(Protocol):
-    """The part of mlx-lm's cache protocol that the mixin stands before."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
-
-
-class QuantiseFirst:
+class QuantiseFirst(Kept):
     """Mixin over a stock cache, before it in the order of resolution."""
 
-    kind: PartKind
-    codec: Codec
-    log: list[tuple[mx.array, ...]]
-    """Of each update: its words, as `Codec.encode_both` gives them.
+    kind: ClassVar[PartKind]
+    batch: ClassVar[type[QuantiseFirst] | None] = None
+    """Of the rows of a batch; None where they can't be put together."""
+    window = 0
+    even = False
+    codec: LayerCodec
+    log: list[Update]
 
-    Of an update of one token, what `Codec.read_back` says was computed: `take` makes the words of many of them at once,
-    because what a step of decoding costs is the count of its operations.
-    """
+    @property
+    def batches(self) -> bool:
+        return self.batch is not None
 
-    def record_with(self, codec: Codec) -> None:
+    def record_with(self, codec: LayerCodec) -> None:
         self.codec = codec
         self.log = []
 
     @classmethod
-    def of(cls, rows: Sequence[QuantiseFirst]) -> Self:
+    def merge(cls, caches: Sequence[Any]) -> Any:
+        """The batch of these sequences' caches."""
+        assert cls.batch is not None
+        return cls.batch.of(caches)
+
+    @classmethod
+    def of(cls, rows: Sequence[Any]) -> Self:
         """The batch of these sequences' caches, for a class that stands before one of mlx-lm's batch caches."""
-        stock: Any = cls
-        batch: Self = stock.merge(rows)
+        batch = super().merge(rows)
         batch.record_with(rows[0].codec)
         return batch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys, values = self.quantised(keys, values, keys.shape[-2])
-        stock: StockCache = super()  # type: ignore[assignment]
-        fetched = stock.update_and_fetch(keys, values)
+        fetched = super().update_and_fetch(keys, values)
         if _starts_early(rows=keys.shape[0], tokens=keys.shape[-2]):
             mx.async_eval(fetched)
         return fetched
 
     def quantised(self, keys: mx.array, values: mx.array, kept: int) -> tuple[mx.array, mx.array]:
         """What attention reads of them. The first `kept` tokens are logged."""
-        if kept == 1 and self.codec.bits:
-            computed, keys, values = self.codec.read_back(keys, values)
+        coded: Coded
+        tokens, start, dtype = keys.shape[-2], self.offset, keys.dtype
+        if kept == 1:
+            coded, keys, values = self.codec.read_back(keys, values, start)
         else:
-            computed = self.codec.encode_both(keys, values)
-            keys, values = self.codec.decode_both(computed, keys.dtype)
-        if kept < keys.shape[-2]:
-            computed = tuple(part[..., :kept, :] for part in computed)
-        self.log.append(computed)
+            coded = self.codec.encode(keys, values, start)
+            keys, values = self.codec.decode(coded, dtype, start)
+        self.log.append(Update(coded if kept == tokens else cut_tokens(coded, kept), kept == 1, start))
         return keys, values
 
     def cut(self, tokens: int) -> None:
-        """Forget the last tokens of the last update, which had more of them. For caches that keep every token."""
-        stock: Any = super()
-        trimmed = stock.trim(tokens)
+        trimmed = super().trim(tokens)
         assert trimmed == tokens
-        self.log[-1] = tuple(component[..., :-tokens, :] for component in self.log[-1])
+        last = self.log[-1]
+        self.log[-1] = last._replace(coded=cut_tokens(last.coded, -tokens))
 
     def take(self) -> tuple[Words, Words]:
-        """What was stored since the last time: keys' and values' components, each (rows, kv_heads, tokens, width)."""
-        runs: list[tuple[mx.array, ...]] = []
-        for computed, run in itertools.groupby(self.log, key=self._is_computed):
-            joined = tuple(join(column, -2) for column in zip(*run, strict=True))
-            runs.append(self.codec.encode_computed(joined) if computed else joined)
+        runs: list[Coded] = []
+        for computed, run in itertools.groupby(self.log, key=attrgetter("computed")):
+            updates = list(run)
+            joined = join_tokens([update.coded for update in updates])
+            runs.append(self.codec.encode_computed(joined, updates[0].start) if computed else joined)
         self.log = []
-        return self.codec.apart(tuple(join(column, -2) for column in zip(*runs, strict=True)))
+        return apart(join_tokens(runs))
 
-    def _is_computed(self, update: tuple[mx.array, ...]) -> bool:
-        """Whether this update was logged as it was computed, and not as words."""
-        return bool(self.codec.bits) and mx.issubdtype(update[0].dtype, mx.floating)
-
-
-class AppendCache(QuantiseFirst, KVCache):
-    """Full attention: every token is kept.
-
-    Args:
-        shapes: those that attention is to be given; None where any will do.
-    """
-
-    kind = PartKind.APPEND
-
-    def __init__(self, codec: Codec, shapes: FewShapes | None = None) -> None:
-        stock: Any = super()
-        stock.__init__()
-        self.record_with(codec)
-        self.shapes = shapes
-
-    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
-        if N > 1 and self.shapes is not None and (mask := self.shapes.mask(self.offset, N)) is not None:
-            return mask
-        stock: Any = super()
-        return stock.make_mask(N, return_array=return_array, **kwargs)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.shapes is None:
-            return super().update_and_fetch(keys, values)
-        tokens = keys.shape[-2]
-        length = self.shapes.length(self.offset + tokens)
-        make_room(self, self.offset, length, keys, values)
-        read = super().update_and_fetch(keys, values)
-        if tokens == 1:
-            return read
-        stock: Any = self
-        return stock.keys[..., :length, :], stock.values[..., :length, :]
-
-    @classmethod
-    def merge(cls, caches: Sequence[AppendCache]) -> BatchAppendCache:
-        return BatchAppendCache.of(caches)
-
-    def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
-        """Start from `length` tokens already there; keys and values may have room for more behind them."""
-        self.keys, self.values, self.offset = keys, values, length
+    def arrays(self) -> list[mx.array]:
+        held = [] if self.keys is None else [self.keys, self.values]
+        return held + [array for update in self.log for words in update.coded for array in words]
 
 
 class BatchAppendCache(QuantiseFirst, BatchKVCache):
     """Rows of full attention.
 
     Attributes:
-        even: whether all rows have the same length, so that none is padded on its left.
         shapes: those that attention is to be given; None where any will do.
     """
 
     kind = PartKind.APPEND
-    even = False
     shapes: FewShapes | None = None
 
     @classmethod
@@ -170,8 +129,8 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
         return batch
 
     @property
-    def wants_two(self) -> bool:
-        """Whether a step is to feed two tokens a row, the second of which is padding and forgotten at once."""
+    def _takes_two(self) -> bool:
+        """Whether steps feed two tokens a row, the second of which is padding: see `FewShapes.decoding`."""
         return self.shapes is not None and not self.even and self._idx >= self.shapes.long
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -180,101 +139,124 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
         start, tokens = self._idx, keys.shape[-2]
         length = self.shapes.length(start + tokens)
         make_room(self, start, length, keys, values)
-        if tokens != 2 or not self.wants_two:
+        if tokens != 2 or not self._takes_two:
             return super().update_and_fetch(keys, values)
         keys, values = self.quantised(keys, values, kept=1)
-        stock: Any = self
-        stock.keys[..., start : start + tokens, :] = keys
-        stock.values[..., start : start + tokens, :] = values
+        self.keys[..., start : start + tokens, :] = keys
+        self.values[..., start : start + tokens, :] = values
         self._idx += 1
         self.offset = self.offset + 1
-        return stock.keys[..., :length, :], stock.values[..., :length, :]
+        return self.keys[..., :length, :], self.values[..., :length, :]
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
-        if N == 2 and self.shapes is not None and self.wants_two:
+        if N == 2 and self.shapes is not None and self._takes_two:
             return self.shapes.row_mask(self._idx, N, self.left_padding)
         if self.even and not return_array and kwargs.get("window_size") is None:
             return None if N == 1 else "causal"  # fused kernels want no array
-        stock: Any = super()
-        return stock.make_mask(N, return_array=return_array, **kwargs)
+        return super().make_mask(N, return_array=return_array, **kwargs)
 
 
-class WindowCache(QuantiseFirst, RotatingKVCache):
-    """Sliding-window attention: the last `max_size` tokens are kept."""
+class AppendCache(QuantiseFirst, KVCache, stands_for=KVCache):
+    """Full attention: every token is kept.
+
+    Args:
+        shapes: those that attention is to be given; None where any will do.
+    """
+
+    kind = PartKind.APPEND
+    batch = BatchAppendCache
+
+    def __init__(self, codec: LayerCodec, shapes: FewShapes | None = None) -> None:
+        super().__init__()
+        self.record_with(codec)
+        self.shapes = shapes
+
+    @classmethod
+    def in_place_of(cls, _: Any, codec: LayerCodec, shapes: FewShapes | None) -> Self:
+        return cls(codec, shapes)
+
+    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
+        if N > 1 and self.shapes is not None and (mask := self.shapes.mask(self.offset, N)) is not None:
+            return mask
+        return super().make_mask(N, return_array=return_array, **kwargs)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.shapes is None:
+            return super().update_and_fetch(keys, values)
+        tokens = keys.shape[-2]
+        length = self.shapes.length(self.offset + tokens)
+        make_room(self, self.offset, length, keys, values)
+        read = super().update_and_fetch(keys, values)
+        return read if tokens == 1 else (self.keys[..., :length, :], self.values[..., :length, :])
+
+    def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
+        self.keys, self.values, self.offset = keys, values, length
+
+
+class LastTokens(QuantiseFirst):
+    """Mixin of caches that keep the last tokens, in temporal order when they are filled."""
 
     kind = PartKind.WINDOW
 
-    def __init__(self, codec: Codec, window: int) -> None:
-        stock: Any = super()
-        stock.__init__(window)
+    def __init__(self, codec: LayerCodec, window: int) -> None:
+        super().__init__(window)
         self.record_with(codec)
-
-    @property
-    def window(self) -> int:
-        return int(self.max_size)
-
-    @classmethod
-    def merge(cls, caches: Sequence[WindowCache]) -> BatchWindowCache:
-        return BatchWindowCache.of(caches)
+        self.window = window
 
     def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
-        """Start after `length` tokens from the last of them, in temporal order."""
-        keep = min(length, self.max_size)
-        self.keys, self.values = keys[..., -keep:, :], values[..., -keep:, :]
-        self.offset, self._idx = length, keep
+        held = min(length, self.window)
+        self.keys, self.values, self.offset = keys[..., -held:, :], values[..., -held:, :], length
+        self.begin(held)
+
+    def begin(self, held: int) -> None:
+        """Go on behind so many tokens, the last of `offset`."""
+        raise NotImplementedError
 
 
 class BatchWindowCache(QuantiseFirst, BatchRotatingKVCache):
     kind = PartKind.WINDOW
 
 
-class ChunkCache(QuantiseFirst, ChunkedKVCache):
+class WindowCache(LastTokens, RotatingKVCache, stands_for=RotatingKVCache):
+    """Sliding-window attention."""
+
+    batch = BatchWindowCache
+
+    @classmethod
+    def in_place_of(cls, stock: Any, codec: LayerCodec, _: FewShapes | None) -> Self | None:
+        return cls(codec, stock.max_size) if stock.keep == 0 else None
+
+    def begin(self, held: int) -> None:
+        self._idx = held
+
+
+class ChunkCache(LastTokens, ChunkedKVCache, stands_for=ChunkedKVCache):
     """Chunked attention: at least the tokens of the current chunk are kept."""
 
-    kind = PartKind.WINDOW
+    @classmethod
+    def in_place_of(cls, stock: Any, codec: LayerCodec, _: FewShapes | None) -> Self:
+        return cls(codec, stock.chunk_size)
 
-    def __init__(self, codec: Codec, window: int) -> None:
-        stock: Any = super()
-        stock.__init__(window)
-        self.record_with(codec)
-
-    @property
-    def window(self) -> int:
-        return int(self.chunk_size)
-
-    def fill(self, keys: mx.array, values: mx.array, length: int) -> None:
-        """Start after `length` tokens from the last of them."""
-        keep = min(length, self.chunk_size)
-        self.keys, self.values = keys[..., -keep:, :], values[..., -keep:, :]
-        self.offset, self.start_position = length, length - keep
+    def begin(self, held: int) -> None:
+        self.start_position = self.offset - held
 
 
-def quantise_first(cache: Any, codec: Codec, shapes: FewShapes | None = None) -> Any:
-    """The counterpart of one empty cache that a model's `make_cache` gave.
+class StateCache(Kept, ArraysCache, stands_for=ArraysCache):
+    """Recurrent state: arrays that models replace and never write to."""
 
-    Args:
-        shapes: for caches of full attention, those that attention is to be given.
+    kind = PartKind.STATE
+    window = 0
+    even = False
+    batches = True
+    log: tuple[Update, ...] = ()
 
-    Raises:
-        OperatorError: for a kind of cache whose content can't be kept.
-    """
-    kept: Any
-    if type(cache) is KVCache:
-        kept = AppendCache(codec, shapes)
-    elif type(cache) is RotatingKVCache and cache.keep == 0:
-        kept = WindowCache(codec, cache.max_size)
-    elif type(cache) is ChunkedKVCache:
-        kept = ChunkCache(codec, cache.chunk_size)
-    elif type(cache) is CacheList:
-        return CacheList(*(quantise_first(member, codec) for member in cache.caches))
-    elif type(cache) is ArraysCache:
-        return cache
-    else:
-        raise OperatorError(
-            f"the model keeps its context in a {type(cache).__name__}, which WarmKV can't store and restore; "
-            "use a model with another kind of attention"
-        )
-    return kept
+    @classmethod
+    def in_place_of(cls, stock: Any, _codec: LayerCodec, _: FewShapes | None) -> Self:
+        return cls(len(stock.cache))
+
+    def arrays(self) -> list[mx.array]:
+        held: list[Any] = self.cache
+        return [array for array in held if array is not None]
 
 
 def _starts_early(rows: int, tokens: int) -> bool:
@@ -287,7 +269,33 @@ def _starts_early(rows: int, tokens: int) -> bool:
     return rows == tokens == 1 and bool(mx.default_device() == mx.cpu)
 
 
-def leaves(caches: Sequence[Any]) -> Iterator[Any]:
+def empty_caches(model: Any, codecs: CodecPlan, shapes: FewShapes | None = None) -> list[Any]:
+    """Empty caches for one sequence, as the model makes them, quantising first.
+
+    Args:
+        shapes: for caches of full attention, those that attention is to be given.
+
+    Raises:
+        OperatorError: for a kind of cache whose content can't be kept.
+    """
+    numbers = itertools.count()
+
+    def kept(cache: Any, shapes: FewShapes | None) -> Any:
+        if type(cache) is CacheList:
+            return CacheList(*(kept(member, None) for member in cache.caches))
+        kind = Kept.standing_for.get(type(cache))
+        own = None if kind is None else kind.in_place_of(cache, codecs.of_layer(next(numbers)), shapes)
+        if own is None:
+            raise OperatorError(
+                f"the model keeps its context in a {type(cache).__name__}, which WarmKV can't store and restore; "
+                "use a model with another kind of attention"
+            )
+        return own
+
+    return [kept(cache, shapes) for cache in make_prompt_cache(model)]
+
+
+def leaves(caches: Sequence[Any]) -> Iterator[LayerCache]:
     """The caches that hold something, composite ones taken apart, in the model's order."""
     for cache in caches:
         if isinstance(cache, CacheList):
@@ -296,18 +304,23 @@ def leaves(caches: Sequence[Any]) -> Iterator[Any]:
             yield cache
 
 
+def token_leaves(caches: Sequence[Any]) -> dict[int, TokenCache]:
+    """Those of them that keep keys and values, by their number."""
+    return {
+        number: cast(TokenCache, leaf) for number, leaf in enumerate(leaves(caches)) if leaf.kind is not PartKind.STATE
+    }
+
+
+def state_leaves(caches: Sequence[Any]) -> dict[int, StateCache]:
+    """Those of them that keep recurrent state, by their number."""
+    return {number: leaf for number, leaf in enumerate(leaves(caches)) if isinstance(leaf, StateCache)}
+
+
 def can_batch(caches: Sequence[Any]) -> bool:
     """Whether sequences with these caches can share one decode step."""
-    return all(hasattr(leaf, "merge") for leaf in leaves(caches))
+    return all(leaf.batches for leaf in leaves(caches))
 
 
 def arrays(caches: Sequence[Any]) -> list[mx.array]:
     """Every array the caches and their logs hold: what to evaluate so that nothing lazy is left behind."""
-    found: list[Any] = []
-    for leaf in leaves(caches):
-        if isinstance(leaf, ArraysCache):
-            found.extend(array for array in leaf.cache if array is not None)
-        else:
-            found += [a for a in (leaf.keys, leaf.values) if a is not None]
-            found += [a for words in leaf.log for a in words]
-    return found
+    return [array for leaf in leaves(caches) for array in leaf.arrays()]

@@ -12,14 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.attention_shapes import FewShapes
-from warmkv_server.engine.cache.codec import Codec, join, restored, storable
-
-KEYS, VALUES = 0, 1
+from warmkv_server.engine.cache.codecs.codec import (
+    KEYS,
+    VALUES,
+    CodecPlan,
+    Component,
+    Position,
+    Stream,
+    join,
+    restored,
+    storable,
+)
 
 CAPACITY_STEP = 256
 """Tokens by which mlx-lm's caches grow: so many more than it holds may a cache have room for. Fused attention on CUDA
@@ -31,21 +38,21 @@ FILL_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Stack:
-    """Streams stacked in one family of tensors: one tensor for each component of the codec."""
+    """Streams whose words are alike, stacked in one family of tensors: one tensor for each component."""
 
     name: str
     kind: PartKind
-    streams: tuple[tuple[int, int], ...]
-    """(leaf, KEYS or VALUES) in stacking order."""
+    streams: tuple[Stream, ...]
+    """In stacking order."""
     heads: int
     head_dim: int
     dtype: mx.Dtype
     """Of the values that attention reads."""
-    stored: tuple[mx.Dtype, ...]
-    """Of the codec's components, before `storable`."""
+    components: tuple[Component, ...]
+    """Of the words of each stream."""
 
-    def tensor(self, component: str) -> str:
-        return f"{self.name}.{component}"
+    def tensor(self, component: Component) -> str:
+        return f"{self.name}.{component.name}"
 
     @property
     def live_bytes(self) -> int:
@@ -57,7 +64,7 @@ class Stack:
 class CacheMap:
     """How one model's caches map to tensors."""
 
-    codec: Codec
+    codecs: CodecPlan
     stacks: tuple[Stack, ...]
     states: Mapping[tuple[int, int], mx.Dtype]
     """(leaf, index) of the arrays of recurrent leaves."""
@@ -67,7 +74,7 @@ class CacheMap:
 
     def empty_caches(self, model: Any) -> list[Any]:
         """Empty caches of one sequence."""
-        return empty_caches(model, self.codec, self.shapes)
+        return kinds.empty_caches(model, self.codecs, self.shapes)
 
     def capacity(self, tokens: int) -> int:
         """The most tokens for which caches that keep every token have room, when they hold so many."""
@@ -103,11 +110,11 @@ class CacheMap:
 
         The arrays are lazy. All rows must have been there for all of those tokens.
         """
-        members = list(kinds.leaves(caches))
+        members = kinds.token_leaves(caches)
         taken = {leaf: members[leaf].take() for leaf in {leaf for stack in self.stacks for leaf, _ in stack.streams}}
         drained: list[dict[PartKind, dict[str, mx.array]]] = [{} for _ in range(rows)]
         for stack in self.stacks:
-            for number, component in enumerate(self.codec.components):
+            for number, component in enumerate(stack.components):
                 stacked = mx.stack([taken[leaf][side][number] for leaf, side in stack.streams])
                 for row, tensors in enumerate(drained):
                     tensors.setdefault(stack.kind, {})[stack.tensor(component)] = storable(
@@ -117,10 +124,8 @@ class CacheMap:
 
     def snapshot(self, caches: Sequence[Any], row: int = 0) -> Tensors:
         """The recurrent state as it is now. Models replace these arrays and never write to them: no copy is needed."""
-        members = list(kinds.leaves(caches))
-        return {
-            state_name(leaf, index): storable(members[leaf].cache[index][row : row + 1]) for leaf, index in self.states
-        }
+        members = kinds.state_leaves(caches)
+        return {state_name(leaf, index): storable(members[leaf][index][row : row + 1]) for leaf, index in self.states}
 
     def fill(self, caches: Sequence[Any], reuse: Reuse, room: int) -> Iterator[None]:
         """Put a loaded prefix into empty caches, some layers at a time: what is left can wait at every `yield`.
@@ -130,15 +135,15 @@ class CacheMap:
             reuse: its spans cover [0, length); words beyond length are cut off.
             room: tokens that will follow, for which memory is taken at once instead of by copying as they come.
         """
-        members = list(kinds.leaves(caches))
-        streams: dict[tuple[int, int], mx.array] = {}
+        members = kinds.token_leaves(caches)
+        streams: dict[Stream, mx.array] = {}
         for stack in self.stacks:
-            components = self._assemble(stack, reuse, room if stack.kind is PartKind.APPEND else 0)
+            start, components = self._assemble(stack, reuse, room if stack.kind is PartKind.APPEND else 0)
             mx.eval(components)
             yield
             for number, stream in enumerate(stack.streams):
                 words = tuple(component[number : number + 1] for component in components)
-                streams[stream] = self.codec.decode(words, stack.dtype)
+                streams[stream] = self.codecs.of_stream(stream).decode(words, stack.dtype, start)
         filled: list[mx.array] = []
         for leaf in sorted({leaf for leaf, _ in streams}):
             keys, values = streams.pop((leaf, KEYS)), streams.pop((leaf, VALUES))
@@ -151,8 +156,9 @@ class CacheMap:
         if self.states:
             assert reuse.spans[-1].end == reuse.length  # a snapshot of a longer context is another one
             state = reuse.spans[-1].parts[PartKind.STATE]
+            holders = kinds.state_leaves(caches)
             for (leaf, index), dtype in self.states.items():
-                members[leaf].cache[index] = restored(state[state_name(leaf, index)], dtype)
+                holders[leaf][index] = restored(state[state_name(leaf, index)], dtype)
 
     def _behind(self, held: int, room: int) -> int:
         """Tokens of memory behind those that are held, for so many that follow at least."""
@@ -160,13 +166,14 @@ class CacheMap:
             return self.shapes.capacity(self.shapes.length(held + room)) - held
         return room + -(held + room) % CAPACITY_STEP
 
-    def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> list[mx.array]:
+    def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> tuple[Position, list[mx.array]]:
+        """Words of a stack's streams, and the position of the first of their tokens."""
         spans = [span for span in reuse.spans if stack.kind in span.parts]
         needed = 0 if stack.kind is PartKind.APPEND else max(0, reuse.length - self.layout.window)
         assert spans[0].start <= needed
         wanted = reuse.length - spans[0].start
         components = []
-        for component, dtype in zip(self.codec.components, stack.stored, strict=True):
+        for component in stack.components:
             pieces = [span.parts[stack.kind][stack.tensor(component)] for span in spans]
             pieces[-1] = pieces[-1][:, :, : reuse.length - spans[-1].start]
             behind = self._behind(wanted, room) if room else 0
@@ -175,13 +182,8 @@ class CacheMap:
                 pieces.append(mx.zeros((streams, heads, behind, width), pieces[0].dtype))
             joined = join(pieces, TOKEN_AXIS)
             assert joined.shape[TOKEN_AXIS] >= wanted + room
-            components.append(restored(joined, dtype))
-        return components
-
-
-def empty_caches(model: Any, codec: Codec, shapes: FewShapes | None = None) -> list[Any]:
-    """Empty caches for one sequence, as the model makes them, quantising first."""
-    return [kinds.quantise_first(cache, codec, shapes) for cache in make_prompt_cache(model)]
+            components.append(restored(joined, component.dtype))
+        return spans[0].start, components
 
 
 def state_name(leaf: int, index: int) -> str:

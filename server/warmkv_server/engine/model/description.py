@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.models.cache import ArraysCache, CacheList
+from mlx_lm.models.cache import CacheList
 
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.contract.model import LayerInfo
-from warmkv_server.engine.cache.layout import CacheMap, empty_caches
+from warmkv_server.engine.cache.layer_cache import LayerCache
+from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.errors import OperatorError
 
 
@@ -20,17 +21,16 @@ def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
     """The model's caches."""
     leaf = itertools.count()
 
-    def describe(cache: Any) -> LayerInfo:
+    def describe(cache: LayerCache | CacheList) -> LayerInfo:
         if isinstance(cache, CacheList):
             return LayerInfo("composite", members=tuple(describe(member) for member in cache.caches))
         number = next(leaf)
-        if isinstance(cache, ArraysCache):
+        if cache.kind is PartKind.STATE:
             return LayerInfo(PartKind.STATE.value)
         keys, values = cache_map.streams_of(number)
-        window = int(getattr(cache, "window", 0))
-        return LayerInfo(keys.kind.value, keys.heads, keys.head_dim, values.head_dim, window)
+        return LayerInfo(keys.kind.value, keys.heads, keys.head_dim, values.head_dim, cache.window)
 
-    return tuple(describe(cache) for cache in empty_caches(model, cache_map.codec))
+    return tuple(describe(cache) for cache in cache_map.empty_caches(model))
 
 
 def sampling_defaults(folder: Path | None) -> Sampling:

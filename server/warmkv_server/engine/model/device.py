@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from warmkv_server.engine.cache import cuda_codec
-from warmkv_server.engine.model.pace import Pace
+from warmkv_server.engine.cache.codecs import cuda
 
 
 def prepare() -> None:
@@ -49,7 +48,7 @@ def prefill_chunk() -> int:
 
 def smallest_chunk() -> int:
     """Tokens of the smallest chunk that is worth while where others wait for it: fewer take about as long."""
-    return 256 if cuda_codec.is_available() else Pace.smallest
+    return 256 if cuda.is_available() else 16
 
 
 def short_prompt() -> int:
@@ -59,7 +58,7 @@ def short_prompt() -> int:
     less on average depends on the device: on a CPU one after the other, but for prompts of four tokens; on CUDA, where
     the host's time is what short chunks cost, one chunk, with 8, 32 and 128 tokens. Metal was not measured.
     """
-    return 128 if cuda_codec.is_available() else 0
+    return 128 if cuda.is_available() else 0
 
 
 def describe() -> str:

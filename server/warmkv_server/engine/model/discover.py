@@ -6,78 +6,70 @@ import math
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.models.cache import ArraysCache
 
 from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.codec import Codec, kernel_reads_back, storable
-from warmkv_server.engine.cache.layout import KEYS, VALUES, CacheMap, Stack, empty_caches, state_name
+from warmkv_server.engine.cache.codecs.as_computed import AsComputed
+from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES, CodecPlan, Component, Stream, storable, stored_as
+from warmkv_server.engine.cache.layout import CacheMap, Stack, state_name
 from warmkv_server.engine.model.fitting import few_shapes
+from warmkv_server.engine.model.runner import ModelRunner
+from warmkv_server.engine.model.step_plan import StepPlan, Wanted
 from warmkv_server.errors import OperatorError
 
 
-def discover(model: Any, codec: Codec) -> CacheMap:
+def discover(runner: ModelRunner, codecs: CodecPlan) -> CacheMap:
     """Run one token through the model and look at what its caches were given.
 
     Raises:
-        OperatorError: when a layer's cache is of a kind that can't be kept, or its head_dim doesn't divide by the
-            group size.
+        OperatorError: when a layer's cache is of a kind that can't be kept, or its keys or values can't be coded.
     """
-    plain = empty_caches(model, Codec(bits=0))
-    model(mx.array([[0]]), cache=plain)
+    plain = kinds.empty_caches(runner.model, CodecPlan(AsComputed()))
+    runner.probe(StepPlan.probe([0], wanted=Wanted.NOTHING), plain)
     mx.eval(kinds.arrays(plain))
-    stacks: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    stacks: dict[tuple[Any, ...], list[Stream]] = {}
     states: dict[tuple[int, int], mx.Dtype] = {}
     specs: list[TensorSpec] = []
     window = 0
-    for number, leaf in enumerate(kinds.leaves(plain)):
-        if isinstance(leaf, ArraysCache):
-            for index, array in enumerate(leaf.cache):
-                if array is not None:
-                    states[number, index] = array.dtype
-                    specs.append(_state_spec(state_name(number, index), array))
-            continue
+    for number, state in kinds.state_leaves(plain).items():
+        for index, array in enumerate(state.cache):
+            if array is not None:
+                states[number, index] = array.dtype
+                specs.append(_state_spec(state_name(number, index), array))
+    for number, leaf in kinds.token_leaves(plain).items():
         if not leaf.log:
             continue  # a layer that reads another layer's KV
-        window = max(window, getattr(leaf, "window", 0))
-        for side, (values,) in zip((KEYS, VALUES), leaf.take(), strict=True):
+        window = max(window, leaf.window)
+        computed = [words[0] for words in leaf.take()]
+        for side, values in zip((KEYS, VALUES), computed, strict=True):
             _, heads, _, head_dim = values.shape
-            _check_group(codec, number, head_dim)
-            stacks.setdefault((leaf.kind, heads, head_dim, values.dtype), []).append((number, side))
+            components = _components(codecs, (number, side), head_dim, values.dtype)
+            stacks.setdefault((leaf.kind, heads, head_dim, values.dtype, components), []).append((number, side))
+        # What a step of decoding does is compiled before the first request needs it.
+        mx.eval(codecs.of_layer(number).read_back(computed[KEYS], computed[VALUES], 0)[1:])
     made = []
-    for number, ((kind, heads, head_dim, dtype), streams) in enumerate(stacks.items()):
-        probe = codec.encode(mx.zeros((1, heads, 1, head_dim), dtype))
-        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, tuple(p.dtype for p in probe))
+    for number, ((kind, heads, head_dim, dtype, components), streams) in enumerate(stacks.items()):
+        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, components)
         made.append(stack)
-        kernel_reads_back(codec, dtype)  # compiled before the first request needs it
-        for component, piece in zip(codec.components, probe, strict=True):
-            specs.append(_token_spec(stack, component, storable(piece)))
+        specs += [_token_spec(stack, component) for component in components]
     layout = KVLayout(tuple(specs), window)
-    return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
+    return CacheMap(codecs, tuple(made), states, layout, few_shapes(runner, plain))
 
 
-def _check_group(codec: Codec, leaf: int, head_dim: int) -> None:
-    if codec.bits and head_dim % codec.group_size:
-        fitting = next((g for g in (64, 32) if head_dim % g == 0), None)
-        remedy = f"--kv-group-size {fitting}" if fitting else "--kv-bits 0 to keep the KV unquantised"
-        raise OperatorError(
-            f"layer {leaf} has keys or values of dimension {head_dim}, which doesn't divide by the group size "
-            f"{codec.group_size}; start with {remedy}"
-        )
+def _components(codecs: CodecPlan, stream: Stream, head_dim: int, dtype: mx.Dtype) -> tuple[Component, ...]:
+    """Of a stream's words."""
+    try:
+        return codecs.of_stream(stream).components(head_dim, dtype)
+    except OperatorError as error:
+        raise OperatorError(f"layer {stream[0]} has {error}") from error
 
 
 def _state_spec(name: str, array: mx.array) -> TensorSpec:
     stored = storable(array)
-    return TensorSpec(name, PartKind.STATE, _numpy_name(stored), tuple(stored.shape), int(stored.nbytes))
+    return TensorSpec(name, PartKind.STATE, stored_as(array.dtype), tuple(stored.shape), int(stored.nbytes))
 
 
-def _token_spec(stack: Stack, component: str, piece: mx.array) -> TensorSpec:
-    shape = (len(stack.streams), stack.heads, piece.shape[-1])
-    return TensorSpec(
-        stack.tensor(component), stack.kind, _numpy_name(piece), shape, math.prod(shape) * piece.dtype.size
-    )
-
-
-def _numpy_name(array: mx.array) -> str:
-    return str(np.dtype(str(array.dtype).removeprefix("mlx.core.")))
+def _token_spec(stack: Stack, component: Component) -> TensorSpec:
+    shape = (len(stack.streams), stack.heads, component.width)
+    nbytes = math.prod(shape) * component.dtype.size
+    return TensorSpec(stack.tensor(component), stack.kind, stored_as(component.dtype), shape, nbytes)

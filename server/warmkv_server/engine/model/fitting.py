@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache import cuda_codec
-from warmkv_server.engine.cache.attention_shapes import FewShapes, feed
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.codecs import cuda
+from warmkv_server.engine.cache.codecs.as_computed import AsComputed
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
+from warmkv_server.engine.model.runner import ModelRunner
+from warmkv_server.engine.model.step_plan import NOBODY, Row, StepKind, StepPlan, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -24,42 +26,47 @@ _NOISE = 0.1
 """Of the spread of the logits: another order of 16-bit sums moved them by a hundredth, a wrong mask by all of it."""
 
 
-def few_shapes(model: Any, caches: Sequence[Any]) -> FewShapes | None:
+def few_shapes(runner: ModelRunner, caches: Sequence[Any]) -> FewShapes | None:
     """Those that this model's attention is to be given on this device; None where any will do.
 
     Args:
         caches: of the model, with something in them.
     """
-    if not cuda_codec.is_available() or not all(isinstance(leaf, kinds.AppendCache) for leaf in caches):
+    if not cuda.is_available() or not all(isinstance(leaf, kinds.AppendCache) for leaf in caches):
         return None
     shapes = FewShapes(caches[0].keys.dtype)
-    return shapes if takes(model, shapes) else None
+    return shapes if takes(runner, shapes) else None
 
 
-def takes(model: Any, shapes: FewShapes) -> bool:
+def takes(runner: ModelRunner, shapes: FewShapes) -> bool:
     """Whether the model gives with these shapes what it gives without, in a padded chunk and in padded rows.
 
     For models all of whose caches keep every token. On the MLX thread. Nothing is quantised here: rounding turns words,
     and each of them moves what follows.
     """
     try:
-        tried = zip(_tried(model, replace(shapes, long=0)), _tried(model, None), strict=True)
+        tried = zip(_tried(runner, replace(shapes, long=0)), _tried(runner, None), strict=True)
         return all(_close(mine, stock) for mine, stock in tried)
     except Exception:
         log.info("the model's attention doesn't take masks of few shapes", exc_info=True)
         return False
 
 
-def _tried(model: Any, shapes: FewShapes | None) -> tuple[mx.array, mx.array]:
+def _tried(runner: ModelRunner, shapes: FewShapes | None) -> tuple[mx.array, mx.array]:
     """Logits of a chunk and of a step of two rows."""
     own = []
-    for tokens in (_LONGER, _SHORTER):
-        caches = [kinds.quantise_first(cache, Codec(bits=0), shapes) for cache in make_prompt_cache(model)]
-        own.append((caches, feed(model, caches, [range(1, tokens + 1)], shapes)[:, :tokens]))
-    rows = [type(pair[0]).merge(list(pair)) for pair in zip(own[0][0], own[1][0], strict=True)]
-    two = rows[0].wants_two
-    step = model(mx.full((2, 2 if two else 1), 1), cache=rows)[:, 0]
-    return own[0][1], step
+    lengths = _LONGER, _SHORTER
+    for length in lengths:
+        caches = kinds.empty_caches(runner.model, CodecPlan(AsComputed()), shapes)
+        fed, read = (length, length) if shapes is None else shapes.chunk(0, length)
+        row = Row(NOBODY, 0, tuple(range(1, length + 1)))
+        chunk = StepPlan(StepKind.PROBE, (row,), fed, read, Wanted.LOGITS)
+        own.append((caches, runner.probe(chunk, caches)[:, :length]))
+    batch = [type(pair[0]).merge(list(pair)) for pair in zip(own[0][0], own[1][0], strict=True)]
+    fed, read = (1, _LONGER + 1) if shapes is None else shapes.decoding(lengths)
+    rows = tuple(Row(NOBODY, length) for length in lengths)
+    step = StepPlan(StepKind.PROBE, rows, fed, read, Wanted.LOGITS)
+    return own[0][1], runner.decode(step, batch, mx.full((2,), 1))
 
 
 def _close(mine: mx.array, stock: mx.array) -> bool:

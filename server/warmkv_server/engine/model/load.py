@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.contract.model import LayerInfo, ModelInfo, ModelKind
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import (
     adapters,
@@ -33,8 +33,9 @@ from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.locate import BUILT_IN, locate
 from warmkv_server.engine.model.positions import context_limit as limit_of
+from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.engine.output.answer_text import Spelling
-from warmkv_server.engine.output.choosable import Choosable
+from warmkv_server.engine.output.sampling import Choosable
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import blas
 from warmkv_server.text.task import TokenizerSource
@@ -46,22 +47,24 @@ __all__ = ["BUILT_IN", "LayerInfo", "LoadedModel", "ModelInfo", "ModelKind", "lo
 class LoadedModel:
     """A model ready to run on this thread."""
 
-    model: Any
+    runner: ModelRunner
     tokenizer: TokenizerWrapper
     cache_map: CacheMap
     info: ModelInfo
     choosable: Choosable
     spelling: Spelling
 
-    def empty_caches(self) -> list[Any]:
-        return self.cache_map.empty_caches(self.model)
+    @property
+    def model(self) -> Any:
+        """mlx-lm's, for who wants to know what it is made of."""
+        return self.runner.model
 
 
 def load(
     spec: str,
     *,
     adapter: str | None,
-    codec: Codec,
+    codecs: CodecPlan,
     context_limit: int | None,
     tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
 ) -> LoadedModel:
@@ -70,6 +73,7 @@ def load(
     Args:
         spec: `builtin:NAME`, `random:SHAPE`, a folder, or `ORG/NAME[@REVISION]` on the hub.
         adapter: folder of a LoRA adapter, or None.
+        codecs: of the KV.
         context_limit: positions to serve, at most the model's own; None for all.
         tokenizer_found: told what the tokenizer is made of, once it is known to load.
 
@@ -116,15 +120,15 @@ def load(
     )
     if on_cpu:
         exchange_modules(model, limit)
-    cache_map = _caches(model, codec, spec)
+    runner = ModelRunner(model)
+    cache_map = _caches(runner, codecs, spec)
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
         "adapter": adapter_digest,
         "config": digest_json(config),
         "tokenizer": digest_files(tokenizers.files(folder)),
-        "kv_bits": str(codec.bits),
-        "kv_group_size": str(codec.group_size if codec.bits else 0),
+        **codecs.fingerprint_fields(),
         "dtype": dtype.removeprefix("mlx.core."),
         "rope": digest_json({k: v for k, v in text_config.items() if k.startswith("rope")}),
     }
@@ -137,8 +141,8 @@ def load(
         context_limit=limit,
         vocab_size=vocab_size,
         layers=description.layers(model, cache_map),
-        kv_bits=codec.bits,
-        kv_group_size=codec.group_size if codec.bits else 0,
+        kv_bits=codecs.bits,
+        kv_group_size=codecs.group_size,
         kv_bytes_per_token=cache_map.layout.nbytes(PartKind.APPEND),
         layout=cache_map.layout,
         fingerprint_fields=fields,
@@ -147,12 +151,12 @@ def load(
         has_chat_template=bool(tokenizer.has_chat_template),
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
-    return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))
+    return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))
 
 
-def _caches(model: Any, codec: Codec, spec: str) -> CacheMap:
+def _caches(runner: ModelRunner, codecs: CodecPlan, spec: str) -> CacheMap:
     try:
-        return discover(model, codec)
+        return discover(runner, codecs)
     except OperatorError:
         raise
     except (

@@ -14,8 +14,10 @@ import mlx.core as mx
 from warmkv_server.contract.generation import Job
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.engine.cache import caches as kinds
+from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES
 from warmkv_server.engine.cache.layout import CacheMap, Stack
 from warmkv_server.engine.model.load import LoadedModel
+from warmkv_server.engine.model.step_plan import StepPlan, Wanted
 
 _COPIED_LAYERS = 2
 """Layers that are there twice while rows join or leave a batch; the next is copied when one is done."""
@@ -158,7 +160,7 @@ def _temporary(loaded: LoadedModel, tokens: int, prefix: int) -> int:
     caches = _zeros(loaded, prefix, tokens)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
+    loaded.runner.probe(StepPlan.probe([0] * tokens, prefix, Wanted.NOTHING), caches)
     mx.eval(kinds.arrays(caches))
     return max(0, mx.get_peak_memory() - before)
 
@@ -169,13 +171,13 @@ def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:
     Args:
         more: tokens that will follow. Of few shapes, caches have room for them, so that no growth is measured.
     """
-    caches, shapes = loaded.empty_caches(), loaded.cache_map.shapes
+    caches, shapes = loaded.cache_map.empty_caches(loaded.model), loaded.cache_map.shapes
     room = shapes.length(length + shapes.tokens(more)) - length if shapes is not None else 0
     if length + room:
-        members = list(kinds.leaves(caches))
+        members = kinds.token_leaves(caches)
         for leaf, (keys, values) in _layers(loaded.cache_map).items():
             kept = loaded.cache_map.kept(keys.kind, length) + room
-            zeros = [mx.zeros((1, stack.heads, kept, stack.head_dim), stack.dtype) for stack in (keys, values)]
-            mx.eval(zeros)
-            members[leaf].fill(*zeros, length)
+            filled = [mx.zeros((1, stack.heads, kept, stack.head_dim), stack.dtype) for stack in (keys, values)]
+            mx.eval(filled)
+            members[leaf].fill(filled[KEYS], filled[VALUES], length)
     return caches

@@ -1,4 +1,7 @@
-"""Sequences that decode together: one step of the model gives each of them a token."""
+"""Steps of the model, planned and run: of one sequence that computes by itself, and of several that decode together.
+
+A plan is made from lengths and tokens alone; what is fed and how far attention reads is decided here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.attention_shapes import feed
+from warmkv_server.engine.model.step_plan import Row, StepKind, StepPlan, Wanted
 from warmkv_server.engine.output.sampling import Choice, Scores
 from warmkv_server.engine.steps.sequence import Sequence, first_tokens
 
@@ -66,15 +69,15 @@ class Group:
         """
         self._settle()
         loaded = self.sequences[0].loaded
-        prompts = [row.to_prefill[row.done : row.prefill_end] for row in self.sequences]
-        most = max(map(len, prompts))
-        if most:
-            feed(loaded.model, self.caches, prompts, loaded.cache_map.shapes)
-            for leaf in kinds.leaves(self.caches):
-                leaf.prepare(right_padding=[most - len(prompt) for prompt in prompts])
+        plan = plan_chunk(self.sequences, [row.prefill_end for row in self.sequences])
+        counts = [row.length for row in plan.rows]
+        if most := max(counts):
+            loaded.runner.prefill(plan, self.caches)
+            for leaf in kinds.token_leaves(self.caches).values():
+                leaf.prepare(right_padding=[most - count for count in counts])
                 leaf.finalize()
             pieces = loaded.cache_map.drain(self.caches, len(self.sequences))
-            words = [first_tokens(piece, len(prompt)) for piece, prompt in zip(pieces, prompts, strict=True)]
+            words = [first_tokens(piece, count) for piece, count in zip(pieces, counts, strict=True)]
             mx.eval(kinds.arrays(self.caches), [list(tensors.values()) for row in words for tensors in row.values()])
             for row, grown in zip(self.sequences, words, strict=True):
                 if row.done < row.prefill_end:
@@ -129,10 +132,8 @@ class Group:
         """
         self._settle()
         tokens = [row.to_feed for row in self.sequences]
-        inputs = (tokens[0] if len(tokens) == 1 else mx.concatenate(tokens))[:, None]
-        if getattr(self.caches[0], "wants_two", False):
-            inputs = mx.repeat(inputs, 2, axis=1)
-        logits = self.sequences[0].loaded.model(inputs, cache=self.caches)[:, 0]
+        chosen = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
+        logits = self.sequences[0].loaded.runner.decode(plan_step(self.sequences), self.caches, chosen)
         choices = self._choose(logits, tokens)
         meanwhile()
         mx.async_eval([choice.arrays for choice in choices if isinstance(choice, Choice)])
@@ -149,8 +150,8 @@ class Group:
         (sequence,) = self.sequences
         assert sequence.pending is not None
         assert sequence.chooser is not None
-        inputs = mx.array([[sequence.pending.read(), *guess]])
-        logits = sequence.loaded.model(inputs, cache=self.caches)[0]
+        plan = plan_check(sequence, [sequence.pending.read(), *guess])
+        logits = sequence.loaded.runner.verify(plan, self.caches)
         choices = sequence.chooser.choose_each(logits, sequence.done + 1)
         mx.async_eval([choice.arrays for choice in choices])
         sequence.done += 1 + len(guess)
@@ -159,7 +160,7 @@ class Group:
     def cut(self, tokens: int) -> None:
         """Take back the last tokens that `verify` fed, in caches and logged words; none is fine."""
         if tokens:
-            for leaf in kinds.leaves(self.caches):
+            for leaf in kinds.token_leaves(self.caches).values():
                 leaf.cut(tokens)
             self.sequences[0].done -= tokens
         self._count_step()
@@ -170,7 +171,7 @@ class Group:
         self._drain(self.sequences)
 
     def _drain(self, rows: list[Sequence]) -> None:
-        if any(getattr(leaf, "log", None) for leaf in kinds.leaves(self.caches)):
+        if any(leaf.log for leaf in kinds.leaves(self.caches)):
             pieces = rows[0].loaded.cache_map.drain(self.caches, len(rows))
             for sequence, tensors in zip(rows, pieces, strict=True):
                 sequence.add_grown(tensors)
@@ -190,8 +191,7 @@ class Group:
     def _note_lengths(self) -> None:
         even = len({sequence.done for sequence in self.sequences}) == 1
         for leaf in kinds.leaves(self.caches):
-            if isinstance(leaf, kinds.BatchAppendCache):
-                leaf.even = even
+            leaf.even = even
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
@@ -222,3 +222,83 @@ def little_padding(lengths: Sequences[int]) -> bool:
 
 def _merged(rows: list[list[Any]]) -> list[Any]:
     return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]
+
+
+def next_boundary(sequence: Sequence, chunk: int) -> int:
+    """Where the next chunk ends.
+
+    Chunks end at multiples of `chunk`, which is a multiple of the block size, at the lengths where a snapshot is
+    wanted, and at the end: never at a place that depends on where the reused prefix came from.
+    """
+    end = min((sequence.done // chunk + 1) * chunk, sequence.prefill_end)
+    wanted = [length for length in sequence.job.snapshot_at if sequence.done < length < end]
+    return min([end, *wanted])
+
+
+def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int]) -> StepPlan:
+    """To compute each prompt up to its end, in one chunk. Rows of several begin at one place."""
+    rows = tuple(
+        [
+            Row(sequence.ident, sequence.done, tuple(sequence.to_prefill[sequence.done : end]))
+            for sequence, end in zip(sequences, ends, strict=True)
+        ]
+    )
+    start, end = rows[0].start, max(ends)
+    shapes = sequences[0].loaded.cache_map.shapes
+    fed, read = (end - start, end) if shapes is None or end == start else shapes.chunk(start, end)
+    return StepPlan(StepKind.PREFILL, rows, fed, read, Wanted.NOTHING)
+
+
+def plan_step(sequences: Sequences[Sequence]) -> StepPlan:
+    """To feed each row the token that was chosen for it last, and choose the next one."""
+    rows = tuple([Row(sequence.ident, sequence.done) for sequence in sequences])
+    shapes = sequences[0].loaded.cache_map.shapes
+    lengths = [row.start for row in rows]
+    fed, read = (1, max(lengths) + 1) if shapes is None else shapes.decoding(lengths)
+    return StepPlan(StepKind.DECODE, rows, fed, read, Wanted.LOGITS)
+
+
+def plan_check(sequence: Sequence, tokens: Sequences[int]) -> StepPlan:
+    """To feed a row its last token and a guess, and choose a token behind each."""
+    row = Row(sequence.ident, sequence.done, tuple(tokens))
+    shapes = sequence.loaded.cache_map.shapes
+    end = row.start + row.length
+    return StepPlan(StepKind.VERIFY, (row,), row.length, end if shapes is None else shapes.length(end), Wanted.LOGITS)
+
+
+def plan_token(sequence: Sequence, token: int, wanted: Wanted) -> StepPlan:
+    """To feed a row this token."""
+    row = Row(sequence.ident, sequence.done, (token,))
+    return StepPlan(StepKind.DECODE, (row,), 1, row.start + 1, wanted)
+
+
+def run_chunk(sequence: Sequence, chunk: int) -> None:
+    """Compute one chunk of a sequence that has its own caches."""
+    end = next_boundary(sequence, chunk)
+    if end > sequence.done:
+        sequence.loaded.runner.prefill(plan_chunk([sequence], [end]), sequence.caches)
+        mx.eval(kinds.arrays(sequence.caches))
+        sequence.done = end
+        sequence.collect()
+        if end == sequence.prefill_end or end in sequence.job.snapshot_at:
+            sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
+
+
+def choose_first(sequence: Sequence) -> None:
+    """Feed the last token, alone, and sample the first token of the answer, or the next one, from its logits."""
+    assert sequence.chooser is not None
+    last = sequence.to_prefill[-1]
+    logits = sequence.loaded.runner.decode(plan_token(sequence, last, Wanted.LOGITS), sequence.caches)
+    sequence.done += 1
+    fed = mx.array([last]) if sequence.completion else None
+    sequence.pending = sequence.chooser.choose(logits, sequence.done, fed)
+    mx.eval(sequence.pending.arrays)
+    sequence.collect()
+
+
+def feed_last(sequence: Sequence) -> None:
+    """Compute the KV of the last token of the answer."""
+    sequence.loaded.runner.prefill(plan_token(sequence, sequence.completion[-1], Wanted.NOTHING), sequence.caches)
+    sequence.done += 1
+    mx.eval(kinds.arrays(sequence.caches))
+    sequence.collect()

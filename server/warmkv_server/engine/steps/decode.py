@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 from warmkv_server.contract.generation import Logprobs
 from warmkv_server.engine.output.sampling import Choice
-from warmkv_server.engine.steps.batch import Group
-from warmkv_server.engine.steps.chunk import feed_last
+from warmkv_server.engine.steps.batch import Group, feed_last
 from warmkv_server.engine.steps.running_set import Roster
 from warmkv_server.engine.steps.sequence import Sequence
 from warmkv_server.engine.steps.speculate import Speculator

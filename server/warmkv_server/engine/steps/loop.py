@@ -21,9 +21,8 @@ from warmkv_server.contract.generation import EngineStats, Finish, Job, Started
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.memory_need import Needs
-from warmkv_server.engine.model.pace import Pace
 from warmkv_server.engine.steps.decode import Decoder
-from warmkv_server.engine.steps.prefill import Prefiller
+from warmkv_server.engine.steps.prefill import Pace, Prefiller
 from warmkv_server.engine.steps.running_set import Deliver, Roster
 from warmkv_server.engine.steps.schedule import Schedule, together
 from warmkv_server.engine.steps.sequence import Sequence

@@ -13,7 +13,6 @@ import mlx.core as mx
 
 from warmkv_server.contract.generation import Event
 from warmkv_server.engine.steps.batch import Group
-from warmkv_server.engine.steps.out_of_memory import ran_out
 from warmkv_server.engine.steps.schedule import Schedule
 from warmkv_server.engine.steps.sequence import Sequence
 from warmkv_server.errors import EngineError, MemoryBudget, WarmKVError
@@ -22,6 +21,15 @@ log = logging.getLogger(__name__)
 
 _RETRY_AFTER = 5.0
 """Seconds after which a request that memory ran out for may be sent again."""
+
+_NO_MEMORY = (
+    "unable to allocate",  # MLX's allocators
+    "attempting to allocate",  # Metal, of one buffer that is too large
+    "insufficient memory",  # Metal, of a command buffer that has failed
+    "out of memory",  # CUDA
+    "cudaerrormemoryallocation",
+)
+"""How MLX says that memory has run out, on each device."""
 
 Message = tuple[int, Event | WarmKVError]
 
@@ -173,3 +181,8 @@ def _logged() -> EngineError:
     error = EngineError(secrets.token_hex(6))
     log.error("engine error %s", error.error_id, exc_info=True)
     return error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it was for want of memory that a step has failed. (MLX raises RuntimeError for this as for all else.)"""
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _NO_MEMORY)

@@ -13,7 +13,7 @@ import mlx.core as mx
 from warmkv_server.contract.generation import Delta, Finish, Finished, Job, Logprobs
 from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind, Reuse, Span, Tensors
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.codec import join
+from warmkv_server.engine.cache.codecs.codec import join
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.memory_need import Need
 from warmkv_server.engine.output.answer_text import AnswerText
@@ -100,7 +100,7 @@ class Sequence:
 
     def open(self) -> Iterator[None]:
         """Take memory and put what is there already in place, in steps."""
-        self.caches = self.loaded.empty_caches()
+        self.caches = self.loaded.cache_map.empty_caches(self.loaded.runner.model)
         job = self.job
         if self._reuse.length:
             yield from self.loaded.cache_map.fill(self.caches, self._reuse, room=self._room())
@@ -208,7 +208,7 @@ class Sequence:
 
     def collect(self) -> None:
         """Take over what its own caches have logged. Lazy."""
-        if any(getattr(leaf, "log", None) for leaf in kinds.leaves(self.caches)):
+        if any(leaf.log for leaf in kinds.leaves(self.caches)):
             self.add_grown(self.loaded.cache_map.drain(self.caches, rows=1)[0])
 
     def add_grown(self, tensors: Mapping[PartKind, Tensors]) -> None:

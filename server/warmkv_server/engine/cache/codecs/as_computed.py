@@ -1,0 +1,27 @@
+"""Values as they are computed, for KV that is not to be quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from warmkv_server.engine.cache.codecs.codec import Component, Position, Words
+
+
+@dataclass(frozen=True)
+class AsComputed:
+    """Stores what attention reads."""
+
+    bits: int = 0
+    group_size: int = 0
+    identity: str = ""
+
+    def components(self, head_dim: int, dtype: mx.Dtype) -> tuple[Component, ...]:
+        return (Component("values", head_dim, dtype),)
+
+    def encode(self, x: mx.array, _: Position = 0) -> Words:
+        return (x,)
+
+    def decode(self, words: Words, _dtype: mx.Dtype, _: Position = 0) -> mx.array:
+        return words[0]

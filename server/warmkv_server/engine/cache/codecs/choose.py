@@ -1,0 +1,17 @@
+"""From what the operator sets to the codec of each stream."""
+
+from __future__ import annotations
+
+from warmkv_server.engine.cache.codecs.affine import AffineCodec
+from warmkv_server.engine.cache.codecs.as_computed import AsComputed
+from warmkv_server.engine.cache.codecs.codec import CodecPlan
+
+
+def codecs_for(kv_bits: int = 4, kv_group_size: int = 64) -> CodecPlan:
+    """One codec for all streams.
+
+    Args:
+        kv_bits: 4 or 8; 0 keeps keys and values as they are computed.
+        kv_group_size: values that share a scale.
+    """
+    return CodecPlan(AffineCodec(kv_bits, kv_group_size) if kv_bits else AsComputed())
