@@ -49,7 +49,7 @@ async def test_a_whole_answer(parrot: Parrot) -> None:
     assert all(len(delta.token_ids) == 1 for delta in got.deltas)
     assert "" in [delta.text for delta in got.deltas], "the bytes of a character have no text until it is whole"
     finished = got.finished
-    assert (finished.finish, finished.matched_stop, finished.prompt_ready) == (Finish.STOP, "", True)
+    assert (finished.finish, finished.matched_stop) == (Finish.STOP, "")
     assert finished.completion == tuple(got.tokens)
     check_growth(finished.growth, 0, 1 + len(got.tokens))
 
@@ -160,7 +160,6 @@ async def test_prefill_alone_has_no_answer(parrot: Parrot) -> None:
     for length in (1, 32, 33, 100):
         got = await outcome(parrot.engine.submit(Job(prompt_filler(length))))
         assert (got.tokens, got.finished.finish, got.finished.completion) == ([], Finish.PREFILLED, ())
-        assert got.finished.prompt_ready
         check_growth(got.finished.growth, 0, length)
 
 

@@ -275,7 +275,7 @@ def test_a_quantisation_that_is_not_known_is_refused_by_its_name(folder: Path) -
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
 def test_a_template_that_a_processor_saved(name: str, folder: Path) -> None:
     rewrite(folder / "tokenizer_config.json", chat_template=None)
-    assert not load(folder).info.has_chat_template
+    assert not load(folder).tokenizer.has_chat_template
     (folder / name).write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
     tokenizer = load(folder).tokenizer
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"

@@ -33,7 +33,7 @@ from tests.engine.runs import (
 from warmkv_server.contract.generation import Job, Sampling
 from warmkv_server.engine.cache.attention_shapes import FewShapes
 from warmkv_server.engine.engine import Engine, Handle
-from warmkv_server.engine.model import discover
+from warmkv_server.engine.model import device, discover
 from warmkv_server.errors import EngineError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -114,7 +114,8 @@ async def watched(folder: Path, shapes: FewShapes | None, short_prompt: int) -> 
         solo = Solo(folder)
         patch.setattr(discover, "few_shapes", lambda *_: shapes)
         become(patch, subclass)
-        async with running(folder, max_batch=8, prefill_chunk=CHUNK, short_prompt=short_prompt) as engine:
+        patch.setattr(device, "short_prompt", lambda: short_prompt)
+        async with running(folder, max_batch=8, prefill_chunk=CHUNK) as engine:
             found.append(Bench(engine, solo))
             yield found[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import Outcome, after, begun, check_growth, job_of, outcome, prompt_of, running
 from tests.engine.spans import grown, needed
-from warmkv_server.contract.generation import Answer, Finish, Job, Progress, Sampling, Started
+from warmkv_server.contract.generation import Answer, Delta, Finish, Job, Progress, Sampling, Started
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.steps.schedule import together
 
@@ -165,14 +166,25 @@ async def test_rows_are_shared_while_two_tenants_ask(folder_of: FolderOf) -> Non
             await begun(handle)
         assert [handle.phase for handle in blues[4:]] == ["queued"] * 8
         assert engine.stats().preempted == 4
-        before = [sum(handle.tokens_done for handle in handles) for handles in (reds, blues)]
-        await begun(blues[0], 100)
-        parts = [sum(h.tokens_done for h in handles) - b for handles, b in zip((reds, blues), before, strict=True)]
-        assert min(parts) > 0.4 * sum(parts)
+        decoded = Counter[str]()
+        enough = asyncio.Event()
+
+        async def count(tenant: str, handle: Handle) -> None:
+            async for event in handle:
+                if isinstance(event, Delta):
+                    decoded[tenant] += len(event.token_ids)
+                    if min(decoded["red"], decoded["blue"]) > 400:
+                        enough.set()
+
+        tenants = [("red", handle) for handle in reds] + [("blue", handle) for handle in blues]
+        counting = [asyncio.create_task(count(*each)) for each in tenants]
+        await asyncio.sleep(0)  # what came before
+        decoded.clear()
+        await enough.wait()
+        assert min(decoded.values()) > 0.4 * decoded.total()
         for handle in (*reds, *blues):
             handle.cancel()
-        for handle in (*reds, *blues):
-            await outcome(handle)
+        await asyncio.gather(*counting)
         assert engine.stats().in_flight_bytes == 0
 
 

@@ -117,13 +117,11 @@ class Finished:
             a stop string not.
         growth: the KV from the reused prefix to the end of prompt + completion. After a cancel during prefill it
             covers what was computed, with an empty completion: it is the caller's to drop.
-        prompt_ready: whether the whole prompt's KV was computed.
     """
 
     finish: Finish
     completion: tuple[int, ...]
     growth: Growth
-    prompt_ready: bool
     matched_stop: str = ""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -68,7 +68,6 @@ class ModelInfo:
     fingerprint_fields: Mapping[str, str]
     sampling_defaults: Sampling
     ends: tuple[End, ...]
-    has_chat_template: bool
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from warmkv_server.contract.fairness import Bound
-from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Progress, Started
+from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Started
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
@@ -28,9 +28,6 @@ from warmkv_server.text.launch import Started as StartedText
 from warmkv_server.text.pool import TextPool
 
 log = logging.getLogger(__name__)
-
-STREAM_EVENTS = 256
-"""Events a stream holds for a slow reader; deltas beyond that are joined to the last one."""
 
 _RELIEF_SECONDS = 1.0
 """Longest wait for others to let go of memory, before trying again without."""
@@ -50,8 +47,6 @@ class EngineSettings:
         tenants: that share the engine. Where it is full, one that holds less than its equal share isn't refused.
         inflight_bytes: bytes that running sequences take, with all that is computed for them.
         prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
-        short_prompt: tokens of new agents' prompts up to which several are prefilled in one chunk; 0 for none, None for
-            what suits the device.
         max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
         speculate_tokens: most tokens guessed and checked in one step of a sequence that decodes alone; 0 for none.
     """
@@ -65,7 +60,6 @@ class EngineSettings:
     tenants: int = 1
     inflight_bytes: int = 8 << 30
     prefill_chunk: int = 0
-    short_prompt: int | None = None
     max_decode_gap_ms: int = 200
     speculate_tokens: int = 0
 
@@ -75,8 +69,6 @@ class Handle:
 
     Attributes:
         phase: queued, prefilling, decoding or done.
-        tokens_done: tokens of the prompt whose KV is there, then tokens of the answer.
-        tokens_total: tokens of the prompt, then the most the answer may have.
     """
 
     def __init__(self, engine: Engine, ident: int, job: Job) -> None:
@@ -87,8 +79,6 @@ class Handle:
         self._error: WarmKVError | None = None
         self._arrived = asyncio.Event()
         self.phase = "queued"
-        self.tokens_done = job.reuse.length
-        self.tokens_total = len(job.tokens)
 
     @property
     def tenant(self) -> str:
@@ -123,34 +113,18 @@ class Handle:
                 self.fail(event)
             case Started():
                 self.phase = "prefilling"
-            case Progress(done, total):
-                self.tokens_done, self.tokens_total = done, total
             case Delta():
-                if self.phase != "decoding" and self._job.answer is not None:
-                    self.phase, self.tokens_done = "decoding", 0
-                    self.tokens_total = self._job.answer.max_tokens
-                self.tokens_done += len(event.token_ids)
+                self.phase = "decoding"
             case Finished():
                 self.phase = "done"
         if not isinstance(event, WarmKVError):
-            self._append(event)
+            self._events.append(event)
         self._arrived.set()
 
     def fail(self, error: WarmKVError) -> None:
         """End with this error, behind the events that are there."""
         self._error, self.phase = error, "done"
         self._arrived.set()
-
-    def _append(self, event: Event) -> None:
-        last = self._events[-1] if self._events else None
-        if isinstance(event, Delta) and isinstance(last, Delta) and len(self._events) >= STREAM_EVENTS:
-            self._events[-1] = Delta(
-                last.token_ids + event.token_ids, last.text + event.text, last.logprobs + event.logprobs
-            )
-        elif isinstance(event, Progress) and isinstance(last, Progress):
-            self._events[-1] = event
-        else:
-            self._events.append(event)
 
 
 class Engine:
@@ -178,7 +152,6 @@ class Engine:
             self._tell_from_thread,
             max_batch=settings.max_batch,
             prefill_chunk=settings.prefill_chunk,
-            short_prompt=settings.short_prompt,
             max_decode_gap=settings.max_decode_gap_ms / 1000,
             speculate_tokens=settings.speculate_tokens,
             inflight_bytes=settings.inflight_bytes,

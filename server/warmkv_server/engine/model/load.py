@@ -148,7 +148,6 @@ def load(
         fingerprint_fields=fields,
         sampling_defaults=description.sampling_defaults(folder if kind is not ModelKind.RANDOM else None),
         ends=ended_by,
-        has_chat_template=bool(tokenizer.has_chat_template),
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
     return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))

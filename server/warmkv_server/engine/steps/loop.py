@@ -103,7 +103,6 @@ class StepLoop:
         *,
         max_batch: int,
         prefill_chunk: int,
-        short_prompt: int | None,
         max_decode_gap: float,
         inflight_bytes: int,
         speculate_tokens: int,
@@ -115,7 +114,7 @@ class StepLoop:
         self._max_batch = max_batch
         self._inflight_bytes = inflight_bytes
         self._pace = prefill_chunk or device.prefill_chunk(), max_decode_gap, device.smallest_chunk()
-        self._short_prompt = device.short_prompt() if short_prompt is None else short_prompt
+        self._short_prompt = device.short_prompt()
         self._speculate_tokens = speculate_tokens
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._preempted = 0

@@ -275,7 +275,6 @@ class Sequence:
             finish=self.finish or Finish.PREFILLED,
             completion=tuple(completion),
             growth=self._growth(min(self.done, self.prompt_length + len(completion))),
-            prompt_ready=self.done >= self.prompt_length,
             matched_stop=text.matched_stop if text is not None else "",
             prefill_seconds=(self._first_token or now) - self._began,
             decode_seconds=now - self._first_token if self._first_token else 0.0,
