@@ -125,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert committed.persisted or self.refusing
         own = known is not None and not known.foreign
-        if own and known is not None and not self.damaged and not self.layout.window and not self.layout.has_state:
+        if own and known is not None and not self.damaged and not self.layout.partial and not self.layout.has_state:
             common = min(common_length(known.tokens, tokens), len(tokens) - answer)
             assert reuse.length >= common
         changed = known is None or not np.array_equal(known.tokens, tokens)
@@ -375,19 +375,19 @@ def machine(name: str) -> type[StoreMachine]:
     return type(f"Store_{name}", (StoreMachine,), {"layout": LAYOUTS[name]})
 
 
-_SETTINGS = settings(
+SETTINGS = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 
 TestAppend = machine("append").TestCase
-TestAppend.settings = _SETTINGS
+TestAppend.settings = SETTINGS
 TestWindow = machine("window").TestCase
-TestWindow.settings = _SETTINGS
+TestWindow.settings = SETTINGS
 TestSmallWindow = machine("small_window").TestCase
-TestSmallWindow.settings = _SETTINGS
+TestSmallWindow.settings = SETTINGS
 TestHybrid = machine("hybrid").TestCase
-TestHybrid.settings = _SETTINGS
+TestHybrid.settings = SETTINGS
 TestRecurrent = machine("recurrent").TestCase
-TestRecurrent.settings = _SETTINGS
+TestRecurrent.settings = SETTINGS
 TestEverything = machine("everything").TestCase
-TestEverything.settings = _SETTINGS
+TestEverything.settings = SETTINGS

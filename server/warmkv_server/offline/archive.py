@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, all_kinds, known_kind
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, file_name, verify
 from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, root_id
 from warmkv_server.kv.catalog import plausible
@@ -83,7 +83,7 @@ class Manifest:
     def files(self) -> Iterator[tuple[Node, PartKind, Part]]:
         """In the order in which they follow the manifest."""
         for node in (*self.nodes, *self.snapshots):
-            for kind in PartKind:
+            for kind in all_kinds():
                 if kind in node.parts:
                     yield node, kind, node.parts[kind]
 
@@ -123,8 +123,8 @@ class Manifest:
             "parent": node.parent.hex(),
             "start": node.start,
             "tokens": base64.b64encode(node.block_tokens).decode(),
-            "parts": {kind.value: [part.nbytes, part.digest] for kind, part in node.parts.items()},
-            "sha256": {kind.value: self.digests[node.id, kind] for kind in node.parts if self.digests},
+            "parts": {kind: [part.nbytes, part.digest] for kind, part in node.parts.items()},
+            "sha256": {kind: self.digests[node.id, kind] for kind in node.parts if self.digests},
             "lost": node.lost,
         }
 
@@ -158,7 +158,7 @@ class Manifest:
             if root is not None and len(root) != ID_BYTES:
                 raise BadArchive("its root is no id")
             digests = {
-                (bytes.fromhex(node["node"]), PartKind(kind)): str(digest)
+                (bytes.fromhex(node["node"]), known_kind(kind)): str(digest)
                 for node in (*told["nodes"], *told["snapshots"])
                 for kind, digest in node.get("sha256", {}).items()
             }
@@ -288,6 +288,6 @@ def _read_node(tenant: str, fingerprint: str, told: Mapping[str, Any]) -> Node:
     for kind, (size, digest) in told["parts"].items():
         if type(size) is not int or not 0 <= size <= _FILE_LIMIT:
             raise BadArchive(f"its node {told['node']} has a file of {size} bytes")
-        node.parts[PartKind(kind)] = Part(size, str(digest))
+        node.parts[known_kind(kind)] = Part(size, str(digest))
     node.lost = Fallback(told["lost"]) if told["lost"] else None
     return node

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, policy_of
 from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.index.boundaries import MAX_KEPT
@@ -30,7 +30,7 @@ def check(manifest: Manifest) -> None:
     if not all(0 <= boundary <= length for boundary in boundaries):
         raise BadArchive("its boundaries are not of this context")
     for node, kind, _ in manifest.files():
-        if (kind is PartKind.STATE) != node.snapshot:
+        if policy_of(kind).snapshot != node.snapshot:
             raise BadArchive(f"its node {node.id.hex()} can't have a file of kind {kind}")
     raw = b"".join(node.own_tokens for node in manifest.nodes)
     if (wrong := plausible.tokens_fault(np.frombuffer(raw, "<i4"), None)) is not None:

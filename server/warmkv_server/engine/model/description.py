@@ -25,10 +25,10 @@ def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
             return LayerInfo("composite", members=tuple(describe(member) for member in cache.caches))
         number = next(leaf)
         if isinstance(cache, ArraysCache):
-            return LayerInfo(PartKind.STATE.value)
+            return LayerInfo(PartKind.STATE)
         keys, values = cache_map.streams_of(number)
         window = int(getattr(cache, "window", 0))
-        return LayerInfo(keys.kind.value, keys.heads, keys.head_dim, values.head_dim, window)
+        return LayerInfo(keys.kind, keys.heads, keys.head_dim, values.head_dim, window)
 
     return tuple(describe(cache) for cache in empty_caches(model, cache_map.codec))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec
+from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec, known_kind
 from warmkv_server.kv.blocks.arrays import Words, stored_shape
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
 
@@ -84,7 +84,7 @@ class BlockInfo:
         return {
             "format": FORMAT,
             "version": str(VERSION),
-            "kind": self.kind.value,
+            "kind": self.kind,
             "node": self.node,
             "parent": self.parent,
             "start": str(self.start),
@@ -96,7 +96,7 @@ class BlockInfo:
 
 
 def file_name(node: str, kind: PartKind) -> str:
-    return f"{node}.{kind.value}{SUFFIX}"
+    return f"{node}.{kind}{SUFFIX}"
 
 
 def header(info: BlockInfo, specs: Sequence[TensorSpec]) -> bytearray:
@@ -209,7 +209,7 @@ def parse(head: bytes) -> Parsed:
         if meta["format"] != FORMAT or meta["version"] != str(VERSION):
             raise BadFile(Fallback.FORMAT, f"format {meta['format']} {meta['version']}, not {FORMAT} {VERSION}")
         info = BlockInfo(
-            kind=PartKind(meta["kind"]),
+            kind=known_kind(meta["kind"]),
             node=meta["node"],
             parent=meta["parent"],
             start=int(meta["start"]),

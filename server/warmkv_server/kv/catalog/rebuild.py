@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, all_kinds, policy_of
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
@@ -230,7 +230,7 @@ class Builder:
             if end - start == BLOCK_TOKENS:
                 parents[end] = parent = bytes.fromhex(ident)
         # Only now: what can't be rebuilt leaves nothing in the index.
-        nodes = [self._node(manifest, *each, [PartKind.APPEND, PartKind.WINDOW]) for each in found]
+        nodes = [self._node(manifest, *each) for each in found]
         agent = Agent(manifest.tenant, manifest.agent_id, self.index.new_incarnation(), manifest.fingerprint)
         agent.nodes, agent.tokens = nodes, rows.join_tokens(nodes)
         if (wrong := plausible.tokens_fault(agent.tokens, None)) is not None:
@@ -238,7 +238,7 @@ class Builder:
         for length in manifest.snapshots:
             begin = block_of(length)
             text = agent.tokens[begin:length].astype("<i4").tobytes()
-            agent.snapshots[length] = self._node(manifest, parents[begin], length, text, [PartKind.STATE])
+            agent.snapshots[length] = self._node(manifest, parents[begin], length, text)
         agent.revision, agent.kept, agent.previous = manifest.revision, manifest.kept, manifest.previous
         agent.pinned, agent.ttl, agent.labels = manifest.pinned, manifest.ttl, dict(manifest.labels)
         agent.create_time, agent.update_time = manifest.create_time, manifest.update_time
@@ -266,7 +266,7 @@ class Builder:
 
     def _texts_of(self, ident: str, start: int, end: int) -> Iterable[bytes]:
         """A node's tokens from the start of its block on, from each header of its files that can be it."""
-        for kind in (PartKind.APPEND, PartKind.WINDOW):
+        for kind in _kinds(snapshot=False):
             path = block_path(self._data_dir, ident, kind)
             for place in (path, self._data_dir / QUARANTINE / path.name):
                 with contextlib.suppress(BadFile, OSError):
@@ -275,28 +275,32 @@ class Builder:
                     if info.node == ident and info.start == start and len(info.block_tokens) == size:
                         yield info.block_tokens
 
-    def _node(
-        self, manifest: Manifest, parent: bytes, start: int, block_tokens: bytes, kinds: Iterable[PartKind]
-    ) -> Node:
+    def _node(self, manifest: Manifest, parent: bytes, start: int, block_tokens: bytes) -> Node:
         ident = node_id(parent, start, block_tokens)
         node = self.index.nodes.get(ident)
         if node is not None:
             return node
         row = self.index.new_row()
         node = Node(ident, row, manifest.tenant, manifest.fingerprint, parent, start, block_tokens)
-        for kind in kinds:
+        for kind in _kinds(snapshot=node.snapshot):
             path = block_path(self._data_dir, ident.hex(), kind)
             try:
                 node.parts[kind] = _part(path, block_info(node, kind))
             except FileNotFoundError:
-                if kind is not PartKind.WINDOW:
-                    node.lost = node.lost or Fallback.MISSING_BLOCK
+                continue
             except BadFile as bad:
                 log.warning("block %s (%s) can't be used: %s", ident.hex(), kind, bad)
                 node.lost = Fallback.QUARANTINED
                 self.bad.append(path)
+        if not node.parts or (PartKind.APPEND not in node.parts and not node.snapshot):
+            node.lost = node.lost or Fallback.MISSING_BLOCK
         self.index.nodes[ident] = node
         return node
+
+
+def _kinds(*, snapshot: bool) -> list[PartKind]:
+    """Of which a node has files, with tokens or without."""
+    return [kind for kind in all_kinds() if policy_of(kind).snapshot == snapshot]
 
 
 def _part(path: Path, expected: BlockInfo) -> Part:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, known_kind
 from warmkv_server.kv.blocks.blockfile import Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, node_id
 from warmkv_server.kv.catalog import plausible
@@ -229,7 +229,7 @@ def _read_index(db: Queryable) -> Index:
         "SELECT row, id, tenant, fingerprint, parent, start, tokens, parts, lost FROM nodes"
     ):
         node = Node(ident, row, tenant, fingerprint, parent, start, tokens, saved=True, dirty=False)
-        node.parts = {PartKind(kind): _part(*values) for kind, values in json.loads(parts).items()}
+        node.parts = {known_kind(kind): _part(*values) for kind, values in json.loads(parts).items()}
         node.lost = Fallback(lost) if lost else None
         if not 0 <= start < 1 << 31 or len(tokens) % TOKEN_BYTES or not 0 <= node.count <= BLOCK_TOKENS:
             raise JournalDamaged(f"node {row} is of tokens that can't be")
@@ -294,4 +294,4 @@ def _part(nbytes: int, digest: str) -> Part:
 
 
 def _parts(parts: Mapping[PartKind, Part]) -> str:
-    return as_json({kind.value: [part.nbytes, part.digest] for kind, part in parts.items()})
+    return as_json({kind: [part.nbytes, part.digest] for kind, part in parts.items()})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from warmkv_server.contract.kv import Fallback, KVLayout, PartKind
+from warmkv_server.contract.kv import Fallback, KVLayout, all_kinds
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import SUFFIX, file_name
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
@@ -28,7 +28,7 @@ from warmkv_server.kv.catalog.private import make_folder, tighten
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.boundaries import in_window
+from warmkv_server.kv.index.boundaries import partly_kept
 from warmkv_server.kv.index.index import Agent, AgentKey, Index
 from warmkv_server.kv.index.records import Fingerprint, StoreSettings
 
@@ -95,7 +95,7 @@ def open_directory(
         database, index, evidence = believed.database, believed.index, believed.evidence
         try:
             _put_aside_the_implausible(index, layout, fingerprint.digest, database)
-            _count_windows(index, layout, fingerprint.digest)
+            _count_parts(index, layout, fingerprint.digest)
             sweep = _sweep(data_dir, index, database)
             # Before the files that only older manifests refer to are gone.
             manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
@@ -173,7 +173,7 @@ def is_block(entry: os.DirEntry[str]) -> bool:
     """Whether it has the name of a block file, in the folder where that belongs, and is a file."""
     node, _, rest = entry.name.partition(".")
     kind, _, end = rest.partition(".")
-    named = plausible.NODE_ID.fullmatch(node) and kind in [*PartKind] and f".{end}" == SUFFIX
+    named = plausible.NODE_ID.fullmatch(node) and kind in all_kinds() and f".{end}" == SUFFIX
     return bool(named) and Path(entry.path).parent.name == node[:2] and is_plain(entry)
 
 
@@ -237,16 +237,16 @@ def _put_aside_the_implausible(index: Index, layout: KVLayout, fingerprint: str,
         database.apply(statements)
 
 
-def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
-    """Which WINDOW parts each agent needs follows from its boundaries. Those of other models are left alone."""
+def _count_parts(index: Index, layout: KVLayout, fingerprint: str) -> None:
+    """Which parts each agent needs follows from its boundaries. Those of other models are left alone."""
     for agent in index.agents.values():
         if agent.fingerprint == fingerprint:
             boundaries = {len(agent.tokens), agent.previous, *agent.kept} - {0}
-            agent.windowed = {n for b in boundaries for n in in_window(agent.nodes, b, layout.window)}
+            agent.partial = partly_kept(layout, agent.nodes, boundaries)
         else:
-            agent.windowed = set(agent.nodes)
-        for node in agent.windowed:
-            node.window_refs += 1
+            agent.partial = {(node, kind) for node in agent.nodes for kind in node.parts}
+        for node, kind in agent.partial:
+            node.part_refs[kind] += 1
 
 
 def _sweep(data_dir: Path, index: Index, database: Database) -> _Sweep:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.kv.blocks.blockfile import Part
-from warmkv_server.kv.index.boundaries import in_window, window_start
+from warmkv_server.kv.index.boundaries import kept_for, needed, overlaps
 from warmkv_server.kv.index.hot import HotTier
 from warmkv_server.kv.index.index import Agent, Index, Node
 
@@ -47,7 +47,7 @@ class Accounts:
         self._hot = hot
         self._layout = layout
         self._fingerprint = fingerprint
-        self._kinds = {kind for kind in PartKind if layout.of_kind(kind)}
+        self._policies = {policy.kind: policy for policy in layout.policies}
         self.block_bytes = 0
         self.disk: Counter[str] = Counter()
         self.going: dict[Path, int] = {}
@@ -133,14 +133,13 @@ class Accounts:
 
     def _needs(self, agent: Agent, node: Node, kind: PartKind) -> bool:
         """Whether the next request can't go on from the head of an agent of `node` without this part."""
-        if kind not in self._kinds:
+        policy = self._policies.get(kind)
+        if policy is None:
             return False
-        if kind is PartKind.APPEND:
-            return True
         head = len(agent.tokens)
-        if kind is PartKind.STATE:
+        if policy.snapshot:
             return agent.snapshots.get(head) is node
-        return node.end > window_start(head, self._layout.window)
+        return policy.everywhere or overlaps(kept_for(policy, self._layout, head), node)
 
     # Agents
 
@@ -200,9 +199,8 @@ class Accounts:
     def _needed(self, agent: Agent) -> Iterator[tuple[Node, PartKind]]:
         """What the next request that goes on from the head needs in RAM; see `_needs`."""
         head = len(agent.tokens)
-        if PartKind.APPEND in self._kinds:
-            yield from ((node, PartKind.APPEND) for node in agent.nodes)
-        if PartKind.WINDOW in self._kinds:
-            yield from ((node, PartKind.WINDOW) for node in in_window(agent.nodes, head, self._layout.window))
-        if PartKind.STATE in self._kinds and head in agent.snapshots:
-            yield agent.snapshots[head], PartKind.STATE
+        for policy in self._layout.policies:
+            if not policy.snapshot:
+                yield from ((node, policy.kind) for node in needed(policy, self._layout, agent.nodes, head))
+            elif head in agent.snapshots:
+                yield agent.snapshots[head], policy.kind

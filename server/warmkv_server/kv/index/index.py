@@ -6,19 +6,21 @@ The journal is the durable log of this. Nothing here blocks or awaits.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
 from warmkv_server.kv.index.records import TokenIds
 
 AgentKey = tuple[str, str]
 """(tenant, agent_id)"""
+PartOf = tuple["Node", PartKind]
+"""A node's part of a kind, wherever it is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -37,7 +39,7 @@ class Node:
         lost: why a file it should have is gone.
         agents: that reference it. Without any it is never reused, only collected.
         pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
-        window_refs: agents that need its WINDOW part.
+        part_refs: agents that need its part of a kind that not every node has, by kind; 0 where it can be evicted.
         pinned_refs: pinned agents that reference it.
         hot_bytes: its parts in RAM.
         last_used: of the store's time (see clock.py).
@@ -56,10 +58,14 @@ class Node:
     dirty: bool = True
     agents: set[Agent] = field(default_factory=set)
     pins: int = 0
-    window_refs: int = 0
+    part_refs: Counter[PartKind] = field(default_factory=Counter)
     pinned_refs: int = 0
     hot_bytes: int = 0
     last_used: float = 0.0
+
+    def spare_parts(self) -> list[PartKind]:
+        """Of its files, those of kinds that not every node has, and that no agent needs here."""
+        return [kind for kind in self.parts if policy_of(kind).partial and not self.part_refs[kind]]
 
     @property
     def refs(self) -> int:
@@ -102,7 +108,7 @@ class Agent:
     Attributes:
         nodes: in order, covering [0, len(tokens)).
         snapshots: by length of the context; all of boundaries() where the model has recurrent state.
-        windowed: the nodes whose WINDOW part it needs.
+        partial: the parts that it needs of kinds that not every node has.
         kept: boundaries to keep until the context is cut below them, ascending.
         previous: the head before the last commit, while it is still a prefix; 0 for none.
         durable: the journal has exactly this state, and the files are there.
@@ -121,7 +127,7 @@ class Agent:
     tokens: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
     nodes: list[Node] = field(default_factory=list)
     snapshots: dict[int, Node] = field(default_factory=dict)
-    windowed: set[Node] = field(default_factory=set)
+    partial: set[PartOf] = field(default_factory=set)
     kept: tuple[int, ...] = ()
     previous: int = 0
     revision: int = 1
@@ -156,7 +162,7 @@ class Agent:
 
 
 _COMMITTED = (
-    *("fingerprint", "tokens", "nodes", "snapshots", "windowed", "kept", "previous", "ending", "revision"),
+    *("fingerprint", "tokens", "nodes", "snapshots", "partial", "kept", "previous", "ending", "revision"),
     *("ttl", "labels", "update_time", "last_used"),
 )
 """What a commit may change of an agent, its pin apart."""
@@ -183,8 +189,8 @@ class Index:
         self.agents[agent.key] = agent
         insort(self._names[agent.tenant], agent.agent_id)
         self._reference(set(agent.all_nodes()), agent)
-        for node in agent.windowed:
-            node.window_refs += 1
+        for node, kind in agent.partial:
+            node.part_refs[kind] += 1
 
     def remove_agent(self, agent: Agent) -> None:
         """Forget it. Its nodes stay until they are collected."""
@@ -192,8 +198,8 @@ class Index:
         names = self._names[agent.tenant]
         del names[bisect_left(names, agent.agent_id)]
         self._dereference(set(agent.all_nodes()), agent)
-        for node in agent.windowed:
-            node.window_refs -= 1
+        for node, kind in agent.partial:
+            node.part_refs[kind] -= 1
 
     def set_pinned(self, agent: Agent, pinned: bool) -> None:
         for node in agent.all_nodes():
@@ -205,10 +211,10 @@ class Index:
         old, new = set(agent.all_nodes()), set(after.all_nodes())
         self._reference(new - old, agent)
         self._dereference(old - new, agent)
-        for node in after.windowed - agent.windowed:
-            node.window_refs += 1
-        for node in agent.windowed - after.windowed:
-            node.window_refs -= 1
+        for node, kind in after.partial - agent.partial:
+            node.part_refs[kind] += 1
+        for node, kind in agent.partial - after.partial:
+            node.part_refs[kind] -= 1
         for name in _COMMITTED:
             setattr(agent, name, getattr(after, name))
         self.set_pinned(agent, after.pinned)

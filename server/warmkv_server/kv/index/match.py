@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, KVLayout, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, KVLayout
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, node_id
 from warmkv_server.kv.index.boundaries import Has, Prefix, longest_usable
 from warmkv_server.kv.index.index import Agent, Index, Node, common_length, common_tokens
@@ -68,13 +68,17 @@ class Matcher:
     def _usable(self, chain: _Chain, root: bytes) -> Prefix:
         return longest_usable(self._index, self._layout, chain.nodes, chain.reach, root, self._has)
 
+    def _is_at_hand(self, node: Node) -> bool:
+        """Whether it has what every node has to have."""
+        return all(self._has(node, kind) for kind in self._layout.everywhere)
+
     def _own(self, agent: Agent, common: int) -> tuple[_Chain, Fallback | None]:
         """The agent's nodes as far as they are wanted and at hand, and why they end earlier if they do."""
         nodes: list[Node] = []
         for node in agent.nodes:
             if node.start >= common:
                 break
-            if not self._has(node, PartKind.APPEND):
+            if not self._is_at_hand(node):
                 return _Chain(nodes, node.start), node.lost or Fallback.MISSING_BLOCK
             nodes.append(node)
         return _Chain(nodes, common), None
@@ -86,13 +90,13 @@ class Matcher:
         block = BLOCK_TOKENS * TOKEN_BYTES
         while len(tokens := raw[position * TOKEN_BYTES : position * TOKEN_BYTES + block]) == block:
             node = self._index.live(node_id(parent, position, tokens))
-            if node is None or node.block_tokens != tokens or not self._has(node, PartKind.APPEND):
+            if node is None or node.block_tokens != tokens or not self._is_at_hand(node):
                 break
             nodes.append(node)
             position, parent = node.end, node.id
         reach = position
         for node in self._index.tail_like(parent, tokens):
-            if not self._has(node, PartKind.APPEND):
+            if not self._is_at_hand(node):
                 break
             nodes.append(node)
             reach = position + min(common_tokens(node.block_tokens, tokens), node.end - position)

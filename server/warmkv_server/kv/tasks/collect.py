@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
-from warmkv_server.contract.kv import Fallback, PartKind
+from warmkv_server.contract.kv import Fallback
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.tasks.core import Core, node_of
@@ -38,9 +38,9 @@ class Collector:
         """The index has refused to forget what is suspected: `retry` is to try again."""
 
     def suspect(self, nodes: Iterable[Node]) -> None:
-        """These have lost a reference, a pin, or the need for their window: look at them soon."""
+        """These have lost a reference, a pin, or the need for a part: look at them soon."""
         for node in nodes:
-            if not node.pins and (not node.refs or self._spare_window(node)):
+            if not node.pins and (not node.refs or node.spare_parts()):
                 self._suspects[node] = None
         if self._suspects and self._running is None and not self._refused:
             self._running = asyncio.create_task(self._run())
@@ -138,7 +138,7 @@ class Collector:
             while self._suspects and not self._refused:
                 suspects, self._suspects = list(self._suspects), {}
                 gone = [node for node in suspects if not node.refs and not node.pins]
-                slimmer = [node for node in suspects if node.refs and not node.pins and self._spare_window(node)]
+                slimmer = [node for node in suspects if node.refs and not node.pins and node.spare_parts()]
                 if (gone or slimmer) and not await self._remove(gone, slimmer):
                     self._refused = True
                     self._suspects |= dict.fromkeys(suspects)
@@ -151,16 +151,12 @@ class Collector:
         if self.refused:
             self._was_refused()
 
-    @staticmethod
-    def _spare_window(node: Node) -> bool:
-        return PartKind.WINDOW in node.parts and not node.window_refs
-
     async def _remove(self, gone: list[Node], slimmer: list[Node]) -> bool:
-        """Remove nodes, and the windows of others. False if the index refuses; all is as before then."""
+        """Remove nodes, and unneeded parts of others. False if the index refuses; all is as before then."""
         core = self._core
         files = {core.path(node, kind): part.nbytes for node in gone for kind, part in node.parts.items()}
-        windows = {node: core.accounts.lost(node, PartKind.WINDOW) for node in slimmer}
-        files |= {core.path(node, PartKind.WINDOW): part.nbytes for node, part in windows.items()}
+        spare = [(node, kind, core.accounts.lost(node, kind)) for node in slimmer for kind in node.spare_parts()]
+        files |= {core.path(node, kind): part.nbytes for node, kind, part in spare}
         core.accounts.go(files)
         for node in gone:
             core.accounts.leave(node)
@@ -174,13 +170,13 @@ class Collector:
                 core.accounts.gone(files)
                 for node in gone:
                     core.accounts.enter(node)
-                for node, part in windows.items():
-                    core.accounts.wrote(node, PartKind.WINDOW, part)
+                for node, kind, part in spare:
+                    core.accounts.wrote(node, kind, part)
                 return False
             for node in gone:
                 core.hot.drop(node, unsaved_too=True)
-            for node in windows:
-                core.hot.drop(node, PartKind.WINDOW)
+            for node, kind, _ in spare:
+                core.hot.drop(node, kind)
             try:
                 await self._unlink(files)
             except Exception as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec
+from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec, all_kinds
 from warmkv_server.contract.store import AgentRecord, Tier
 from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv.blocks import blockfile
@@ -75,7 +75,7 @@ class Core:
         self.hot = HotTier(settings.hot_bytes)
         self.accounts = Accounts(index, self.hot, layout, fingerprint)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
-            kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
+            kind: blockfile.ordered(layout.of_kind(kind)) for kind in all_kinds()
         }
         self.counters = Counters()
         self.disk = DiskState()

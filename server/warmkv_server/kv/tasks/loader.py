@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.blocks.reader import PartOrder, read_parts
 from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.index.boundaries import Has, in_window, longest_usable
+from warmkv_server.kv.index.boundaries import Has, longest_usable, needed
 from warmkv_server.kv.index.hot import PartKey
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.lease import Lease
@@ -119,11 +120,16 @@ class Loader:
             future.exception()  # Seen: whoever waits for it gets it.
 
     def _parts(self, lease: Lease) -> list[tuple[Node, PartKind]]:
-        parts = [(node, PartKind.APPEND) for node in lease.nodes]
-        parts += [(node, PartKind.WINDOW) for node in in_window(lease.nodes, lease.length, self._core.layout.window)]
+        layout = self._core.layout
+        parts = [
+            (node, policy.kind)
+            for policy in layout.policies
+            if not policy.snapshot
+            for node in needed(policy, layout, lease.nodes, lease.length)
+        ]
         if lease.snapshot is not None:
-            parts.append((lease.snapshot, PartKind.STATE))
-        return [(node, kind) for node, kind in parts if self._core.specs[kind]]
+            parts += [(lease.snapshot, kind) for kind in layout.snapshots]
+        return parts
 
     async def _gather(
         self,
@@ -166,13 +172,13 @@ class Loader:
 
     def _shorten(self, lease: Lease, bad: Node, held: dict[PartKey, Tensors], *, late: bool) -> None:
         """Go back to the longest usable prefix before a bad node; when time is up, to one that is in RAM already."""
-        core = self._core
+        core, everywhere = self._core, self._core.layout.everywhere
 
         def at_hand(node: Node, kind: PartKind) -> bool:
             return (node.id, kind) in held or core.hot.has(node, kind)
 
         has: Has = at_hand if late else core.has
-        nodes = [node for node in lease.nodes if has(node, PartKind.APPEND)] if late else lease.nodes
+        nodes = [n for n in lease.nodes if all(has(n, kind) for kind in everywhere)] if late else lease.nodes
         nodes = nodes[: _contiguous(nodes)]
         reach = min(bad.start, nodes[-1].end if nodes else 0) if not bad.snapshot else bad.end - 1
         reach = min(reach, nodes[-1].end if nodes else 0)
@@ -267,26 +273,26 @@ class Loader:
 
     def _reuse(self, lease: Lease, held: dict[PartKey, Tensors], read: dict[PartKey, int], seconds: float) -> Reuse:
         core = self._core
-        windowed = set(in_window(lease.nodes, lease.length, core.layout.window))
+        layout = core.layout
+        kinds: defaultdict[Node, list[PartKind]] = defaultdict(list)
+        for node, kind in self._parts(lease):
+            kinds[node].append(kind)
         spans = []
         hot = warm = shared = 0
-        snapshot_read = lease.snapshot is not None and (lease.snapshot.id, PartKind.STATE) in read
+        snapshot_read = lease.snapshot is not None and any((lease.snapshot.id, k) in read for k in layout.snapshots)
         last = len(lease.nodes) - 1
         for number, node in enumerate(lease.nodes):
-            kinds = [PartKind.APPEND, PartKind.WINDOW] if node in windowed else [PartKind.APPEND]
-            parts = {kind: held[node.id, kind] for kind in kinds if core.specs[kind]}
+            parts = {kind: held[node.id, kind] for kind in kinds[node]}
             spans.append(Span(node.start, node.count, parts))
             tokens = min(node.end, lease.length) - node.start
             if number >= lease.own_nodes:
                 shared += tokens
-            elif any((node.id, kind) in read for kind in kinds if core.specs[kind]) or (
-                snapshot_read and (number == last or not parts)
-            ):
+            elif any((node.id, kind) in read for kind in parts) or (snapshot_read and (number == last or not parts)):
                 warm += tokens
             else:
                 hot += tokens
         if lease.snapshot is not None:
-            spans.append(Span(lease.length, 0, {PartKind.STATE: held[lease.snapshot.id, PartKind.STATE]}))
+            spans.append(Span(lease.length, 0, {kind: held[lease.snapshot.id, kind] for kind in layout.snapshots}))
         return Reuse(
             length=lease.length,
             spans=tuple(spans),
