@@ -95,7 +95,7 @@ async def test_bugs_in_load_and_commit_end_the_requests_that_meet_them_and_nothi
             await prime(agents, agent)
 
         # A file that can't be written, in a way that isn't the disk's.
-        files = store._core.files
+        files = store.core.files
         before = store.tokens("", "a").tolist()
         write = files.write
         monkeypatch.setattr(files, "write", once(write, lambda path, _: "blocks" in path.parts))

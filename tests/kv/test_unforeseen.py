@@ -71,7 +71,7 @@ class BuggyFiles(Files):
 @contextmanager
 def breaking(driver: Driver, *, after: bool) -> Iterator[None]:
     """The index's next transaction raises, before or after it has happened."""
-    database = driver.store._core.journal.database
+    database = driver.store.core.journal.database
     apply = database.apply
 
     def broken(statements: Any, number: int | None = None) -> None:
@@ -95,7 +95,7 @@ async def as_after_a_restart(tmp_path: Path, driver: Driver, **contexts: Any) ->
             assert driver.store.tokens(TENANT, agent).tolist() == tokens.tolist()
             reuse = await driver.reuse(agent, tokens)
             assert (reuse.length, reuse.fallback) == (len(tokens), None)
-        assert driver.store._core.hot.unsaved_bytes == 0
+        assert driver.store.core.hot.unsaved_bytes == 0
         await driver.store.settled()
         await driver.close()
         driver = await Driver.open(tmp_path, LAYOUT)

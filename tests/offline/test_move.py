@@ -202,7 +202,7 @@ async def test_what_is_lost_is_said_and_the_rest_moves(tmp_path: Path) -> None:
     await make_agent(source, layout)
     await serve_once(to, layout)
     victim = agent_of(source).nodes[2]
-    path = source / "blocks" / victim.id.hex()[:2] / f"{victim.id.hex()}.append.safetensors"
+    (path,) = source.glob(f"blocks/*/{victim.id.hex()}.append.*.safetensors")
     rewrite(path, lambda raw: flipped(raw, 3000))
     export = ("agents", "export", "--data-dir", source, "--tenant", TENANT, "a", "-o", tmp_path / "a.warmkv")
     assert "is bad" in refusal(*export)
@@ -244,6 +244,7 @@ async def test_a_disk_that_refuses_leaves_everything_as_it_was(archive: Path, tm
             importing.import_agent(
                 reader,
                 taken,
+                fingerprint=reader.manifest.fingerprint,
                 tenant=TENANT,
                 agent_id="a",
                 replace=False,

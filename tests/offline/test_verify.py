@@ -25,7 +25,8 @@ def file_of(data_dir: Path, agent: str, start: int) -> Path:
     """The append file of the agent's block that starts there."""
     nodes = look(data_dir).index.agents[TENANT, agent].nodes
     (ident,) = (node.id.hex() for node in nodes if node.start == start)
-    return data_dir / "blocks" / ident[:2] / f"{ident}.append.safetensors"
+    (path,) = (data_dir / "blocks" / ident[:2]).glob(f"{ident}.append.*.safetensors")
+    return path
 
 
 def flip(path: Path, at: int = -5) -> None:

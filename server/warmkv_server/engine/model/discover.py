@@ -52,7 +52,7 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         made.append(stack)
         kernel_reads_back(codec, dtype)  # compiled before the first request needs it
         for component, piece in zip(codec.components, probe, strict=True):
-            specs.append(_token_spec(stack, component, storable(piece)))
+            specs.append(_token_spec(stack, component, storable(piece), codec.identity))
     layout = KVLayout(tuple(specs), window)
     return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
 
@@ -72,11 +72,10 @@ def _state_spec(name: str, array: mx.array) -> TensorSpec:
     return TensorSpec(name, PartKind.STATE, _numpy_name(stored), tuple(stored.shape), int(stored.nbytes))
 
 
-def _token_spec(stack: Stack, component: str, piece: mx.array) -> TensorSpec:
+def _token_spec(stack: Stack, component: str, piece: mx.array, codec: str) -> TensorSpec:
     shape = (len(stack.streams), stack.heads, piece.shape[-1])
-    return TensorSpec(
-        stack.tensor(component), stack.kind, _numpy_name(piece), shape, math.prod(shape) * piece.dtype.size
-    )
+    nbytes = math.prod(shape) * piece.dtype.size
+    return TensorSpec(stack.tensor(component), stack.kind, _numpy_name(piece), shape, nbytes, codec)
 
 
 def _numpy_name(array: mx.array) -> str:

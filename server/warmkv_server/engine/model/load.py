@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -86,6 +87,7 @@ def load(
         found = checkpoint.load(folder)
         model, config = found.model, found.config
         weights_digest = digest_files(found.weights)
+    implementation = _sources(model)
     adapter_digest = ""
     if adapter is not None:
         model, adapter_digest = adapters.put_on(model, adapter)
@@ -119,6 +121,7 @@ def load(
     fields = {
         "weights": weights_digest,
         "adapter": adapter_digest,
+        "implementation": digest_files(implementation),
         "config": digest_json(config),
         "tokenizer": digest_files(tokenizers.files(folder)),
         "kv_bits": str(codec.bits),
@@ -146,6 +149,12 @@ def load(
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
     return LoadedModel(model, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size))
+
+
+def _sources(model: Any) -> list[Path]:
+    """mlx-lm's files that the model is implemented in: another version of one may compute another KV."""
+    names = {type(module).__module__ for module in model.modules()}
+    return sorted(Path(str(sys.modules[name].__file__)) for name in names if name.startswith("mlx_lm."))
 
 
 def _caches(model: Any, codec: Codec, spec: str) -> CacheMap:

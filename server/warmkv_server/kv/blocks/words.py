@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -12,7 +11,7 @@ from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSp
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.arrays import allocate, view
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
-from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.tier import BlockTier, object_name
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ class Words:
         return last.parts[kind]
 
 
-def write_part(files: Files, path: Path, info: BlockInfo, specs: Sequence[TensorSpec], tensors: Tensors) -> Part:
-    """Write one block file, synced and under its name; the folder isn't synced yet.
+def write_part(tier: BlockTier, info: BlockInfo, specs: Sequence[TensorSpec], tensors: Tensors) -> Part:
+    """Have one object in a tier. It is durable when the tier has been told to sync it.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the tier refused.
     """
     payload = [blockfile.flat(view(tensors[spec.name])) for spec in specs]
     head = blockfile.header(info, specs)
     digest = blockfile.seal(head, payload)
-    return Part(files.write(path, [memoryview(head), *payload]), digest)
+    return Part(tier.put(object_name(info.node, info.kind, digest), [memoryview(head), *payload]), digest)

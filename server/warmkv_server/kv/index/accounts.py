@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.kv.blocks.blockfile import Part
@@ -33,7 +32,7 @@ class Accounts:
     Attributes:
         block_bytes: of all files of the index's nodes.
         disk: the same by tenant.
-        going: files that no node has any more and that are still to be removed, with their bytes.
+        going: objects that no node has any more and that are still to be removed, by name, with their bytes.
         hot_agents: how many agents are in RAM.
         evictions: agents that have left RAM so far.
     """
@@ -50,7 +49,7 @@ class Accounts:
         self._policies = {policy.kind: policy for policy in layout.policies}
         self.block_bytes = 0
         self.disk: Counter[str] = Counter()
-        self.going: dict[Path, int] = {}
+        self.going: dict[str, int] = {}
         self.going_bytes = 0
         self.hot_agents = 0
         self.evictions = 0
@@ -83,16 +82,16 @@ class Accounts:
         del self._index.nodes[node.id]
         self._count(node, -node.disk_bytes)
 
-    def go(self, files: Mapping[Path, int]) -> None:
+    def go(self, objects: Mapping[str, int]) -> None:
         """These are to be removed; until they are, the directory has them."""
-        for path, nbytes in files.items():
-            self.going_bytes += nbytes - self.going.get(path, 0)
-            self.going[path] = nbytes
+        for name, nbytes in objects.items():
+            self.going_bytes += nbytes - self.going.get(name, 0)
+            self.going[name] = nbytes
 
-    def gone(self, paths: Iterable[Path]) -> None:
+    def gone(self, names: Iterable[str]) -> None:
         """These are removed, or belong to a node again."""
-        for path in paths:
-            self.going_bytes -= self.going.pop(path, 0)
+        for name in names:
+            self.going_bytes -= self.going.pop(name, 0)
 
     def _resize(self, node: Node, nbytes: int) -> None:
         if self._index.nodes.get(node.id) is not node:

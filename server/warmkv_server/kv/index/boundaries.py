@@ -26,6 +26,14 @@ Has = Callable[[Node, PartKind], bool]
 
 
 @dataclass(frozen=True)
+class Under:
+    """What a context hangs from: the root of its tenant and fingerprint, and what its KV is a function of besides."""
+
+    root: bytes
+    extra_key: bytes = b""
+
+
+@dataclass(frozen=True)
 class Prefix:
     """A usable prefix: `nodes` cover it, the last may reach beyond."""
 
@@ -65,19 +73,20 @@ def partly_kept(layout: KVLayout, nodes: Sequence[Node], boundaries: Iterable[in
     }
 
 
-def longest_usable(index: Index, layout: KVLayout, nodes: Sequence[Node], reach: int, root: bytes, has: Has) -> Prefix:
+def longest_usable(index: Index, layout: KVLayout, nodes: Sequence[Node], reach: int, under: Under, has: Has) -> Prefix:
     """The longest prefix, of at most `reach` tokens, of the context of `nodes` that can be taken up.
 
     Args:
         nodes: contiguous from token 0, with the parts that every node has at hand; `reach` lies in or at the end of
             the last.
-        root: what the first node's parent would be, if there is none.
+        under: what the first node would continue, if there is none.
     """
-    root = nodes[0].parent if nodes else root  # Not the tenant's own where the context was imported.
+    if nodes:
+        under = Under(nodes[0].parent, under.extra_key)  # Not the tenant's own root where the context was imported.
     snapshot: Node | None = None
     while reach:
         if layout.snapshots:
-            snapshot = _latest_snapshot(index, layout, nodes, reach, root, has)
+            snapshot = _latest_snapshot(index, layout, nodes, reach, under, has)
             reach = snapshot.end if snapshot is not None else 0
         length = reach
         for policy in layout.partial:
@@ -101,18 +110,18 @@ def _reach_of(policy: KindPolicy, layout: KVLayout, nodes: Sequence[Node], reach
 
 
 def _latest_snapshot(
-    index: Index, layout: KVLayout, nodes: Sequence[Node], reach: int, root: bytes, has: Has
+    index: Index, layout: KVLayout, nodes: Sequence[Node], reach: int, under: Under, has: Has
 ) -> Node | None:
     """The snapshot of the longest prefix <= reach that has one."""
     # Snapshots hang below the full block before them; go through these from the last to the root.
     last_in_block = {node.block_start: node for node in nodes}
-    parents = [(0, root), *((node.end, node.id) for node in nodes if node.full)]
+    parents = [(0, under.root), *((node.end, node.id) for node in nodes if node.full)]
     for begin, parent in reversed(parents):
         inside = last_in_block.get(begin)
         tokens = inside.block_tokens if inside is not None else b""
         found = [
             snapshot
-            for snapshot in index.snapshots_after(parent)
+            for snapshot in index.snapshots_after(parent, under.extra_key)
             if snapshot.end <= reach
             and tokens.startswith(snapshot.block_tokens)
             and all(has(snapshot, kind) for kind in layout.snapshots)

@@ -15,6 +15,7 @@ import numpy as np
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
+from warmkv_server.kv.blocks.tier import object_name
 from warmkv_server.kv.index.records import TokenIds
 
 AgentKey = tuple[str, str]
@@ -35,6 +36,7 @@ class Node:
         dirty: the row, if there is one, is not as the node is now.
         parent: id of the full block before it, or the root's.
         block_tokens: int32 ids from the start of its block to its end.
+        extra_key: what the KV is a function of besides the tokens and the fingerprint; empty for nothing.
         parts: files on disk.
         lost: why a file it should have is gone.
         agents: that reference it. Without any it is never reused, only collected.
@@ -62,10 +64,18 @@ class Node:
     pinned_refs: int = 0
     hot_bytes: int = 0
     last_used: float = 0.0
+    extra_key: bytes = b""
 
     def spare_parts(self) -> list[PartKind]:
         """Of its files, those of kinds that not every node has, and that no agent needs here."""
         return [kind for kind in self.parts if policy_of(kind).partial and not self.part_refs[kind]]
+
+    def object_names(self) -> list[str]:
+        """What its files are called."""
+        return [self.object_name(kind, part) for kind, part in self.parts.items()]
+
+    def object_name(self, kind: PartKind, part: Part) -> str:
+        return object_name(self.id.hex(), kind, part.digest)
 
     @property
     def refs(self) -> int:
@@ -91,6 +101,11 @@ class Node:
     @property
     def disk_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def family(self) -> bytes:
+        """The same for nodes that continue one context in different ways."""
+        return self.parent + self.extra_key
 
     @property
     def snapshot(self) -> bool:
@@ -153,6 +168,11 @@ class Agent:
         return self.tenant, self.agent_id
 
     @property
+    def extra_key(self) -> bytes:
+        """What its KV is a function of besides the tokens."""
+        return self.nodes[0].extra_key if self.nodes else b""
+
+    @property
     def expires(self) -> float | None:
         return None if self.ttl is None else self.last_used + self.ttl
 
@@ -179,7 +199,7 @@ class Index:
         self.next_row = 1
         self.next_incarnation = 1
         self._names: defaultdict[str, list[str]] = defaultdict(list)
-        # Referenced nodes by parent, sorted by tokens: the neighbours of a query share the longest prefix with it.
+        # Referenced nodes by family, sorted by tokens: the neighbours of a query share the longest prefix with it.
         self._families: defaultdict[bytes, list[tuple[bytes, int, bytes]]] = defaultdict(list)
         self._snapshots: defaultdict[bytes, list[Node]] = defaultdict(list)
 
@@ -241,9 +261,9 @@ class Index:
             if len(node.agents) > 1:
                 continue
             if node.snapshot:
-                self._snapshots[node.parent].append(node)
+                self._snapshots[node.family].append(node)
             else:
-                insort(self._families[node.parent], (node.block_tokens, node.start, node.id))
+                insort(self._families[node.family], (node.block_tokens, node.start, node.id))
 
     def _dereference(self, nodes: Iterable[Node], agent: Agent) -> None:
         for node in nodes:
@@ -252,31 +272,31 @@ class Index:
             if node.agents:
                 continue
             if node.snapshot:
-                self._snapshots[node.parent].remove(node)
-                if not self._snapshots[node.parent]:
-                    del self._snapshots[node.parent]
+                self._snapshots[node.family].remove(node)
+                if not self._snapshots[node.family]:
+                    del self._snapshots[node.family]
             else:
-                family = self._families[node.parent]
+                family = self._families[node.family]
                 del family[bisect_left(family, (node.block_tokens, node.start, node.id))]
                 if not family:
-                    del self._families[node.parent]
+                    del self._families[node.family]
 
     def live(self, ident: bytes) -> Node | None:
         """The node of this id, if an agent references it."""
         node = self.nodes.get(ident)
         return node if node is not None and node.agents else None
 
-    def snapshots_after(self, parent: bytes) -> list[Node]:
+    def snapshots_after(self, parent: bytes, extra_key: bytes) -> list[Node]:
         """Referenced snapshots taken in the block that follows `parent`."""
-        return self._snapshots.get(parent, [])
+        return self._snapshots.get(parent + extra_key, [])
 
-    def tail_like(self, parent: bytes, wanted: bytes) -> list[Node]:
+    def tail_like(self, parent: bytes, wanted: bytes, extra_key: bytes) -> list[Node]:
         """The nodes after `parent` that cover the longest common prefix of `wanted` with any context kept there.
 
         In order; the last may reach beyond the common prefix. Whoever references a segment also references the ones
         before it in its block, so the predecessors of the best match are here too.
         """
-        family = self._families.get(parent)
+        family = self._families.get(parent + extra_key)
         if not family:
             return []
         at = bisect_left(family, (wanted, 0, b""))
@@ -316,5 +336,12 @@ def common_length(a: TokenIds, b: TokenIds) -> int:
 def block_info(node: Node, kind: PartKind) -> BlockInfo:
     """What the header of a node's file has to say."""
     return BlockInfo(
-        kind, node.id.hex(), node.parent.hex(), node.start, node.block_tokens, node.fingerprint, node.tenant
+        kind,
+        node.id.hex(),
+        node.parent.hex(),
+        node.start,
+        node.block_tokens,
+        node.fingerprint,
+        node.tenant,
+        node.extra_key,
     )

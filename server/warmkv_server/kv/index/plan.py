@@ -45,13 +45,12 @@ class Planner:
     def plan(self, commit: Commit, agent: Agent | None, root: bytes) -> Plan:
         """Lay out `commit.tokens`. Changes nothing."""
         raw = commit.tokens.astype("<i4").tobytes()
-        tenant = commit.tenant
         if commit.reuse.length:
             # What goes on with KV that was imported stays under its root, where no other agent finds it.
             root = commit.lease.nodes[0].parent
-        nodes = self._full_blocks(tenant, root, raw, [n for n in commit.lease.nodes if n.end <= commit.reuse.length])
+        nodes = self._full_blocks(commit, root, raw, [n for n in commit.lease.nodes if n.end <= commit.reuse.length])
         parent = nodes[-1].id if nodes else root
-        nodes += self._tail(tenant, parent, raw, nodes[-1].end if nodes else 0, commit)
+        nodes += self._tail(parent, raw, nodes[-1].end if nodes else 0, commit)
         kept, previous = self._boundaries(commit, agent)
         length = len(commit.tokens)
         snapshots = self._snapshots(commit, agent, raw, root, nodes, {length, previous, *kept} - {0})
@@ -65,7 +64,7 @@ class Planner:
         parts += [(node, kind) for kind in self._layout.snapshots for node in snapshots.values()]
         return Plan(nodes, snapshots, partial, parts, kept, previous)
 
-    def _full_blocks(self, tenant: str, root: bytes, raw: bytes, whole: Sequence[Node]) -> list[Node]:
+    def _full_blocks(self, commit: Commit, root: bytes, raw: bytes, whole: Sequence[Node]) -> list[Node]:
         nodes: list[Node] = []
         for node in whole:
             if not node.full:
@@ -73,10 +72,10 @@ class Planner:
             nodes.append(node)
         for start in range(nodes[-1].end if nodes else 0, block_of(len(raw) // TOKEN_BYTES), BLOCK_TOKENS):
             tokens = raw[start * TOKEN_BYTES : (start + BLOCK_TOKENS) * TOKEN_BYTES]
-            nodes.append(self._node(tenant, nodes[-1].id if nodes else root, start, tokens))
+            nodes.append(self._node(commit, nodes[-1].id if nodes else root, start, tokens))
         return nodes
 
-    def _tail(self, tenant: str, parent: bytes, raw: bytes, begin: int, commit: Commit) -> list[Node]:
+    def _tail(self, parent: bytes, raw: bytes, begin: int, commit: Commit) -> list[Node]:
         """The segments behind the last full block: those that are there, and one for the rest."""
         length = len(raw) // TOKEN_BYTES
         if begin == length:
@@ -88,7 +87,7 @@ class Planner:
             return segments
         if len(segments) >= MAX_SEGMENTS:
             segments, end = [], begin
-        return [*segments, self._node(tenant, parent, end, block)]
+        return [*segments, self._node(commit, parent, end, block)]
 
     def _boundaries(self, commit: Commit, agent: Agent | None) -> tuple[tuple[int, ...], int]:
         length = len(commit.tokens)
@@ -131,18 +130,19 @@ class Planner:
         for boundary in sorted(wanted):
             begin = block_of(boundary)
             tokens = raw[begin * TOKEN_BYTES : boundary * TOKEN_BYTES]
-            node = self._node(commit.tenant, parents[begin], boundary, tokens)
+            node = self._node(commit, parents[begin], boundary, tokens)
             before = agent.snapshots.get(boundary) if agent is not None else None
             if boundary in taken or (before is node and all(kind in node.parts for kind in self._layout.snapshots)):
                 found[boundary] = node
         return found
 
-    def _node(self, tenant: str, parent: bytes, start: int, block_tokens: bytes) -> Node:
-        ident = node_id(parent, start, block_tokens)
+    def _node(self, commit: Commit, parent: bytes, start: int, block_tokens: bytes) -> Node:
+        extra_key = commit.lease.extra_key
+        ident = node_id(parent, start, block_tokens, extra_key)
         node = self._index.nodes.get(ident)
         if node is None:
-            return Node(ident, 0, tenant, self._fingerprint, parent, start, block_tokens)
-        assert node.block_tokens == block_tokens, "two contexts with one id"
+            return Node(ident, 0, commit.tenant, self._fingerprint, parent, start, block_tokens, extra_key=extra_key)
+        assert (node.block_tokens, node.extra_key) == (block_tokens, extra_key), "two contexts with one id"
         return node
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback
 from warmkv_server.kv.catalog import rows
@@ -58,7 +57,7 @@ class Collector:
         """
         core = self._core
         dropped = {node: dict(node.parts) for node in nodes if node.parts}
-        files = {core.path(node, kind): part.nbytes for node, parts in dropped.items() for kind, part in parts.items()}
+        files = {n.object_name(kind, part): part.nbytes for n, parts in dropped.items() for kind, part in parts.items()}
         ids = {node.id for node in dropped}
         self._removing |= ids
         before = {node: node.lost for node in dropped}
@@ -99,11 +98,11 @@ class Collector:
         core = self._core
         # A node may need the file again: whoever is about to write it has pinned the node, and doesn't look here.
         left = {
-            path: nbytes
-            for path, nbytes in core.accounts.going.items()
-            if (node := core.index.nodes.get(node_of(path))) is None or not node.pins
+            name: nbytes
+            for name, nbytes in core.accounts.going.items()
+            if (node := core.index.nodes.get(node_of(name))) is None or not node.pins
         }
-        ids = {node_of(path) for path in left}
+        ids = {node_of(name) for name in left}
         self._removing |= ids
         try:
             with contextlib.suppress(OSError):
@@ -121,13 +120,13 @@ class Collector:
         """Whether the disk has refused to take something away that is still there."""
         return self._refused or (bool(self._core.accounts.going) and not self._removing)
 
-    async def _unlink(self, files: Mapping[Path, int]) -> None:
+    async def _unlink(self, files: Mapping[str, int]) -> None:
         """Remove files that have been given to `Accounts.go`.
 
         Raises:
             OSError: the disk refuses the first of those that are left.
         """
-        removed: list[Path] = []
+        removed: list[str] = []
         try:
             await self._core.writing(_unlink_all, self._core, files, removed)
         finally:
@@ -154,9 +153,9 @@ class Collector:
     async def _remove(self, gone: list[Node], slimmer: list[Node]) -> bool:
         """Remove nodes, and unneeded parts of others. False if the index refuses; all is as before then."""
         core = self._core
-        files = {core.path(node, kind): part.nbytes for node in gone for kind, part in node.parts.items()}
+        files = {node.object_name(kind, part): part.nbytes for node in gone for kind, part in node.parts.items()}
         spare = [(node, kind, core.accounts.lost(node, kind)) for node in slimmer for kind in node.spare_parts()]
-        files |= {core.path(node, kind): part.nbytes for node, kind, part in spare}
+        files |= {node.object_name(kind, part): part.nbytes for node, kind, part in spare}
         core.accounts.go(files)
         for node in gone:
             core.accounts.leave(node)
@@ -205,8 +204,8 @@ def _say(what: str, error: Exception) -> None:
     log.warning("%s; it is tried again: %s", what, error, exc_info=not isinstance(error, OSError))
 
 
-def _unlink_all(core: Core, paths: Iterable[Path], removed: list[Path]) -> None:
-    """`removed` has those that are gone, also where the disk refuses another."""
-    for path in paths:
-        core.files.unlink(path)
-        removed.append(path)
+def _unlink_all(core: Core, names: Iterable[str], removed: list[str]) -> None:
+    """`removed` has those that are gone, also where the tier refuses another."""
+    for name in names:
+        core.tier.delete(name)
+        removed.append(name)

@@ -288,7 +288,8 @@ class Committer:
     def _after(self, commit: Commit, agent: Agent | None, plan: Plan) -> Agent:
         """What the agent is to be; for a new one, the agent itself."""
         now = self._core.clock.now()
-        changed = agent is None or not np.array_equal(agent.tokens, commit.tokens)
+        same = agent is not None and agent.extra_key == commit.lease.extra_key
+        changed = agent is None or not same or not np.array_equal(agent.tokens, commit.tokens)
         if agent is None:
             incarnation = self._core.index.new_incarnation()
             after = Agent(commit.tenant, commit.agent_id, incarnation, self._core.fingerprint)

@@ -20,7 +20,7 @@ from warmkv_server.kv.blocks.blockfile import BlockInfo
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.ids import root_id
 from warmkv_server.kv.blocks.inflight import InFlight
-from warmkv_server.kv.blocks.paths import block_path
+from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import LATEST, Clock
 from warmkv_server.kv.catalog.foreign import Foreign
 from warmkv_server.kv.catalog.journal import Journal
@@ -49,7 +49,7 @@ class Counters:
 
 
 class Core:
-    """Used on the event loop's thread only, but for `path` and `info`."""
+    """Used on the event loop's thread only, but for `info`."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Core:
         journal: Journal,
         outcomes: Outcomes,
         files: Files,
+        tier: BlockTier,
         clock: Clock,
         foreign: Foreign,
     ) -> None:
@@ -70,6 +71,7 @@ class Core:
         self.journal = journal
         self.outcomes = outcomes
         self.files = files
+        self.tier = tier
         self.clock = clock
         self.foreign = foreign
         self.hot = HotTier(settings.hot_bytes)
@@ -91,9 +93,6 @@ class Core:
         self._last_steps: WeakValueDictionary[AgentKey, asyncio.Lock] = WeakValueDictionary()
         self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
         self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
-
-    def path(self, node: Node, kind: PartKind) -> Path:
-        return block_path(self.settings.data_dir, node.id.hex(), kind)
 
     def info(self, node: Node, kind: PartKind) -> BlockInfo:
         return block_info(node, kind)
@@ -181,6 +180,6 @@ class Core:
         )
 
 
-def node_of(path: Path) -> bytes:
-    """The id of the node whose block file this is, or was."""
-    return bytes.fromhex(path.name.partition(".")[0])
+def node_of(name: str) -> bytes:
+    """The id of the node whose object this is, or was."""
+    return bytes.fromhex(name.partition(".")[0])

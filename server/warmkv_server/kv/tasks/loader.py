@@ -12,12 +12,10 @@ from functools import partial
 
 from warmkv_server.contract.kv import Fallback, PartKind, Reuse, Span, Tensors
 from warmkv_server.kv.blocks.blockfile import BadFile, Part
-from warmkv_server.kv.blocks.paths import QUARANTINE
-from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.blocks.reader import PartOrder, read_parts
 from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.index.boundaries import Has, longest_usable, needed
+from warmkv_server.kv.index.boundaries import Has, Under, longest_usable, needed
 from warmkv_server.kv.index.hot import PartKey
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.lease import Lease
@@ -53,7 +51,7 @@ class Loader:
         self._core = core
         self._manifests = manifests
         self._reads: dict[tuple[Node, PartKind], asyncio.Future[Tensors]] = {}
-        self._losing: set[tuple[Node, PartKind]] = set()
+        self._losing: list[PartKey] = []
         self._quarantine = asyncio.Lock()
         self._batches: set[asyncio.Task[None]] = set()
         self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
@@ -100,8 +98,10 @@ class Loader:
         return [self._reads[key] for key in wanted]
 
     async def put_away(self, node: Node, kind: PartKind) -> None:
-        """Wait until a bad file of this part, if there was one, is out of the way of a new one."""
-        while (node, kind) in self._losing:
+        """Wait until bad objects of this part, if there were any, are out of the way: computed anew, it may have the
+        bytes that they should have had, and so the same name. Whoever loses it may do so for a node of this id that is
+        not in the index any more."""
+        while (node.id, kind) in self._losing:
             async with self._quarantine:
                 pass
 
@@ -183,7 +183,9 @@ class Loader:
         reach = min(bad.start, nodes[-1].end if nodes else 0) if not bad.snapshot else bad.end - 1
         reach = min(reach, nodes[-1].end if nodes else 0)
         nodes = [node for node in nodes if node.start < reach]
-        best = longest_usable(core.index, core.layout, nodes, reach, core.root(lease.tenant), has)
+        best = longest_usable(
+            core.index, core.layout, nodes, reach, Under(core.root(lease.tenant), lease.extra_key), has
+        )
         lease.length, lease.nodes, lease.snapshot = best.length, list(best.nodes), best.snapshot
         lease.own_nodes = min(lease.own_nodes, len(lease.nodes))
         if best.snapshot is not None:
@@ -193,7 +195,6 @@ class Loader:
         core = self._core
         orders = {
             read: PartOrder(
-                core.path(read.node, read.kind),
                 core.info(read.node, read.kind),
                 core.specs[read.kind],
                 read.part.digest,
@@ -202,7 +203,9 @@ class Loader:
             if read.part is not None
         }
         try:
-            outcomes = dict(zip(orders, await core.reading(read_parts, [*orders.values()], self._spare), strict=True))
+            outcomes = dict(
+                zip(orders, await core.reading(read_parts, core.tier, [*orders.values()], self._spare), strict=True)
+            )
             for read in batch:
                 gone = BadFile(read.node.lost or Fallback.MISSING_BLOCK, "gone")
                 outcome = outcomes.get(read, gone)
@@ -249,27 +252,26 @@ class Loader:
             self._manifests.note_lost([node])
         try:
             if not missing:
-                await self._put_away(node, kind, part)
+                await self._put_away(node, kind, part, bad.version)
             if node.saved:
                 await core.journal.apply([rows.update_node(node)])
         except OSError as error:
             node.dirty = True
             log.warning("block %s can't be put into quarantine: %s", node.id.hex(), error)
 
-    async def _put_away(self, node: Node, kind: PartKind, part: Part) -> None:
+    async def _put_away(self, node: Node, kind: PartKind, part: Part, version: object) -> None:
         """One at a time: each counts what the folder holds afterwards."""
         core = self._core
-        path, folder = core.path(node, kind), core.settings.data_dir / QUARANTINE
+        name = node.object_name(kind, part)
         core.counters.quarantined += 1
-        core.accounts.go({path: part.nbytes})
-        self._losing.add((node, kind))
+        core.accounts.go({name: part.nbytes})
+        self._losing.append((node.id, kind))
         try:
             async with self._quarantine:
-                limit = core.settings.quarantine_limit
-                core.quarantine_bytes = await core.writing(quarantine, core.files, path, folder, limit)
-            core.accounts.gone([path])
+                core.quarantine_bytes = await core.writing(core.tier.set_aside, name, version)
+            core.accounts.gone([name])
         finally:
-            self._losing.discard((node, kind))
+            self._losing.remove((node.id, kind))
 
     def _reuse(self, lease: Lease, held: dict[PartKey, Tensors], read: dict[PartKey, int], seconds: float) -> Reuse:
         core = self._core
