@@ -23,7 +23,7 @@ from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.reader import PIECE_BYTES, PartOrder, read_parts
 from warmkv_server.kv.blocks.residency import UNKNOWN, drop_pages, resident_bytes
 from warmkv_server.kv.blocks.spare import SpareMemory
-from warmkv_server.kv.tasks.loader import BATCH_BYTES
+from warmkv_server.kv.tasks.core import BATCH_BYTES
 
 KEPT, FRESH, REUSED = PLAIN = "kept", "fresh", "reused"
 HASHED, READER = "hashed", "reader"

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.kv.driver import TENANT, Driver, eventually
+from tests.kv.test_clock import Machine
 from tests.kv.test_limits import damage_all
 from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.contract.kv import Reuse, Source
 from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.disk import quarantine
 from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.catalog.journal import Statement
 from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, TokenIds
 
 TOKENS = context(1000)
@@ -231,20 +233,35 @@ async def test_who_is_wanted_after_all_while_others_expire_lives_on(tmp_path: Pa
 
 
 async def test_uses_whose_writing_is_cut_short_are_written_at_the_end(tmp_path: Path) -> None:
-    driver = await Driver.open(tmp_path)
+    machine = Machine()
+    driver = await Driver.open(tmp_path, times=machine.times)
     await driver.put("a", context(300))
+    await driver.put("due", context([1] * 300))
+    machine.pass_time(30.0)
     await driver.reuse("a", context(300))
-    used = [record.last_used_time for record in driver.store.agents(TENANT)]
-    free = threading.Event()
-    driver.store.core.journal._thread.submit(free.wait, WAIT_SECONDS)  # the index is busy with something else
-    writing = asyncio.create_task(driver.store._upkeep._note_use())
-    await asyncio.sleep(0)
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
-    free.set()
-    await driver.close()
-    driver = await Driver.open(tmp_path)
-    assert [record.last_used_time for record in driver.store.agents(TENANT)] == used
+    database, apply = driver.store.core.journal.database, driver.store.core.journal.database.apply
+    busy, free = threading.Event(), threading.Event()
+
+    def slow(statements: Sequence[Statement], number: int | None = None) -> None:
+        busy.set()
+        free.wait(WAIT_SECONDS)
+        apply(statements, number)
+
+    with driver.store.resolve(TENANT, "due", context([1] * 300), 300):  # it is due, and can't go: upkeep looks often
+        await driver.store.update(TENANT, "due", ttl=1e-6)
+        used = {record.agent_id: record.last_used_time for record in driver.store.agents(TENANT)}
+        database.apply = slow  # type: ignore[method-assign]
+        changing = asyncio.create_task(driver.store.update(TENANT, "a", labels={"k": "v"}))
+        assert await asyncio.to_thread(busy.wait, WAIT_SECONDS)
+        machine.pass_time(60.0)
+        await eventually(lambda: not driver.store.core.used)  # they wait to be written behind that change
+        closing = asyncio.create_task(driver.close())
+        await asyncio.sleep(0)  # the end has begun, and with it nothing of upkeep's goes on
+        free.set()
+        await asyncio.gather(changing, closing)
+    driver = await Driver.open(tmp_path, times=machine.times)
+    assert driver.store.agent(TENANT, "a") is not None
+    assert [r.last_used_time for r in driver.store.agents(TENANT) if r.agent_id == "a"] == [used["a"]]
     await driver.close()
 
 
@@ -253,12 +270,9 @@ async def test_whoever_waits_for_a_manifest_is_told_when_its_agent_is_deleted_in
     await driver.put("a", context(300))
     await eventually(lambda: (TENANT, "a") in driver.store.core.manifest_sizes)
     await driver.put("a", context(400))  # its manifest has to wait for the pause to be over
-    manifests, agent = driver.store._manifests, driver.store.core.existing(TENANT, "a")
-    agent.deleting = True
     async with asyncio.timeout(WAIT_SECONDS):
-        await asyncio.gather(manifests.flush(), manifests.remove(agent))
-    agent.deleting = False
-    await driver.store.delete(TENANT, "a")
+        await asyncio.gather(driver.store.settled(), driver.store.delete(TENANT, "a"))
+    assert driver.store.agent(TENANT, "a") is None
     await driver.close()
 
 

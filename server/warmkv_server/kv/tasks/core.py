@@ -20,6 +20,7 @@ from warmkv_server.kv.blocks.blockfile import BlockInfo
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.ids import root_id
 from warmkv_server.kv.blocks.inflight import InFlight
+from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import LATEST, Clock
 from warmkv_server.kv.catalog.foreign import Foreign
@@ -31,6 +32,9 @@ from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_inf
 from warmkv_server.kv.index.records import StoreSettings
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.outcomes import Outcomes
+
+BATCH_BYTES = 32 << 20
+"""Files that one thread reads before it reports: enough to make the way there and back, and a turn of MLX's, cheap."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,6 +79,7 @@ class Core:
         self.clock = clock
         self.foreign = foreign
         self.hot = HotTier(settings.hot_bytes)
+        self.spare = SpareMemory(settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self.accounts = Accounts(index, self.hot, layout, fingerprint)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in all_kinds()

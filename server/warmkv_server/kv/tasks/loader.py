@@ -13,19 +13,16 @@ from functools import partial
 from warmkv_server.contract.kv import Fallback, PartKind, Reuse, Span, Tensors
 from warmkv_server.kv.blocks.blockfile import BadFile, Part
 from warmkv_server.kv.blocks.reader import PartOrder, read_parts
-from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.boundaries import Has, Under, longest_usable, needed
 from warmkv_server.kv.index.hot import PartKey
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.lease import Lease
-from warmkv_server.kv.tasks.core import Core
+from warmkv_server.kv.tasks.core import BATCH_BYTES, Core
 from warmkv_server.kv.tasks.manifests import Manifests
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 32 << 20
-"""Files that one thread reads before it reports: enough to make the way there and back, and a turn of MLX's, cheap."""
 BATCH_FILES = 32
 """So many at most: a batch's files are open at the same time."""
 REST_SECONDS = 30.0
@@ -54,7 +51,6 @@ class Loader:
         self._losing: list[PartKey] = []
         self._quarantine = asyncio.Lock()
         self._batches: set[asyncio.Task[None]] = set()
-        self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self._rest: asyncio.TimerHandle | None = None
 
     async def load(self, lease: Lease) -> Reuse:
@@ -112,7 +108,7 @@ class Loader:
     def _rest_later(self) -> None:
         if self._rest is not None:
             self._rest.cancel()
-        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._spare.rest)
+        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._core.spare.rest)
 
     def _done(self, key: tuple[Node, PartKind], future: asyncio.Future[Tensors]) -> None:
         del self._reads[key]
@@ -204,7 +200,7 @@ class Loader:
         }
         try:
             outcomes = dict(
-                zip(orders, await core.reading(read_parts, core.tier, [*orders.values()], self._spare), strict=True)
+                zip(orders, await core.reading(read_parts, core.tier, [*orders.values()], core.spare), strict=True)
             )
             for read in batch:
                 gone = BadFile(read.node.lost or Fallback.MISSING_BLOCK, "gone")
