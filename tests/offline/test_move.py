@@ -65,10 +65,10 @@ async def test_an_agent_moves_with_everything_that_is_its_own(tmp_path: Path, na
     assert result.exit_code == 0, result.output
 
     theirs, ours = agent_of(tmp_path / "from"), agent_of(tmp_path / "to")
-    for each in ("tokens", "nodes", "snapshots", "windowed", "incarnation", "last_used"):
+    for each in ("tokens", "nodes", "snapshots", "partial", "incarnation", "last_used"):
         setattr(theirs, each, None)
     moved = dataclasses.replace(ours)
-    for each in ("tokens", "nodes", "snapshots", "windowed", "incarnation", "last_used"):
+    for each in ("tokens", "nodes", "snapshots", "partial", "incarnation", "last_used"):
         setattr(moved, each, None)
     assert dataclasses.asdict(moved) == dataclasses.asdict(theirs)
     assert ours.revision == 3

@@ -193,6 +193,11 @@ class Store:
         return self._core
 
     @property
+    def manifests(self) -> Manifests:
+        """What keeps the agents' manifests behind their commits; for the same."""
+        return self._manifests
+
+    @property
     def fingerprint(self) -> str:
         """Digest of what the KV of the served model depends on besides the tokens, as this directory knows it."""
         return self._core.fingerprint
