@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from warmkv_server.contract.kv import Growth, KVLayout, PartKind
+from warmkv_server.contract.kv import Growth, KVLayout, PartKind, policy_of
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.arrays import stored_shape
 from warmkv_server.kv.store import Commit, Committed, Durability, Fingerprint, Store, StoreSettings, TokenIds
@@ -41,7 +41,7 @@ def noise(layout: KVLayout, start: int, count: int, rng: Noise) -> Growth:
     """KV of tokens [start, start + count): as hard to compress as quantised words, and as large."""
     tensors: dict[PartKind, dict[str, mx.array]] = {}
     for spec in layout.tensors:
-        if spec.kind is not PartKind.STATE:
+        if not policy_of(spec.kind).snapshot:
             dtype = np.dtype(spec.dtype)
             shape = stored_shape(spec, count)
             words = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)

@@ -87,7 +87,7 @@ async def measure(
     layout = shape.cache_map.layout
     loaded, other = tokens_of(tokens), tokens_of(tokens, seed=1)
     ends = (*range(PRIMED_AT_ONCE, tokens, PRIMED_AT_ONCE), tokens)
-    room = tokens * sum(layout.nbytes(kind) for kind in PartKind if kind is not PartKind.STATE)
+    room = tokens * sum(layout.nbytes(kind) for kind in (PartKind.APPEND, PartKind.WINDOW))
     async with opened(data_dir, layout, hot_bytes=room) as store:
         for end in ends:
             await extend(store, layout, AGENT, loaded[:end], rng)

@@ -15,12 +15,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from warmkv_server.contract.kv import TensorSpec
+from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.disk import DiskTier
+from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.reader import PIECE_BYTES, PartOrder, read_parts
 from warmkv_server.kv.blocks.residency import UNKNOWN, drop_pages, resident_bytes
 from warmkv_server.kv.blocks.spare import SpareMemory
-from warmkv_server.kv.tasks.loader import BATCH_BYTES
+from warmkv_server.kv.tasks.core import BATCH_BYTES
 
 KEPT, FRESH, REUSED = PLAIN = "kept", "fresh", "reused"
 HASHED, READER = "hashed", "reader"
@@ -46,6 +49,7 @@ class Readers:
         self._kept = [np.ones(size, np.uint8) for size in sizes]
         self._reused = [np.ones(max(sizes), np.uint8) for _ in range(threads)]
         self._specs = specs
+        self._tier = DiskTier(files[0].parents[2], Files(Durability.NONE), 0)
         self._a_batch = max(1, BATCH_BYTES * len(files) // self.nbytes)
         self._spare = SpareMemory(2 * self.nbytes)
         self._pool = ThreadPoolExecutor(threads)
@@ -110,11 +114,11 @@ class Readers:
             size = blockfile.header_size(file.read(blockfile.LENGTH_BYTES), path.stat().st_size)
             file.seek(0)
             parsed = blockfile.parse(file.read(size))
-        return PartOrder(path, parsed.info, self._specs, parsed.digest)
+        return PartOrder(parsed.info, self._specs, parsed.digest)
 
     def _parts(self, orders: Sequence[PartOrder]) -> Iterator[object]:
         for at in range(0, len(orders), self._a_batch):
-            for outcome in read_parts(orders[at : at + self._a_batch], self._spare):
+            for outcome in read_parts(self._tier, orders[at : at + self._a_batch], self._spare):
                 if isinstance(outcome, Exception):
                     raise outcome
                 yield outcome

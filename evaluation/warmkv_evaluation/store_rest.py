@@ -56,7 +56,7 @@ async def rest(shape: Shape, data_dir: Path, *, tokens: int, turn: int) -> Rest:
         sizes = block_files(data_dir)
         kept = sum(size for path, size in sizes.items() if f".{PartKind.APPEND}." in path.name)
     stacks = shape.cache_map.stacks
-    values = sum(len(s.streams) * s.heads * s.head_dim for s in stacks if s.kind is PartKind.APPEND)
+    values = sum(len(s.streams) * s.heads * s.head_dim for s in stacks if s.kind == PartKind.APPEND)
     return Rest(
         shape=shape.name,
         group_size=shape.group_size,

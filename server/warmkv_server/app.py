@@ -87,7 +87,7 @@ async def serve(settings: Settings, text: Started) -> int:
                     loaded_bytes=settings.inflight_bytes,
                     synced=settings.durability != "none",
                 )
-                agents = Agents(engine, store, fingerprint.digest, agent_settings, codecs())
+                agents = Agents(engine, store, store.fingerprint, agent_settings, codecs())
                 metrics.watch(agents)
                 store.watch_disk(server.say_storage)
                 gate.open(agents, engine.text_bytes)

@@ -95,7 +95,7 @@ async def test_bugs_in_load_and_commit_end_the_requests_that_meet_them_and_nothi
             await prime(agents, agent)
 
         # A file that can't be written, in a way that isn't the disk's.
-        files = store._core.files
+        files = store.core.files
         before = store.tokens("", "a").tolist()
         write = files.write
         monkeypatch.setattr(files, "write", once(write, lambda path, _: "blocks" in path.parts))
@@ -112,7 +112,9 @@ async def test_bugs_in_load_and_commit_end_the_requests_that_meet_them_and_nothi
         for agent in ("a", "a2", "b"):
             await store.evict("", agent)
         first = store.tokens("", "b")[:256].tobytes()
-        concerned = once(reader.read_parts, lambda orders, _: any(each.info.block_tokens == first for each in orders))
+        concerned = once(
+            reader.read_parts, lambda _, orders, __: any(each.info.block_tokens == first for each in orders)
+        )
         monkeypatch.setattr(loader, "read_parts", concerned)
         good, bad = await asyncio.gather(answer(agents, "a2"), answer(agents, "b"), return_exceptions=True)
         assert not isinstance(good, BaseException)

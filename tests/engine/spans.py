@@ -45,7 +45,7 @@ def cut(span: Span, start: int, end: int) -> Span:
     start, end = max(start, span.start), min(end, span.end)
     parts: dict[PartKind, Tensors] = {}
     for kind, tensors in span.parts.items():
-        if kind is PartKind.STATE:
+        if kind == PartKind.STATE:
             if end == span.end:
                 parts[kind] = tensors
         else:

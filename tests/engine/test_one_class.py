@@ -73,7 +73,7 @@ async def test_a_codec_of_its_own_goes_through_the_engine_and_the_store(
 ) -> None:
     tokens, new = prompt_of(300), prompt_of(6, seed=4)  # the last window begins behind a block
     async with running(folder_of(name), codecs=CodecPlan(BrainFloats())) as engine:
-        words = [spec for spec in engine.info.layout.tensors if spec.kind is not PartKind.STATE]
+        words = [spec for spec in engine.info.layout.tensors if spec.kind != PartKind.STATE]
         assert words
         assert {(spec.name.rpartition(".")[2], spec.dtype) for spec in words} == {("brain", "uint16")}
         assert (engine.info.kv_bits, engine.info.fingerprint_fields["kv_codec"]) == (16, "brain floats")

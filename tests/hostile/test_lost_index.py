@@ -171,7 +171,7 @@ def test_a_clean_crash_rebuilds_nothing_and_removes_what_was_never_committed(tmp
         client.prime("a", token_ids(some_tokens(300)))
         server.kill()
     stray = next(data_dir.glob("blocks/*/*.safetensors"))
-    name = f"{stray.name[:2]}{'0' * 30}.append.safetensors"
+    name = f"{stray.name[:2]}{'0' * 30}.append.{'0' * 32}.safetensors"
     shutil.copy(stray, stray.with_name(name))
     server = Server(data_dir)
     try:

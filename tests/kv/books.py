@@ -12,12 +12,12 @@ from warmkv_server.kv.store import Store
 
 def check_sums(store: Store) -> None:
     """What is kept as it changes is what summing gives. Nothing is in flight."""
-    core = store._core
+    core = store.core
     index, accounts, hot = core.index, core.accounts, core.hot
     agents, nodes = list(index.agents.values()), list(index.nodes.values())
     for node in nodes:
         assert node.agents == {agent for agent in agents if node in set(agent.all_nodes())}
-        assert node.window_refs == sum(node in agent.windowed for agent in agents)
+        assert +node.part_refs == Counter(kind for agent in agents for other, kind in agent.partial if other is node)
         assert node.pinned_refs == sum(agent.pinned for agent in node.agents)
         assert node.hot_bytes >= 0
     for agent in agents:
@@ -38,11 +38,12 @@ def check_sums(store: Store) -> None:
 
 def check_directory(store: Store, data_dir: Path) -> None:
     """The books have every file that is there, with its size, and no others."""
-    core = store._core
+    core = store.core
     spared = rows.read_spared(core.journal.database)  # by a rebuild of the index, for the operator to see
-    blocks = data_dir.glob("blocks/*/*.safetensors")
-    files = {path: path.stat().st_size for path in blocks if path.name not in spared}
-    known = {core.path(n, kind): part.nbytes for n in core.index.nodes.values() for kind, part in n.parts.items()}
+    files = {name: nbytes for name, nbytes in core.tier.list() if name not in spared}
+    known = {
+        n.object_name(kind, part): part.nbytes for n in core.index.nodes.values() for kind, part in n.parts.items()
+    }
     assert files == {**core.accounts.going, **known}
     assert not core.accounts.going.keys() & known.keys()
     assert core.accounts.going_bytes == sum(core.accounts.going.values())

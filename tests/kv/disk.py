@@ -47,4 +47,4 @@ class RefusingFiles(Files):
 
 def make_index_refuse(driver: Driver, refuse: bool) -> None:
     """Have SQLite itself say no to every write, as it does on a read-only disk."""
-    driver.store._core.journal.database.query(f"PRAGMA query_only = {int(refuse)}")
+    driver.store.core.journal.database.query(f"PRAGMA query_only = {int(refuse)}")

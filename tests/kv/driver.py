@@ -13,6 +13,7 @@ import numpy as np
 from tests.kv import words
 from warmkv_server.contract.kv import KVLayout, Reuse
 from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.store import (
     Commit,
@@ -59,17 +60,18 @@ class Driver:
         fingerprint: Fingerprint = FINGERPRINT,
         files: Files | None = None,
         times: TimeSource | None = None,
+        tier: BlockTier | None = None,
         **changes: Any,
     ) -> Driver:
-        return cls(await Store.open(settings(data_dir, **changes), layout, fingerprint, files, times), layout)
+        return cls(await Store.open(settings(data_dir, **changes), layout, fingerprint, files, times, tier), layout)
 
     async def close(self) -> None:
         await self.store.close()
 
-    async def reuse(self, agent_id: str, tokens: TokenIds, limit: int | None = None) -> Reuse:
+    async def reuse(self, agent_id: str, tokens: TokenIds, limit: int | None = None, extra_key: bytes = b"") -> Reuse:
         """What a request for these tokens would get; every word of it checked."""
         limit = len(tokens) if limit is None else limit
-        with self.store.resolve(self.tenant, agent_id, tokens, limit) as lease:
+        with self.store.resolve(self.tenant, agent_id, tokens, limit, extra_key) as lease:
             promised = lease.length
             reuse = await self.store.load(lease)
             assert reuse.length <= promised <= limit
@@ -77,12 +79,19 @@ class Driver:
             return reuse
 
     async def put(
-        self, agent_id: str, tokens: TokenIds, *, keep: Iterable[int] = (), answer: bool = False, **changes: Any
+        self,
+        agent_id: str,
+        tokens: TokenIds,
+        *,
+        keep: Iterable[int] = (),
+        answer: bool = False,
+        extra_key: bytes = b"",
+        **changes: Any,
     ) -> tuple[Reuse, Committed]:
         """Make these tokens the agent's context, computing what the store doesn't have."""
         limit = len(tokens) - 1 if answer else len(tokens)
         keep = frozenset(keep)
-        with self.store.resolve(self.tenant, agent_id, tokens, limit) as lease:
+        with self.store.resolve(self.tenant, agent_id, tokens, limit, extra_key) as lease:
             reuse = await self.store.load(lease)
             words.check(self.layout, tokens, reuse)
             growth = words.grow(self.layout, tokens, reuse.length, sorted(keep))

@@ -27,7 +27,7 @@ from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError, WarmKVError
-from warmkv_server.kv.catalog.startup import block_files
+from warmkv_server.kv.blocks.disk import block_files
 from warmkv_server.kv.index.records import TokenIds
 
 AGENTS = "abcde"

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.kv.driver import TENANT, Driver, eventually
+from tests.kv.test_clock import Machine
 from tests.kv.test_limits import damage_all
 from tests.kv.words import LAYOUTS, context, grow
 from warmkv_server.contract.kv import Reuse, Source
 from warmkv_server.contract.store import Durability
+from warmkv_server.kv.blocks.disk import quarantine
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.blocks.quarantine import quarantine
+from warmkv_server.kv.catalog.journal import Statement
 from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, TokenIds
 
 TOKENS = context(1000)
@@ -88,14 +90,57 @@ async def test_two_commits_that_find_one_bad_file_make_it_anew_once(tmp_path: Pa
     driver = await Driver.open(tmp_path)
     await driver.put("a", TOKENS)
     await driver.store.evict(TENANT, "a")
-    files, taken = driver.store.stats().disk_bytes, driver.store._core.accounts.block_bytes
+    files, taken = driver.store.stats().disk_bytes, driver.store.core.accounts.block_bytes
     damage_all(tmp_path)
     done = await asyncio.gather(*(compute(driver, agent, TOKENS) for agent in "bcd"))
     assert all(committed.persisted for committed in done)
-    assert driver.store._core.accounts.block_bytes == taken
+    assert driver.store.core.accounts.block_bytes == taken
     assert driver.store.stats().disk_bytes > files  # what is in quarantine
     await driver.store.evict(TENANT, "a")
     assert (await driver.reuse("d", TOKENS)).warm_tokens == 1000
+    await driver.close()
+
+
+class SlowQuarantine(Files):
+    """Real files; while `free` is clear, whoever moves one into quarantine waits before it does."""
+
+    def __init__(self) -> None:
+        super().__init__(Durability.NONE)
+        self.free = threading.Event()
+        self.waits = threading.Event()
+
+    def rename(self, source: Path, target: Path) -> None:
+        if "quarantine" in target.parts:
+            self.waits.set()
+            self.free.wait(WAIT_SECONDS)
+        super().rename(source, target)
+
+
+async def test_what_takes_the_place_of_a_bad_file_is_not_put_away_with_it(tmp_path: Path) -> None:
+    """Not even where the agent that had the bad one is gone, and another makes the same block anew."""
+    files = SlowQuarantine()
+    driver = await Driver.open(tmp_path, files=files, load_timeout=0.05)
+    first, second = context([1] * 256), context([2] * 256)
+    await driver.put("first", first)
+    await driver.put("second", second)
+    await driver.store.evict(TENANT, "first")
+    await driver.store.evict(TENANT, "second")
+    damage_all(tmp_path)
+    await driver.reuse("first", first)  # without its KV, for which it doesn't wait so long
+    assert await asyncio.to_thread(files.waits.wait, WAIT_SECONDS)
+    await driver.reuse("second", second)  # whose bad file has to wait behind that one
+    await eventually(lambda: driver.store.stats().quarantined == 2)
+    assert await driver.store.delete(TENANT, "second")
+    await eventually(lambda: len(driver.store.core.index.nodes) == 1)
+    anew = asyncio.create_task(compute(driver, "third", second))
+    await asyncio.wait([anew], timeout=0.5)  # it may be put in place now, or wait until the bad one is away
+    files.free.set()
+    assert (await anew).persisted
+    await driver.store.settled()
+    await driver.close()
+    driver = await Driver.open(tmp_path)
+    reuse = await driver.reuse("third", second)
+    assert (reuse.source, reuse.length, reuse.fallback) == (Source.WARM, 256, None)
     await driver.close()
 
 
@@ -188,29 +233,44 @@ async def test_who_is_wanted_after_all_while_others_expire_lives_on(tmp_path: Pa
 
 
 async def test_uses_whose_writing_is_cut_short_are_written_at_the_end(tmp_path: Path) -> None:
-    driver = await Driver.open(tmp_path)
+    machine = Machine()
+    driver = await Driver.open(tmp_path, times=machine.times)
     await driver.put("a", context(300))
+    await driver.put("due", context([1] * 300))
+    machine.pass_time(30.0)
     await driver.reuse("a", context(300))
-    used = [record.last_used_time for record in driver.store.agents(TENANT)]
-    free = threading.Event()
-    driver.store._core.journal._thread.submit(free.wait, WAIT_SECONDS)  # the index is busy with something else
-    writing = asyncio.create_task(driver.store._upkeep._note_use())
-    await asyncio.sleep(0)
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
-    free.set()
-    await driver.close()
-    driver = await Driver.open(tmp_path)
-    assert [record.last_used_time for record in driver.store.agents(TENANT)] == used
+    database, apply = driver.store.core.journal.database, driver.store.core.journal.database.apply
+    busy, free = threading.Event(), threading.Event()
+
+    def slow(statements: Sequence[Statement], number: int | None = None) -> None:
+        busy.set()
+        free.wait(WAIT_SECONDS)
+        apply(statements, number)
+
+    with driver.store.resolve(TENANT, "due", context([1] * 300), 300):  # it is due, and can't go: upkeep looks often
+        await driver.store.update(TENANT, "due", ttl=1e-6)
+        used = {record.agent_id: record.last_used_time for record in driver.store.agents(TENANT)}
+        database.apply = slow  # type: ignore[method-assign]
+        changing = asyncio.create_task(driver.store.update(TENANT, "a", labels={"k": "v"}))
+        assert await asyncio.to_thread(busy.wait, WAIT_SECONDS)
+        machine.pass_time(60.0)
+        await eventually(lambda: not driver.store.core.used)  # they wait to be written behind that change
+        closing = asyncio.create_task(driver.close())
+        await asyncio.sleep(0)  # the end has begun, and with it nothing of upkeep's goes on
+        free.set()
+        await asyncio.gather(changing, closing)
+    driver = await Driver.open(tmp_path, times=machine.times)
+    assert driver.store.agent(TENANT, "a") is not None
+    assert [r.last_used_time for r in driver.store.agents(TENANT) if r.agent_id == "a"] == [used["a"]]
     await driver.close()
 
 
 async def test_whoever_waits_for_a_manifest_is_told_when_its_agent_is_deleted_instead(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path, manifest_seconds=ENDLESS)
     await driver.put("a", context(300))
-    await eventually(lambda: (TENANT, "a") in driver.store._core.manifest_sizes)
+    await eventually(lambda: (TENANT, "a") in driver.store.core.manifest_sizes)
     await driver.put("a", context(400))  # its manifest has to wait for the pause to be over
-    manifests, agent = driver.store._manifests, driver.store._core.existing(TENANT, "a")
+    manifests, agent = driver.store.manifests, driver.store.core.existing(TENANT, "a")
     agent.deleting = True
     async with asyncio.timeout(WAIT_SECONDS):
         await asyncio.gather(manifests.flush(), manifests.remove(agent))
@@ -224,7 +284,7 @@ async def test_a_fork_of_a_fork_keeps_a_length_once(tmp_path: Path) -> None:
     await driver.put("0", context(300), keep=[299, 300])
     for number in range(4):
         await driver.store.fork(TENANT, str(number), str(number + 1))
-    assert driver.store._core.existing(TENANT, "4").kept == (299, 300)
+    assert driver.store.core.existing(TENANT, "4").kept == (299, 300)
     await driver.close()
 
 
@@ -232,7 +292,7 @@ async def test_a_ram_copy_whose_file_is_gone_stays_where_the_disk_refuses_a_new_
     files, tokens = NamedFiles(), context([0] * 1000)
     driver = await Driver.open(tmp_path, files=files, disk_bytes=3_000_000, retry_seconds=ENDLESS)
     await driver.put("0", tokens)
-    first = driver.store._core.existing(TENANT, "0").nodes[0]
+    first = driver.store.core.existing(TENANT, "0").nodes[0]
     for number in range(1, 40):
         await driver.put(str(number), context([number] * 1000))
         if not first.parts:  # the quota has taken its files

@@ -146,7 +146,7 @@ async def test_blocks_that_the_index_does_not_forget_go_when_it_does(
     await driver.put("a", TOKENS)
     await driver.put("b", TOKENS)
     await driver.store.settled()
-    index = driver.store._core.journal.database
+    index = driver.store.core.journal.database
     await driver.put("a", context([2] * 300))
     refused = asyncio.Event()
 

@@ -7,7 +7,7 @@ import errno
 import random
 import shutil
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,8 @@ from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.errors import MemoryBudget, NotDurable, OperatorError, StorageUnavailable
 from warmkv_server.kv.blocks import reader
+from warmkv_server.kv.blocks.disk import object_path
+from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.index import common_length
 from warmkv_server.kv.index.records import TokenIds
@@ -81,9 +83,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.files = RefusingFiles()
         self.index_refuses = self.refused = False
         self.agents = {agent: replace(known) for agent, known in self.durable.items()}
-        self.driver = self.run(
-            Driver.open(self.data, self.layout, self.fingerprint, self.files, hot_bytes=400_000, retry_seconds=3600.0)
-        )
+        changes: dict[str, Any] = {"hot_bytes": 400_000, "retry_seconds": 3600.0}
+        opening = Driver.open(self.data, self.layout, self.fingerprint, self.files, tier=self.tier(), **changes)
+        self.driver = self.run(opening)
 
     @initialize(small=st.sampled_from([0, reader.SMALL_BYTES]))
     def open(self, small: int) -> None:
@@ -96,6 +98,29 @@ class StoreMachine(RuleBasedStateMachine):
             self.run(self.driver.close())
         self.loop.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    # Where blocks are; another tier has them elsewhere
+
+    def tier(self) -> BlockTier | None:
+        """For the next start; None for the data directory."""
+        return None
+
+    def fork_tier(self) -> Callable[[], None]:
+        """Have its state kept as it is now; what this returns goes on from there. Copies of the directory have it."""
+        return lambda: None
+
+    def objects(self) -> list[str]:
+        return sorted(path.name for path in self.data.glob("blocks/*/*.safetensors"))
+
+    def content(self, name: str) -> bytes:
+        return object_path(self.data, name).read_bytes()
+
+    def put_content(self, name: str, content: bytes | None) -> None:
+        path = object_path(self.data, name)
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
 
     # What clients do
 
@@ -125,7 +150,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert committed.persisted or self.refusing
         own = known is not None and not known.foreign
-        if own and known is not None and not self.damaged and not self.layout.window and not self.layout.has_state:
+        if own and known is not None and not self.damaged and not self.layout.partial and not self.layout.has_state:
             common = min(common_length(known.tokens, tokens), len(tokens) - answer)
             assert reuse.length >= common
         changed = known is None or not np.array_equal(known.tokens, tokens)
@@ -249,11 +274,13 @@ class StoreMachine(RuleBasedStateMachine):
         number = int(self.data.name) + 1
         copy = self.folder / str(number)
         shutil.copytree(self.data, copy)
+        go_on = self.fork_tier()
         durable = {agent: replace(known) for agent, known in self.durable.items()}
         self.stop()
         self.durable = durable
         shutil.rmtree(self.data)
         self.data = copy
+        go_on()
         self.start()
 
     @rule(how=st.sampled_from(["gone", "empty", "garbage", "half"]), crash=st.booleans())
@@ -299,26 +326,27 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 2**32), how=st.sampled_from(["flip", "cut", "lose", "swap", "header", "empty"]))
     def damage(self, seed: int, how: str) -> None:
         rng = random.Random(seed)
-        files = sorted(p for p in self.data.glob("blocks/*/*.safetensors") if p.stat().st_size)
-        if not files:
+        names = [name for name in self.objects() if self.content(name)]
+        if not names:
             return
         self.damaged = True
-        path = rng.choice(files)
-        content = bytearray(path.read_bytes())
+        name = rng.choice(names)
+        content: bytearray | None = bytearray(self.content(name))
+        assert content is not None
         match how:
             case "flip":
                 content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-                path.write_bytes(content)
             case "cut":
-                path.write_bytes(content[: rng.randrange(len(content))])
+                content = content[: rng.randrange(len(content))]
             case "lose":
-                path.unlink()
+                content = None
             case "swap":
-                path.write_bytes(rng.choice(files).read_bytes())
+                content = bytearray(self.content(rng.choice(names)))
             case "header":
-                path.write_bytes(rng.randbytes(64) + content[64:])
+                content = bytearray(rng.randbytes(64)) + content[64:]
             case "empty":
-                path.write_bytes(b"")
+                content = bytearray()
+        self.put_content(name, None if content is None else bytes(content))
         if rng.random() < 0.5:
             for agent in self.agents:
                 self.try_to_evict(agent)
@@ -347,7 +375,7 @@ class StoreMachine(RuleBasedStateMachine):
             check_directory(self.d.store, self.data)
         if not self.settled:
             return
-        core = self.d.store._core
+        core = self.d.store.core
         for node in core.index.nodes.values():
             assert node.agents
             assert node.pins == 0
@@ -356,8 +384,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.damaged or not node.dirty
         assert not core.hot.unsaved_bytes
         assert not core.accounts.going
-        names = {path.name for path in self.data.glob("blocks/*/*")}
-        expected = {core.path(n, k).name for n in core.index.nodes.values() for k in n.parts}
+        names = {name for name, _ in core.tier.list()}
+        expected = {name for node in core.index.nodes.values() for name in node.object_names()}
         # What a rebuilt index doesn't claim stays.
         assert names <= expected | rows.read_spared(core.journal.database)
         if not self.damaged:
@@ -375,19 +403,19 @@ def machine(name: str) -> type[StoreMachine]:
     return type(f"Store_{name}", (StoreMachine,), {"layout": LAYOUTS[name]})
 
 
-_SETTINGS = settings(
+SETTINGS = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 
 TestAppend = machine("append").TestCase
-TestAppend.settings = _SETTINGS
+TestAppend.settings = SETTINGS
 TestWindow = machine("window").TestCase
-TestWindow.settings = _SETTINGS
+TestWindow.settings = SETTINGS
 TestSmallWindow = machine("small_window").TestCase
-TestSmallWindow.settings = _SETTINGS
+TestSmallWindow.settings = SETTINGS
 TestHybrid = machine("hybrid").TestCase
-TestHybrid.settings = _SETTINGS
+TestHybrid.settings = SETTINGS
 TestRecurrent = machine("recurrent").TestCase
-TestRecurrent.settings = _SETTINGS
+TestRecurrent.settings = SETTINGS
 TestEverything = machine("everything").TestCase
-TestEverything.settings = _SETTINGS
+TestEverything.settings = SETTINGS

@@ -33,7 +33,7 @@ async def live(data_dir: Path) -> None:
     await driver.put("c", context([7] * 300))
     await driver.store.delete(TENANT, "c")
     await driver.close()
-    block = next((data_dir / "blocks").glob("*/*.append.safetensors"))
+    block = next((data_dir / "blocks").glob("*/*.append.*.safetensors"))
     block.write_bytes(block.read_bytes()[:-1])
     (data_dir / "index.sqlite").write_bytes(b"nonsense" * 1000)
     driver = await Driver.open(data_dir, LAYOUTS["everything"])

@@ -57,7 +57,7 @@ def manifest_of(data_dir: Path, agent_id: str) -> Path:
 
 
 def blocks_of(data_dir: Path, kind: str = "append") -> list[Path]:
-    return sorted(data_dir.glob(f"blocks/*/*.{kind}.safetensors"))
+    return sorted(data_dir.glob(f"blocks/*/*.{kind}.*.safetensors"))
 
 
 def kept_aside(data_dir: Path) -> int:
@@ -176,7 +176,8 @@ async def test_an_agent_whose_tokens_nobody_knows_is_left_out_and_named(
     await driver.put("illegible", context([2] * 300))
     await driver.close()
     lose_all_but_manifests(tmp_path)
-    (tmp_path / "blocks" / first_block[:2] / f"{first_block}.append.safetensors").unlink()
+    lost = [path for path in blocks_of(tmp_path) if path.name.startswith(first_block)]
+    lost[0].unlink()
     manifest_of(tmp_path, "illegible").write_bytes(b"{}")
     driver = await Driver.open(tmp_path)
     assert [record.agent_id for record in driver.store.agents(TENANT)] == ["whole"]

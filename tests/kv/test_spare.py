@@ -91,7 +91,7 @@ async def test_a_store_reads_into_what_left_ram_and_lets_go_of_it_after_a_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = await Driver.open(tmp_path, KVLayout((SPEC,)))
-    spare = driver.store._loader._spare
+    spare = driver.store.core.spare
     await driver.put("a", context(600))
     for _ in range(2):
         await driver.store.evict(TENANT, "a")
@@ -100,7 +100,7 @@ async def test_a_store_reads_into_what_left_ram_and_lets_go_of_it_after_a_rest(
     assert spare.nbytes >= 2 * SIZE
     monkeypatch.setattr(loader, "REST_SECONDS", 0.0)
     await driver.reuse("a", context(600))
-    await eventually(lambda: spare._resting)
+    await eventually(lambda: spare.resting)
     await driver.store.evict(TENANT, "a")
     assert spare.nbytes == 0
     await driver.close()

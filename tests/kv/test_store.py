@@ -216,7 +216,7 @@ async def test_a_copy_of_a_block_in_another_folder_is_left_alone_and_named(
     await driver.close()
     assert len(block_names(tmp_path)) == 4
     (said,) = [record.getMessage() for record in caplog.records if "left alone" in record.getMessage()]
-    assert said.count(".append.safetensors") == 2
+    assert said.count(".append.") == 2
 
 
 async def test_a_window_that_a_deleted_agent_left_goes_with_its_row_written(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ async def test_a_window_that_a_deleted_agent_left_goes_with_its_row_written(tmp_
     await asyncio.gather(shared, driver.store.delete(TENANT, "a"), return_exceptions=True)
     await driver.store.delete(TENANT, "a")
     await driver.store.settled()
-    nodes = list(driver.store._core.index.nodes.values())
+    nodes = list(driver.store.core.index.nodes.values())
     assert [set(node.parts) for node in nodes] == [{PartKind.APPEND}, {PartKind.APPEND, PartKind.WINDOW}]
     assert not any(node.dirty for node in nodes)
     await driver.close()

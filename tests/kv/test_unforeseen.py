@@ -17,11 +17,10 @@ from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import Source
 from warmkv_server.contract.store import Durability
-from warmkv_server.kv.blocks import reader
+from warmkv_server.kv.blocks.disk import DiskBlock, DiskTier
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.index.records import RequestOutcome
-from warmkv_server.kv.tasks import loader
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.verify import verify
 
@@ -71,7 +70,7 @@ class BuggyFiles(Files):
 @contextmanager
 def breaking(driver: Driver, *, after: bool) -> Iterator[None]:
     """The index's next transaction raises, before or after it has happened."""
-    database = driver.store._core.journal.database
+    database = driver.store.core.journal.database
     apply = database.apply
 
     def broken(statements: Any, number: int | None = None) -> None:
@@ -95,7 +94,7 @@ async def as_after_a_restart(tmp_path: Path, driver: Driver, **contexts: Any) ->
             assert driver.store.tokens(TENANT, agent).tolist() == tokens.tolist()
             reuse = await driver.reuse(agent, tokens)
             assert (reuse.length, reuse.fallback) == (len(tokens), None)
-        assert driver.store._core.hot.unsaved_bytes == 0
+        assert driver.store.core.hot.unsaved_bytes == 0
         await driver.store.settled()
         await driver.close()
         driver = await Driver.open(tmp_path, LAYOUT)
@@ -189,23 +188,27 @@ async def test_a_change_that_breaks_has_not_happened(tmp_path: Path, call: str) 
     await as_after_a_restart(tmp_path, driver, a=LONGER)
 
 
-async def test_a_read_that_breaks_fails_those_who_wait_for_it_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = await Driver.open(tmp_path, LAYOUT)
+class BuggyTier(DiskTier):
+    """The disk; the first object of the node `breaks` (in hex) that is opened raises."""
+
+    breaks = ""
+
+    def open(self, name: str) -> DiskBlock:
+        if self.breaks and name.startswith(self.breaks):
+            self.breaks = ""
+            raise Bug("reading")
+        return super().open(name)
+
+
+async def test_a_read_that_breaks_fails_those_who_wait_for_it_alone(tmp_path: Path) -> None:
+    tier = BuggyTier(tmp_path, Files(Durability.NONE), 0)
+    driver = await Driver.open(tmp_path, LAYOUT, tier=tier)
     await driver.put("a", TOKENS)
     await driver.put("b", OTHER)
     for agent in "ab":
         await driver.store.evict(TENANT, agent)
-    read_parts = reader.read_parts
-
-    def broken(orders: Any, *args: Any) -> Any:
-        if any(order.info.block_tokens == OTHER[:256].tobytes() for order in orders):
-            monkeypatch.undo()
-            raise Bug("reading")
-        return read_parts(orders, *args)
-
-    monkeypatch.setattr(loader, "read_parts", broken)
+    first = driver.store.core.existing(TENANT, "b").nodes[0]
+    tier.breaks = first.id.hex()
     good, *bad = await asyncio.gather(
         driver.reuse("a", TOKENS), driver.reuse("b", OTHER), driver.reuse("b", OTHER), return_exceptions=True
     )

@@ -5,7 +5,7 @@ So a word in the wrong place, of another context, or of another kind is seen at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,12 @@ FULL = (
 )
 SLIDING = (TensorSpec("kv1.words", PartKind.WINDOW, "uint32", (2, 1, 4), 2 * 4 * 4),)
 RECURRENT = (TensorSpec("state.0.0", PartKind.STATE, "float32", (1, 3, 5), 60),)
+
+REQUIRED: dict[PartKind, Callable[[KVLayout, int], set[int]]] = {
+    PartKind.APPEND: lambda _, length: set(range(length)),
+    PartKind.WINDOW: lambda layout, length: set(range(max(length - layout.window, 0), length)),
+}
+"""The tokens whose words a request can't do without, by kind: what the engine would miss."""
 
 LAYOUTS = {
     "append": KVLayout(FULL),
@@ -67,7 +73,7 @@ def _mixed(seeds: NDArray[np.uint64], shape: tuple[int, ...], name: str) -> NDAr
 def expected(spec: TensorSpec, tokens: TokenIds, start: int, end: int) -> NDArray[Any]:
     """The tensor over tokens [start, end), or the snapshot after `end` tokens."""
     hashes = prefix_hashes(tokens[:end])
-    if spec.kind is PartKind.STATE:
+    if spec.kind == PartKind.STATE:
         values = _mixed(hashes[end : end + 1], spec.shape, spec.name)
     else:
         streams, heads, width = spec.shape
@@ -97,8 +103,8 @@ def grow(layout: KVLayout, tokens: TokenIds, start: int, snapshots: Sequence[int
         return None
     tensors = {
         kind: {spec.name: made(spec, tokens, start, end) for spec in layout.of_kind(kind)}
-        for kind in (PartKind.APPEND, PartKind.WINDOW)
-        if layout.of_kind(kind)
+        for kind in dict.fromkeys(spec.kind for spec in layout.tensors)
+        if kind != PartKind.STATE
     }
     states = {
         length: {spec.name: made(spec, tokens, 0, length) for spec in layout.of_kind(PartKind.STATE)}
@@ -118,22 +124,18 @@ def check(layout: KVLayout, tokens: TokenIds, reuse: Reuse) -> None:
     assert all(a.end == b.start for a, b in pairwise(spans))
     assert spans[-1].start < reuse.length <= spans[-1].end
     assert reuse.hot_tokens + reuse.warm_tokens + reuse.shared_tokens == reuse.length
-    covered = {PartKind.APPEND: reuse.length, PartKind.WINDOW: reuse.length}
-    for span in reversed(spans):
-        end = min(span.end, reuse.length)
-        for kind in (PartKind.APPEND, PartKind.WINDOW):
+    for kind in {spec.kind for spec in layout.tensors} - {PartKind.STATE}:
+        covered: set[int] = set()
+        for span in spans:
+            end = min(span.end, reuse.length)
             if kind not in span.parts:
                 continue
-            assert covered[kind] == end, f"a gap in {kind}"
-            covered[kind] = span.start
+            covered |= set(range(span.start, end))
             for spec in layout.of_kind(kind):
                 got = np.array(span.parts[kind][spec.name])[:, :, : end - span.start]
                 want = expected(spec, tokens, span.start, end)
                 assert got.tobytes() == want.tobytes(), f"wrong words of {spec.name} in [{span.start}, {end})"
-    if layout.of_kind(PartKind.APPEND):
-        assert covered[PartKind.APPEND] == 0
-    if layout.window:
-        assert covered[PartKind.WINDOW] <= max(reuse.length - layout.window, 0)
+        assert covered >= REQUIRED[kind](layout, reuse.length), f"a gap in {kind}"
     if layout.has_state:
         last = reuse.spans[-1]
         assert last.end == reuse.length

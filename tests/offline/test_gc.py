@@ -26,8 +26,8 @@ async def data_dir(tmp_path: Path) -> Path:
     driver = await Driver.open(tmp_path, LAYOUT, OTHER_MODEL)
     await driver.put("x", context(512))
     await driver.close()
-    (tmp_path / "blocks" / "00" / f"{'0' * 32}.append.safetensors.3.tmp").write_bytes(b"half")
-    (tmp_path / "blocks" / "00" / f"{'0' * 32}.append.safetensors").write_bytes(b"nobody was promised this")
+    (tmp_path / "blocks" / "00" / f"{'0' * 32}.append.{'0' * 32}.safetensors.3.tmp").write_bytes(b"half")
+    (tmp_path / "blocks" / "00" / f"{'0' * 32}.append.{'0' * 32}.safetensors").write_bytes(b"nobody was promised this")
     (tmp_path / "quarantine" / "bad.safetensors").write_bytes(b"bad")
     return tmp_path
 

@@ -65,10 +65,10 @@ async def test_an_agent_moves_with_everything_that_is_its_own(tmp_path: Path, na
     assert result.exit_code == 0, result.output
 
     theirs, ours = agent_of(tmp_path / "from"), agent_of(tmp_path / "to")
-    for each in ("tokens", "nodes", "snapshots", "windowed", "incarnation", "last_used"):
+    for each in ("tokens", "nodes", "snapshots", "partial", "incarnation", "last_used"):
         setattr(theirs, each, None)
     moved = dataclasses.replace(ours)
-    for each in ("tokens", "nodes", "snapshots", "windowed", "incarnation", "last_used"):
+    for each in ("tokens", "nodes", "snapshots", "partial", "incarnation", "last_used"):
         setattr(moved, each, None)
     assert dataclasses.asdict(moved) == dataclasses.asdict(theirs)
     assert ours.revision == 3
@@ -202,7 +202,7 @@ async def test_what_is_lost_is_said_and_the_rest_moves(tmp_path: Path) -> None:
     await make_agent(source, layout)
     await serve_once(to, layout)
     victim = agent_of(source).nodes[2]
-    path = source / "blocks" / victim.id.hex()[:2] / f"{victim.id.hex()}.append.safetensors"
+    (path,) = source.glob(f"blocks/*/{victim.id.hex()}.append.*.safetensors")
     rewrite(path, lambda raw: flipped(raw, 3000))
     export = ("agents", "export", "--data-dir", source, "--tenant", TENANT, "a", "-o", tmp_path / "a.warmkv")
     assert "is bad" in refusal(*export)
@@ -244,6 +244,7 @@ async def test_a_disk_that_refuses_leaves_everything_as_it_was(archive: Path, tm
             importing.import_agent(
                 reader,
                 taken,
+                fingerprint=reader.manifest.fingerprint,
                 tenant=TENANT,
                 agent_id="a",
                 replace=False,

@@ -15,7 +15,7 @@ from tests.offline.commands import run, run_json
 from warmkv_server.errors import OperatorError
 
 LAYOUT = LAYOUTS["everything"]
-NAME = f"{'0' * 32}.append.safetensors"
+NAME = f"{'0' * 32}.append.{'0' * 32}.safetensors"
 FOLDERS = ("", "blocks", "blocks/00", "agents", "quarantine")
 
 
@@ -57,7 +57,7 @@ async def test_what_is_unexpected_is_named_and_left_alone(
 
 
 async def test_things_under_names_of_the_store_are_left_alone(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    block = next((data_dir / "blocks").glob("*/*.append.safetensors"))
+    block = next((data_dir / "blocks").glob("*/*.append.*.safetensors"))
     block.unlink()
     block.symlink_to("/etc/passwd")
     manifest = next((data_dir / "agents").iterdir())

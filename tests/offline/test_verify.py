@@ -13,8 +13,9 @@ import pytest
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from tests.offline.commands import refusal, run, tree, verify
-from warmkv_server.contract.kv import Fallback
+from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.tier import object_name
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.findings import Trouble
 
@@ -25,7 +26,8 @@ def file_of(data_dir: Path, agent: str, start: int) -> Path:
     """The append file of the agent's block that starts there."""
     nodes = look(data_dir).index.agents[TENANT, agent].nodes
     (ident,) = (node.id.hex() for node in nodes if node.start == start)
-    return data_dir / "blocks" / ident[:2] / f"{ident}.append.safetensors"
+    (path,) = (data_dir / "blocks" / ident[:2]).glob(f"{ident}.append.*.safetensors")
+    return path
 
 
 def flip(path: Path, at: int = -5) -> None:
@@ -84,17 +86,21 @@ def test_a_file_of_another_context_is_no_substitute(data_dir: Path) -> None:
     assert "under another name" in problem.detail
 
 
-def test_another_version_of_a_block_is_a_mismatch(data_dir: Path) -> None:
-    """The same context with other words, whole in itself: the index knows which one was committed."""
+def test_another_version_of_a_block_is_one_that_the_index_does_not_know(data_dir: Path) -> None:
+    """The same context with other words, whole in itself: it has another name, and the index knows which one is its."""
     path = file_of(data_dir, "a", 256)
     raw = bytearray(path.read_bytes())
     start = blockfile.header_size(bytes(raw[: blockfile.LENGTH_BYTES]), len(raw))
     raw[-1] ^= 1
     head, payload = raw[:start], raw[start:]
-    blockfile.seal(head, [memoryview(payload)])
-    path.write_bytes(head + payload)
-    (problem, _) = verify(data_dir).problems
-    assert (problem.trouble, problem.detail) == (Trouble.MISMATCH, "the index has another checksum")
+    digest = blockfile.seal(head, [memoryview(payload)])
+    name = object_name(path.name[:32], PartKind.APPEND, digest)
+    path.with_name(name).write_bytes(head + payload)
+    (problem,) = verify(data_dir).problems
+    assert problem.trouble is Trouble.UNKNOWN
+    assert problem.subject.endswith(name)
+    path.write_bytes(head + payload)  # under the other's name
+    assert "under another name" in verify(data_dir).problems[0].detail
 
 
 def test_a_header_that_says_what_can_not_be_is_damage(data_dir: Path) -> None:

@@ -95,6 +95,11 @@ class Turns:
         return line[0].run.doing if line else IDLE
 
     @property
+    def lines(self) -> int:
+        """Agents for which there is a run, or more."""
+        return len(self._lines)
+
+    @property
     def waiting(self) -> int:
         """Runs that wait for their turn, over all agents."""
         return sum(len(line) - 1 for line in self._lines.values())

@@ -248,15 +248,16 @@ def import_agent(
                 from warmkv_server.offline.model import load
 
                 fingerprint, specs, vocabulary = load(Settings.read({"model": model, **given}))
-                require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
+                ours = require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
                 make(data_dir)
             else:
                 served = [] if is_new(data_dir) else list(look(data_dir).fingerprints.values())
-                require_same_model(told.fingerprint, served, f"the data directory {data_dir}")
+                ours = require_same_model(told.fingerprint, served, f"the data directory {data_dir}")
             with take(data_dir) as taken:
                 done = take_in(
                     reader,
                     taken,
+                    fingerprint=ours,
                     tenant=told.agent.tenant if tenant is None else tenant,
                     agent_id=told.agent.agent_id if new_id is None else new_id,
                     replace=replace,

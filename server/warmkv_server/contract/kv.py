@@ -6,9 +6,12 @@ these arrays as bytes, so a stored value is only ever copied.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -22,17 +25,25 @@ Tensors = Mapping[str, mx.array]
 """Evaluated arrays by name, of dtypes that numpy has (16-bit brain floats travel as uint16)."""
 
 
-class PartKind(StrEnum):
-    """How a part of the KV depends on the tokens before it."""
+class PartKind(str):
+    """The name of a kind of KV: how a part of it depends on the tokens before it.
 
-    APPEND = "append"
+    Anybody may name another one: what the store and the engine have to know of a kind, its `KindPolicy` says.
+    """
+
+    __slots__ = ()
+
+    APPEND: ClassVar[PartKind]
     """Every token's entry is needed for as long as the context lasts. Can be cut and shared at any token."""
 
-    WINDOW = "window"
+    WINDOW: ClassVar[PartKind]
     """Only the last `KVLayout.window` tokens' entries are needed (sliding-window and chunked attention)."""
 
-    STATE = "state"
+    STATE: ClassVar[PartKind]
     """No token axis: a snapshot of recurrent state after exactly so many tokens. Can't be cut."""
+
+
+PartKind.APPEND, PartKind.WINDOW, PartKind.STATE = PartKind("append"), PartKind("window"), PartKind("state")
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class TensorSpec:
     """(streams, kv_heads, width) for APPEND and WINDOW; the full shape for STATE."""
     nbytes: int
     """Bytes a token for APPEND and WINDOW; bytes a snapshot for STATE."""
+    codec: str = ""
+    """How its streams are coded (see docs/format.md); empty for arrays that are stored as the model keeps them."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,171 @@ class KVLayout:
         """Bytes a token (APPEND, WINDOW) or a snapshot (STATE) of that kind."""
         return sum(t.nbytes for t in self.tensors if t.kind == kind)
 
+    @cached_property
+    def policies(self) -> tuple[KindPolicy, ...]:
+        """Of the kinds that it has tensors of, in the order of the tensors."""
+        return tuple(policy_of(kind) for kind in dict.fromkeys(t.kind for t in self.tensors))
+
+    @cached_property
+    def everywhere(self) -> tuple[PartKind, ...]:
+        """Kinds that every block of a context has a part of. APPEND is always one, without tensors if need be: its
+        files carry the tokens."""
+        others = (p.kind for p in self.policies if p.everywhere and p.kind != PartKind.APPEND)
+        return PartKind.APPEND, *others
+
+    @cached_property
+    def partial(self) -> tuple[KindPolicy, ...]:
+        """Of the kinds that only some blocks of a context have a part of."""
+        return tuple(p for p in self.policies if p.partial)
+
+    @cached_property
+    def snapshots(self) -> tuple[PartKind, ...]:
+        """Kinds that are captured at lengths of the context."""
+        return tuple(p.kind for p in self.policies if p.snapshot)
+
     @property
     def has_state(self) -> bool:
-        return bool(self.of_kind(PartKind.STATE))
+        """Whether there is anything that can be taken up only where it was captured."""
+        return bool(self.snapshots)
+
+
+Ranges = tuple[range, ...]
+"""Tokens of a context, counted from its start; ascending, apart from each other."""
+
+
+class KindPolicy(ABC):
+    """What the store and the engine have to know of a kind: one class for each, and nowhere else a word about it.
+
+    A new kind is a class here, or wherever it is registered from. A composite cache has none: each member has its own.
+
+    Attributes:
+        kind: its name, also in the names of files: small letters and digits.
+        everywhere: all tokens' entries are needed for as long as the context lasts, so every block keeps its part.
+            Other kinds are kept where a boundary needs them, and evicted elsewhere.
+        snapshot: it has no token axis, and is kept at lengths of the context at which it was captured.
+    """
+
+    kind: PartKind
+    everywhere: bool = False
+    snapshot: bool = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether some nodes of a context have a part of it and others have not."""
+        return not self.everywhere and not self.snapshot
+
+    @abstractmethod
+    def needs(self, layout: KVLayout, length: int) -> Ranges:
+        """The tokens whose entries are needed to go on after the first `length`.
+
+        Of the tokens below a smaller length, that length needs at least as many: where an entry is lacking, no length
+        between it and here will do either.
+        """
+
+    @abstractmethod
+    def stored_shape(self, spec: TensorSpec, count: int) -> tuple[int, ...]:
+        """Shape of the stored array for `count` tokens, or of a snapshot."""
+
+    @abstractmethod
+    def first(self, tensors: Tensors, count: int) -> Tensors | None:
+        """Those of the first tokens alone; None if they can't be cut."""
+
+    def nbytes(self, layout: KVLayout, tokens: int) -> int:
+        """Bytes of the parts of so many tokens, or of a snapshot."""
+        return layout.nbytes(self.kind) * tokens
+
+    def held(self, layout: KVLayout, length: int, chunk: int = 0) -> int:
+        """Tokens whose entries a layer's cache holds in flight, of a context of that length.
+
+        Args:
+            chunk: tokens computed at once, which it holds besides until the next step.
+        """
+        needed = self.needs(layout, length)
+        return min(length, sum(len(each) for each in needed) + chunk)
+
+
+class AlongTokens(KindPolicy):
+    """An entry a token: arrays (streams, kv_heads, tokens, width), which can be cut and joined between any two."""
+
+    def stored_shape(self, spec: TensorSpec, count: int) -> tuple[int, ...]:
+        streams, heads, width = spec.shape
+        return streams, heads, count, width
+
+    def first(self, tensors: Tensors, count: int) -> Tensors:
+        return {name: array[:, :, :count] for name, array in tensors.items()}
+
+
+class Append(AlongTokens):
+    """Attention over all tokens."""
+
+    kind = PartKind.APPEND
+    everywhere = True
+
+    def needs(self, layout: KVLayout, length: int) -> Ranges:  # noqa: ARG002
+        return (range(length),)
+
+
+class Window(AlongTokens):
+    """Attention over the last `KVLayout.window` tokens."""
+
+    kind = PartKind.WINDOW
+
+    def needs(self, layout: KVLayout, length: int) -> Ranges:
+        return (range(max(length - layout.window, 0), length),)
+
+
+class State(KindPolicy):
+    """Recurrent state: nothing of it belongs to a token, and it can't be cut."""
+
+    kind = PartKind.STATE
+    snapshot = True
+
+    def needs(self, layout: KVLayout, length: int) -> Ranges:  # noqa: ARG002
+        return ()
+
+    def stored_shape(self, spec: TensorSpec, count: int) -> tuple[int, ...]:  # noqa: ARG002
+        return spec.shape
+
+    def first(self, tensors: Tensors, count: int) -> None:  # noqa: ARG002
+        return None
+
+    def nbytes(self, layout: KVLayout, tokens: int) -> int:  # noqa: ARG002
+        return layout.nbytes(self.kind)
+
+
+_POLICIES: dict[PartKind, KindPolicy] = {}
+
+
+def register(policy: KindPolicy) -> None:
+    """Have a kind known; before any directory is opened that holds it."""
+    _POLICIES[policy.kind] = policy
+
+
+for _policy in (Append(), Window(), State()):
+    register(_policy)
+
+
+def policy_of(kind: PartKind) -> KindPolicy:
+    """
+    Raises:
+        KeyError: nobody knows this kind.
+    """
+    return _POLICIES[kind]
+
+
+def known_kind(name: str) -> PartKind:
+    """
+    Raises:
+        ValueError: nobody knows this kind.
+    """
+    if name not in _POLICIES:
+        raise ValueError(f"{name!r} is not a kind of KV")
+    return PartKind(name)
+
+
+def all_kinds() -> tuple[PartKind, ...]:
+    """In the order in which they were registered."""
+    return tuple(_POLICIES)
 
 
 @dataclass(frozen=True)

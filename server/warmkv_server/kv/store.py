@@ -13,11 +13,14 @@ from typing import Any, Self, TypeVar
 
 from warmkv_server.contract.kv import KVLayout, Reuse
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
+from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.startup import open_directory
+from warmkv_server.kv.index.boundaries import Under
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.lease import Lease
 from warmkv_server.kv.index.match import Matcher
@@ -93,27 +96,31 @@ class Store:
         fingerprint: Fingerprint,
         files: Files | None = None,
         times: TimeSource | None = None,
+        tier: BlockTier | None = None,
     ) -> Self:
         """Lock the directory, read the index, sweep what a crash left behind.
 
         Args:
             files: a stand-in for the disk, for tests.
             times: a stand-in for the machine's clocks, for tests.
+            tier: where blocks are, if not in the data directory.
 
         Raises:
             OperatorError: the directory is in use, can't be written, or was written by a newer version.
         """
         files = files or Files(settings.durability, settings.headroom_bytes)
-        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, times)
+        tier = tier or DiskTier(settings.data_dir, files, settings.quarantine_limit)
+        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, tier, times)
         journal = Journal(opened.database, opened.commits)
         core = Core(
             settings,
             layout,
-            fingerprint.digest,
+            opened.fingerprint.digest,
             opened.index,
             journal,
             Outcomes(journal, settings.outcome_bytes, opened.outcomes),
             files,
+            tier,
             opened.clock,
             opened.foreign,
         )
@@ -180,6 +187,21 @@ class Store:
 
     # Looking
 
+    @property
+    def core(self) -> Core:
+        """What the store's parts share, for whoever checks it; nobody else changes anything in it."""
+        return self._core
+
+    @property
+    def manifests(self) -> Manifests:
+        """What keeps the agents' manifests behind their commits; for the same."""
+        return self._manifests
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the KV of the served model depends on besides the tokens, as this directory knows it."""
+        return self._core.fingerprint
+
     def agent(self, tenant: str, agent_id: str) -> AgentRecord | None:
         agent = self._core.index.agents.get((tenant, agent_id))
         return None if agent is None else self._core.record(agent)
@@ -234,16 +256,18 @@ class Store:
 
     # Reusing
 
-    def resolve(self, tenant: str, agent_id: str, tokens: TokenIds, limit: int) -> Lease:
+    def resolve(self, tenant: str, agent_id: str, tokens: TokenIds, limit: int, extra_key: bytes = b"") -> Lease:
         """Find the longest prefix of tokens[:limit] whose KV the store has; from memory, at once.
 
         Args:
             agent_id: "" for a request without an agent: only other agents' blocks are found.
             limit: at most so many tokens; one less than all when an answer is to be sampled.
+            extra_key: what the KV is a function of besides the tokens and the model, such as a digest of an image.
+                Contexts with different ones share nothing.
         """
         core = self._core
         agent = core.index.agents.get((tenant, agent_id)) if agent_id else None
-        found = self._matcher.match(agent, core.root(tenant), core.fingerprint, tokens[:limit])
+        found = self._matcher.match(agent, Under(core.root(tenant), extra_key), core.fingerprint, tokens[:limit])
         lease = Lease(
             tenant=tenant,
             agent_id=agent_id,
@@ -254,6 +278,7 @@ class Store:
             own_nodes=found.own_nodes,
             snapshot=found.prefix.snapshot,
             fallback=found.fallback,
+            extra_key=extra_key,
             on_release=self._collector.suspect,
         )
         lease.pin(*lease.nodes, *([lease.snapshot] if lease.snapshot is not None else []))

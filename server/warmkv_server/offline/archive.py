@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
-from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, file_name, verify
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, all_kinds, known_kind
+from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, verify
 from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, root_id
+from warmkv_server.kv.blocks.tier import SUFFIX
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.catalog.signing import is_signed, sign
@@ -30,7 +31,9 @@ from warmkv_server.kv.index.index import Agent, Node
 from warmkv_server.kv.index.records import Fingerprint
 
 FORMAT = "warmkv-agent-archive"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
+"""1 has neither extra keys nor the digest that its ids hang from, and names files without their checksums."""
 MANIFEST = "manifest.json"
 _FOLDER = "blocks/"
 _MANIFEST_LIMIT = 32 << 20
@@ -56,6 +59,7 @@ class Manifest:
         digests: SHA-256 of the files, in hex, by node id and kind; of all of them, or of none.
         signature: over everything else, by whoever had the key.
         signed: what the signature is over.
+        version: of the archive's format.
     """
 
     fingerprint: Fingerprint
@@ -66,6 +70,7 @@ class Manifest:
     digests: Mapping[tuple[bytes, PartKind], str] = field(default_factory=dict)
     signature: object = None
     signed: bytes = b""
+    version: int = VERSION
 
     @classmethod
     def of(
@@ -83,7 +88,7 @@ class Manifest:
     def files(self) -> Iterator[tuple[Node, PartKind, Part]]:
         """In the order in which they follow the manifest."""
         for node in (*self.nodes, *self.snapshots):
-            for kind in PartKind:
+            for kind in all_kinds():
                 if kind in node.parts:
                     yield node, kind, node.parts[kind]
 
@@ -97,6 +102,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": dict(self.fingerprint.fields),
+            "fingerprint_digest": self.fingerprint.digest,
             "tenant": agent.tenant,
             "agent_id": agent.agent_id,
             "revision": agent.revision,
@@ -123,9 +129,10 @@ class Manifest:
             "parent": node.parent.hex(),
             "start": node.start,
             "tokens": base64.b64encode(node.block_tokens).decode(),
-            "parts": {kind.value: [part.nbytes, part.digest] for kind, part in node.parts.items()},
-            "sha256": {kind.value: self.digests[node.id, kind] for kind in node.parts if self.digests},
+            "parts": {kind: [part.nbytes, part.digest] for kind, part in node.parts.items()},
+            "sha256": {kind: self.digests[node.id, kind] for kind in node.parts if self.digests},
             "lost": node.lost,
+            **({"extra_key": node.extra_key.hex()} if node.extra_key else {}),
         }
 
     @classmethod
@@ -138,9 +145,9 @@ class Manifest:
             told = unseal(content)
             signature = told.pop(_SIGNATURE, None)
             signed = _as_signed(told)
-            if told["format"] != FORMAT or told["version"] != VERSION:
+            if told["format"] != FORMAT or told["version"] not in _READABLE:
                 raise BadArchive(f"it is of format {told['format']} {told['version']}, not {FORMAT} {VERSION}")
-            fingerprint = _read_fingerprint(told["fingerprint"])
+            fingerprint = _read_fingerprint(told["fingerprint"], told.get("fingerprint_digest", ""))
             agent = Agent(told["tenant"], told["agent_id"], 0, fingerprint.digest)
             agent.revision, agent.previous = told["revision"], told["previous"]
             agent.kept, agent.pinned, agent.ttl = tuple(told["kept"]), told["pinned"], told["ttl"]
@@ -158,7 +165,7 @@ class Manifest:
             if root is not None and len(root) != ID_BYTES:
                 raise BadArchive("its root is no id")
             digests = {
-                (bytes.fromhex(node["node"]), PartKind(kind)): str(digest)
+                (bytes.fromhex(node["node"]), known_kind(kind)): str(digest)
                 for node in (*told["nodes"], *told["snapshots"])
                 for kind, digest in node.get("sha256", {}).items()
             }
@@ -166,7 +173,7 @@ class Manifest:
             raise BadArchive(f"its manifest is {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
             raise BadArchive(f"its manifest is unreadable: {error!r}") from error
-        return cls(fingerprint, agent, nodes, snapshots, root, digests, signature, signed)
+        return cls(fingerprint, agent, nodes, snapshots, root, digests, signature, signed, told["version"])
 
 
 class ArchiveWriter:
@@ -177,7 +184,7 @@ class ArchiveWriter:
         self._add(MANIFEST, manifest.encode(key))
 
     def add(self, node: Node, kind: PartKind, content: bytes) -> None:
-        self._add(member_name(node, kind), content)
+        self._add(_member_name(node, kind, node.parts[kind], VERSION), content)
 
     def finish(self) -> None:
         self._file.write(bytes(2 * tarfile.BLOCKSIZE))
@@ -215,7 +222,8 @@ class ArchiveReader:
             BadArchive
         """
         for node, kind, part in self.manifest.files():
-            content = self._read(member_name(node, kind), part.nbytes, _FILE_LIMIT)
+            name = _member_name(node, kind, part, self.manifest.version)
+            content = self._read(name, part.nbytes, _FILE_LIMIT)
             digest = self.manifest.digests.get((node.id, kind))
             try:
                 if digest is not None and hashlib.sha256(content).hexdigest() != digest:
@@ -258,8 +266,8 @@ class ArchiveReader:
         return content
 
 
-def member_name(node: Node, kind: PartKind) -> str:
-    return _FOLDER + file_name(node.id.hex(), kind)
+def _member_name(node: Node, kind: PartKind, part: Part, version: int) -> str:
+    return _FOLDER + (f"{node.id.hex()}.{kind}{SUFFIX}" if version == 1 else node.object_name(kind, part))
 
 
 def _as_signed(described: Mapping[str, Any]) -> bytes:
@@ -267,10 +275,12 @@ def _as_signed(described: Mapping[str, Any]) -> bytes:
     return json.dumps(described, separators=(",", ":")).encode()
 
 
-def _read_fingerprint(told: Mapping[str, Any]) -> Fingerprint:
+def _read_fingerprint(told: Mapping[str, Any], digest: str) -> Fingerprint:
+    if digest and not (plausible.is_text(digest) and plausible.NODE_ID.fullmatch(digest)):
+        raise BadArchive("its fingerprint's digest is none")
     if len(told) > _FIELD_LIMIT or not all(plausible.is_text(text) for pair in told.items() for text in pair):
         raise BadArchive("its fingerprint is none")
-    return Fingerprint(dict(told))
+    return Fingerprint(dict(told), digest)
 
 
 def _read_node(tenant: str, fingerprint: str, told: Mapping[str, Any]) -> Node:
@@ -283,11 +293,12 @@ def _read_node(tenant: str, fingerprint: str, told: Mapping[str, Any]) -> Node:
     if type(start) is not int or not 0 <= start < 1 << 31 or len(tokens) % TOKEN_BYTES:
         raise BadArchive(f"its node {told['node']} is of tokens that can't be")
     node = Node(bytes.fromhex(told["node"]), 0, tenant, fingerprint, bytes.fromhex(told["parent"]), start, tokens)
+    node.extra_key = bytes.fromhex(told.get("extra_key", ""))
     if not 0 <= node.count <= BLOCK_TOKENS:
         raise BadArchive(f"its node {told['node']} is of tokens that can't be")
     for kind, (size, digest) in told["parts"].items():
         if type(size) is not int or not 0 <= size <= _FILE_LIMIT:
             raise BadArchive(f"its node {told['node']} has a file of {size} bytes")
-        node.parts[PartKind(kind)] = Part(size, str(digest))
+        node.parts[known_kind(kind)] = Part(size, str(digest))
     node.lost = Fallback(told["lost"]) if told["lost"] else None
     return node

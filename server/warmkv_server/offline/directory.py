@@ -13,6 +13,7 @@ from pathlib import Path
 from warmkv_server.contract.kv import PartKind
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog import commit_log, journal, lock, rows, signing
 from warmkv_server.kv.catalog.clock import Clock
@@ -24,6 +25,7 @@ from warmkv_server.kv.catalog.manifest_files import bring_up_to_date
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.catalog.rebuild import holds_contexts
 from warmkv_server.kv.catalog.startup import make_folders
+from warmkv_server.kv.catalog.takeover import old_files
 from warmkv_server.kv.catalog.truth import believe
 from warmkv_server.kv.index.index import Agent, Index, Node
 from warmkv_server.kv.index.records import Fingerprint, StoreSettings
@@ -49,6 +51,10 @@ class View:
     vocabularies: Mapping[str, int] = field(default_factory=dict)
     not_the_last: str | None = None
 
+    @property
+    def tier(self) -> DiskTier:
+        return tier_of(self.data_dir)
+
 
 @dataclass(frozen=True)
 class Taken(View):
@@ -56,6 +62,10 @@ class Taken(View):
 
     database: Database = field(kw_only=True)
     files: Files = field(kw_only=True)
+
+    @property
+    def tier(self) -> DiskTier:
+        return tier_of(self.data_dir, self.files)
 
     def settle(self) -> None:
         """Have every agent's manifest in its file, so that what is removed afterwards stays removed."""
@@ -134,7 +144,7 @@ def make(data_dir: Path) -> None:
 
 def is_new(data_dir: Path) -> bool:
     """Whether nothing of a data directory is there."""
-    return not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir)
+    return not (data_dir / journal.FILE_NAME).exists() and not _holds_contexts(data_dir)
 
 
 @contextlib.contextmanager
@@ -162,6 +172,15 @@ def in_use(data_dir: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def tier_of(data_dir: Path, files: Files | None = None) -> DiskTier:
+    """The blocks of a directory; to look at, unless files are given."""
+    return DiskTier(data_dir, files or Files(Durability.FULL), StoreSettings(data_dir).quarantine_bytes)
+
+
+def _holds_contexts(data_dir: Path) -> bool:
+    return any(old_files(data_dir)) or holds_contexts(data_dir, tier_of(data_dir))
 
 
 def find_agent(view: View, tenant: str, agent_id: str) -> Agent:
@@ -198,7 +217,7 @@ def _index_path(data_dir: Path) -> Path:
     path = data_dir / journal.FILE_NAME
     if path.is_file():
         return path
-    if holds_contexts(data_dir):
+    if _holds_contexts(data_dir):
         raise OperatorError(f"the index {path} is missing; {_REBUILD}")
     raise OperatorError(f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir")
 

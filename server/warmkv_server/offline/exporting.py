@@ -12,14 +12,11 @@ from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, Part, verify
-from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, read_file
-from warmkv_server.kv.blocks.paths import block_path
+from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files
 from warmkv_server.kv.catalog.signing import key_of
 from warmkv_server.kv.index.index import Node, block_info
 from warmkv_server.offline.archive import ArchiveWriter, Manifest
 from warmkv_server.offline.directory import View, find_agent, usable_tokens
-
-_FILE_LIMIT = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
         raise OperatorError(f"the index has lost what model agent {agent_id!r} belongs to; it can't be exported")
     fingerprint, digests = view.fingerprints[agent.fingerprint], {}
     for node, kind, part in Manifest.of(agent, fingerprint).files():
-        digests[node.id, kind] = hashlib.sha256(_read(view.data_dir, node, kind, part)).hexdigest()
+        digests[node.id, kind] = hashlib.sha256(_read(view, node, kind, part)).hexdigest()
     manifest = Manifest.of(agent, fingerprint, digests)
     files = Files(Durability.FULL)
     temp = target.with_name(f"{target.name}.{os.getpid()}{TEMP_SUFFIX}")
@@ -60,7 +57,7 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
             with os.fdopen(fd, "wb", closefd=False) as file:
                 writer = ArchiveWriter(file, manifest, key_of(view.data_dir))
                 for node, kind, part in manifest.files():
-                    content = _read(view.data_dir, node, kind, part)
+                    content = _read(view, node, kind, part)
                     if hashlib.sha256(content).hexdigest() != digests[node.id, kind]:
                         raise OperatorError(f"the block files of agent {agent_id!r} change meanwhile; try again")
                     writer.add(node, kind, content)
@@ -80,10 +77,11 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
     return Exported(len(agent.tokens), usable_tokens(agent), agent.revision, count, nbytes)
 
 
-def _read(data_dir: Path, node: Node, kind: PartKind, part: Part) -> bytes:
-    path = block_path(data_dir, node.id.hex(), kind)
+def _read(view: View, node: Node, kind: PartKind, part: Part) -> bytes:
+    name = node.object_name(kind, part)
+    path = view.tier.path(name)
     try:
-        content = read_file(path, _FILE_LIMIT)
+        content = view.tier.get(name)
         parsed = verify(content)
         if parsed.digest != part.digest or parsed.info != block_info(node, kind):
             raise BadFile(Fallback.FORMAT, "it is not the one that the index has")

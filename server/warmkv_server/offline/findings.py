@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind
+from warmkv_server.kv.blocks.disk import BLOCKS
 from warmkv_server.kv.blocks.files import in_words
-from warmkv_server.kv.blocks.paths import BLOCKS
 from warmkv_server.kv.index.index import Node
 
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.disk import QUARANTINE, block_files, is_object, object_path
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, entries, is_plain
-from warmkv_server.kv.blocks.paths import QUARANTINE, block_path
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.journal import Statement
 from warmkv_server.kv.catalog.manifest import FOLDER, file_name
 from warmkv_server.kv.catalog.rebuild import aside_files
-from warmkv_server.kv.catalog.startup import block_files, is_block
 from warmkv_server.kv.index.index import Agent, Node
 from warmkv_server.offline.directory import Taken, View
 
@@ -83,14 +82,14 @@ def find_waste(view: View, choice: Choice) -> Waste:
     """Takes the chosen agents out of the view, which is of no other use afterwards."""
     index = view.index
     waste = Waste()
-    known = {block_path(view.data_dir, n.id.hex(), kind) for n in index.nodes.values() for kind in n.parts}
+    known = {object_path(view.data_dir, name) for node in index.nodes.values() for name in node.object_names()}
     for entry in block_files(view.data_dir):
         path = Path(entry.path)
         if path in known or not is_plain(entry):
             continue
         if entry.name.endswith(TEMP_SUFFIX):
             waste.temporary[path] = _size(path)
-        elif is_block(entry):
+        elif is_object(entry):
             waste.unknown[path] = _size(path)
     waste.now = now = view.clock.now()
     for agent in list(index.agents.values()):
@@ -100,7 +99,7 @@ def find_waste(view: View, choice: Choice) -> Waste:
         index.remove_agent(agent)
     spared = {node for agent, _ in index.implausible for node in agent.all_nodes()}
     waste.nodes = [node for node in index.nodes.values() if not node.refs and node not in spared]
-    paths = (block_path(view.data_dir, node.id.hex(), kind) for node in waste.nodes for kind in node.parts)
+    paths = (object_path(view.data_dir, name) for node in waste.nodes for name in node.object_names())
     waste.blocks = {path: _size(path) for path in paths if path.is_file()}
     if choice.quarantine:
         put_away = (Path(entry.path) for entry in entries(view.data_dir / QUARANTINE) if is_plain(entry))

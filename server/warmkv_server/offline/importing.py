@@ -18,7 +18,7 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, expect, renamed
 from warmkv_server.kv.blocks.files import open_file
 from warmkv_server.kv.blocks.ids import root_id
-from warmkv_server.kv.blocks.paths import block_path
+from warmkv_server.kv.blocks.tier import object_name
 from warmkv_server.kv.catalog import plausible, rows
 from warmkv_server.kv.catalog.signing import key_of
 from warmkv_server.kv.index.index import Agent, Node, block_info
@@ -67,8 +67,9 @@ def opened(path: Path) -> Iterator[ArchiveReader]:
         raise OperatorError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def require_same_model(theirs: Fingerprint, ours: Sequence[Fingerprint], where: str) -> None:
-    """
+def require_same_model(theirs: Fingerprint, ours: Sequence[Fingerprint], where: str) -> Fingerprint:
+    """Which of ours an archive is of. One of version 1 is of whatever is the same in all that version 1 covered.
+
     Args:
         ours: what is acceptable.
         where: what that is, in words.
@@ -76,8 +77,9 @@ def require_same_model(theirs: Fingerprint, ours: Sequence[Fingerprint], where: 
     Raises:
         OperatorError: names the fields that differ from the likest one.
     """
-    if any(each.digest == theirs.digest for each in ours):
-        return
+    for each in ours:
+        if theirs.fields in (each.fields, each.in_version_1().fields):
+            return each
     if not ours:
         raise OperatorError(
             f"{where} was not served with a model yet; give --model, and the KV flags with which it will be served"
@@ -94,6 +96,7 @@ def import_agent(
     reader: ArchiveReader,
     taken: Taken,
     *,
+    fingerprint: Fingerprint,
     tenant: str,
     agent_id: str,
     replace: bool,
@@ -103,6 +106,7 @@ def import_agent(
 ) -> Imported:
     """
     Args:
+        fingerprint: of the model that it will belong to; see `require_same_model`.
         tenant, agent_id: what it becomes.
         replace: an agent of that name goes; otherwise it is refused.
         trust: the operator says that the KV is what the model computes for these tokens.
@@ -122,34 +126,35 @@ def import_agent(
         raise OperatorError(
             f"there is an agent {agent_id!r}{of} in {taken.data_dir} already; give --as NEW_ID, or --replace"
         )
-    written: dict[Path, int] = {}
+    written: dict[str, int] = {}
     told = reader.manifest
     signed = told.is_signed_with(key_of(taken.data_dir))
-    root = placing.root_for(told, tenant, trusted=trust, signed=signed)
+    fingerprint = fingerprint.as_known(taken.fingerprints)
+    root = placing.root_for(told, tenant, fingerprint.digest, trusted=trust, signed=signed)
     try:
         taken.settle()
-        agent = _place(reader, taken, tenant, agent_id, root)
+        agent = _place(reader, taken, fingerprint.digest, tenant, agent_id, root)
         vocabulary = taken.vocabularies.get(agent.fingerprint) if vocabulary is None else vocabulary
         if (wrong := plausible.tokens_fault(agent.tokens, vocabulary)) is not None:
             raise BadArchive(wrong)
         _write_files(reader, taken, agent, specs, written)
-        taken.files.sync_folders(sorted({path.parent for path in written}))
+        taken.tier.sync(written)
         gone = _swap(taken, old, agent)
-        statements = [rows.insert_fingerprint(reader.manifest.fingerprint)]
+        statements = [rows.put_fingerprint(fingerprint)]
         statements += [rows.put_node(node) for node in agent.all_nodes()]
         statements += [] if old is None else rows.delete_agent(old.incarnation)
         statements += [*rows.insert_agent(agent), *(rows.delete_node(node) for node in gone)]
         taken.database.apply(statements)
     except BaseException as error:
-        for path in written:
+        for name in written:
             with contextlib.suppress(OSError):  # The next start of a server sweeps it.
-                taken.files.unlink(path)
+                taken.tier.delete(name)
         if isinstance(error, OSError):
             raise OperatorError(f"the disk refuses ({error.strerror or error}); nothing was changed") from error
         raise
     for node in gone:
-        for kind in node.parts:
-            taken.files.unlink(block_path(taken.data_dir, node.id.hex(), kind))
+        for name in node.object_names():
+            taken.tier.delete(name)
     return Imported(
         tenant,
         agent_id,
@@ -162,10 +167,10 @@ def import_agent(
     )
 
 
-def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str, root: bytes) -> Agent:
+def _place(reader: ArchiveReader, taken: Taken, fingerprint: str, tenant: str, agent_id: str, root: bytes) -> Agent:
     """The agent with its nodes: those that the directory has, and new ones without files."""
     index, told = taken.index, reader.manifest.agent
-    agent = Agent(tenant, agent_id, index.new_incarnation(), told.fingerprint)
+    agent = Agent(tenant, agent_id, index.new_incarnation(), fingerprint)
 
     def known(node: Node) -> Node:
         there = index.nodes.get(node.id)
@@ -174,7 +179,7 @@ def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str, root
             index.nodes[node.id] = there = node
         return there
 
-    nodes, snapshots = placing.placed(reader.manifest, tenant, root)
+    nodes, snapshots = placing.placed(reader.manifest, tenant, fingerprint, root)
     agent.nodes = [known(node) for node in nodes]
     agent.snapshots = {length: known(node) for length, node in snapshots.items()}
     agent.tokens = rows.join_tokens(agent.nodes)
@@ -190,24 +195,24 @@ def _place(reader: ArchiveReader, taken: Taken, tenant: str, agent_id: str, root
 
 
 def _write_files(
-    reader: ArchiveReader, taken: Taken, agent: Agent, specs: Specs | None, written: dict[Path, int]
+    reader: ArchiveReader, taken: Taken, agent: Agent, specs: Specs | None, written: dict[str, int]
 ) -> None:
     """Check every file of the archive, and write those that the directory lacks."""
-    manifest = reader.manifest
+    manifest, tier = reader.manifest, taken.tier
     ours = dict(zip((n.id for n in (*manifest.nodes, *manifest.snapshots)), agent.all_nodes(), strict=True))
     for theirs, kind, content, parsed in reader.files():
         _require(parsed, theirs, kind, specs)
         node = ours[theirs.id]
-        path = block_path(taken.data_dir, node.id.hex(), kind)
-        if kind in node.parts and path.exists():
+        if kind in node.parts and tier.path(node.object_name(kind, node.parts[kind])).exists():
             continue
         digest, buffers = parsed.digest, [memoryview(content)]
         if node.id != theirs.id:
             head, payload, digest = renamed(content, block_info(node, kind))
             buffers = [memoryview(head), payload]
-        written[path] = 0
-        written[path] = taken.files.write(path, buffers)
-        node.parts[kind] = Part(written[path], digest)
+        name = object_name(node.id.hex(), kind, digest)
+        written[name] = 0
+        written[name] = tier.put(name, buffers)
+        node.parts[kind] = Part(written[name], digest)
         node.lost = theirs.lost
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from warmkv_server.kv.blocks.disk import QUARANTINE
 from warmkv_server.kv.blocks.files import entries
-from warmkv_server.kv.blocks.paths import QUARANTINE
 from warmkv_server.kv.catalog import journal
 from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX

@@ -88,7 +88,7 @@ def _examine(path: Path, content: bytes | OSError | None, view: View) -> Problem
 def _not_rebuildable(manifest: Manifest, view: View) -> NotRebuildable | None:
     """Why not, from the block files that are there now."""
     try:
-        Builder(view.data_dir).add(manifest)
+        Builder(view.data_dir, view.tier).add(manifest)
     except NotRebuildable as reason:
         return reason
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from warmkv_server.config import Settings
-from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.kv import all_kinds
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
@@ -21,5 +21,5 @@ def load(settings: Settings) -> tuple[Fingerprint, Specs, int]:
     device.prepare()
     codecs = codecs_for(settings.kv_bits, settings.kv_group_size)
     info = models.load(settings.model, adapter=settings.adapter, codecs=codecs, context_limit=None).info
-    specs = {kind: blockfile.ordered(info.layout.of_kind(kind)) for kind in PartKind}
+    specs = {kind: blockfile.ordered(info.layout.of_kind(kind)) for kind in all_kinds()}
     return Fingerprint.of_model(info.fingerprint_fields), specs, info.vocab_size

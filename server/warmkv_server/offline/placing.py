@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, policy_of
 from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.index.boundaries import MAX_KEPT
@@ -30,7 +30,7 @@ def check(manifest: Manifest) -> None:
     if not all(0 <= boundary <= length for boundary in boundaries):
         raise BadArchive("its boundaries are not of this context")
     for node, kind, _ in manifest.files():
-        if (kind is PartKind.STATE) != node.snapshot:
+        if policy_of(kind).snapshot != node.snapshot:
             raise BadArchive(f"its node {node.id.hex()} can't have a file of kind {kind}")
     raw = b"".join(node.own_tokens for node in manifest.nodes)
     if (wrong := plausible.tokens_fault(np.frombuffer(raw, "<i4"), None)) is not None:
@@ -65,7 +65,7 @@ def _check_snapshots(manifest: Manifest, length: int) -> None:
             raise BadArchive(f"its snapshot {snapshot.id.hex()} is not of this context")
 
 
-def root_for(manifest: Manifest, tenant: str, *, trusted: bool, signed: bool) -> bytes:
+def root_for(manifest: Manifest, tenant: str, fingerprint: str, *, trusted: bool, signed: bool) -> bytes:
     """What the context hangs from, which is who may use its KV.
 
     KV that nobody vouches for gets a root that no other context has: its ids are those of its tokens below a number
@@ -73,21 +73,26 @@ def root_for(manifest: Manifest, tenant: str, *, trusted: bool, signed: bool) ->
     with such a root keeps it in its own directory.
 
     Args:
+        fingerprint: digest by which the directory knows the model.
         trusted: the operator vouches for the KV.
         signed: it came from this very directory.
     """
     if trusted or (signed and manifest.root is None):
-        return root_id(tenant, manifest.fingerprint.digest)
-    if signed and manifest.root is not None and tenant == manifest.agent.tenant:
+        return root_id(tenant, fingerprint)
+    if (
+        signed
+        and manifest.root is not None
+        and (tenant, fingerprint) == (manifest.agent.tenant, manifest.fingerprint.digest)
+    ):
         return manifest.root
     return secrets.token_bytes(ID_BYTES)
 
 
-def placed(manifest: Manifest, tenant: str, root: bytes) -> tuple[list[Node], dict[int, Node]]:
+def placed(manifest: Manifest, tenant: str, fingerprint: str, root: bytes) -> tuple[list[Node], dict[int, Node]]:
     """The nodes and the snapshots by length, as the tenant would have them below this root; without files."""
     made = [
-        Node(ident, 0, tenant, node.fingerprint, parent, node.start, node.block_tokens, lost=node.lost)
-        for node, (parent, ident) in zip(_all(manifest), _names(manifest, root), strict=True)
+        Node(ident, 0, tenant, fingerprint, parent, n.start, n.block_tokens, lost=n.lost, extra_key=n.extra_key)
+        for n, (parent, ident) in zip(_all(manifest), _names(manifest, root), strict=True)
     ]
     count = len(manifest.nodes)
     return made[:count], {node.start: node for node in made[count:]}
@@ -108,7 +113,7 @@ def _names(manifest: Manifest, root: bytes) -> Iterator[tuple[bytes, bytes]]:
         parent = parents.get(node.block_start)
         if parent is None:
             raise BadArchive(f"its node {node.id.hex()} follows a block that isn't whole")
-        ident = node_id(parent, node.start, node.block_tokens)
+        ident = node_id(parent, node.start, node.block_tokens, node.extra_key)
         if node.full:
             parents[node.end] = ident
         yield parent, ident

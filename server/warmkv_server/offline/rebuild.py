@@ -13,9 +13,10 @@ from warmkv_server.kv.catalog.evidence import gather
 from warmkv_server.kv.catalog.journal import JournalDamaged
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.catalog.rebuild import Rebuilt, holds_contexts, rebuild_index
+from warmkv_server.kv.catalog.takeover import old_files
 from warmkv_server.kv.index.index import Index
 from warmkv_server.kv.index.records import StoreSettings
-from warmkv_server.offline.directory import locked
+from warmkv_server.offline.directory import locked, tier_of
 
 
 def rebuild(data_dir: Path) -> Rebuilt:
@@ -24,14 +25,18 @@ def rebuild(data_dir: Path) -> Rebuilt:
     Raises:
         OperatorError: not a data directory, a server has it, or there is nothing to rebuild from.
     """
-    if not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir):
+    files = Files(Durability.FULL)
+    tier = tier_of(data_dir, files)
+    if any(old_files(data_dir)):
+        raise journal.of_version_1(data_dir / journal.FILE_NAME)
+    if not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir, tier):
         raise OperatorError(
             f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir"
         )
     with locked(data_dir):
         settings = StoreSettings(data_dir)
-        files, evidence = Files(Durability.FULL), gather(data_dir)
-        return rebuild_index(data_dir, files, settings.quarantine_bytes, "replaced", evidence, _old(data_dir))
+        evidence = gather(data_dir)
+        return rebuild_index(data_dir, files, tier, settings.quarantine_bytes, "replaced", evidence, _old(data_dir))
 
 
 def _old(data_dir: Path) -> Index | None:

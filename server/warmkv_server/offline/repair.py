@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from warmkv_server.contract.kv import Fallback
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.paths import QUARANTINE
-from warmkv_server.kv.blocks.quarantine import quarantine
+from warmkv_server.kv.blocks.disk import QUARANTINE, quarantine
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.records import StoreSettings

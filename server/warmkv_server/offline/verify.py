@@ -7,19 +7,20 @@ state of the index, and counts only if it is still so.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, PartKind
-from warmkv_server.kv.blocks.blockfile import SUFFIX, BadFile, BlockInfo, file_name
+from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo
+from warmkv_server.kv.blocks.disk import block_files, object_path, open_block
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, is_plain
 from warmkv_server.kv.blocks.ids import block_of, node_id, root_id
-from warmkv_server.kv.blocks.paths import block_path
-from warmkv_server.kv.blocks.reader import verify_file
+from warmkv_server.kv.blocks.reader import verify_block
+from warmkv_server.kv.blocks.tier import SUFFIX, object_name
 from warmkv_server.kv.catalog import journal
-from warmkv_server.kv.catalog.startup import block_files
 from warmkv_server.kv.index.index import Agent, Node, block_info
 from warmkv_server.offline.directory import View, in_use, usable_tokens
 from warmkv_server.offline.findings import Bad, Problem, Report, Trouble, name_of, short
@@ -70,7 +71,11 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
 
 
 def _examine_all(view: View, paths: Iterable[Path]) -> Iterator[Bad]:
-    known = {block_path(view.data_dir, n.id.hex(), k): (n, k) for n in view.index.nodes.values() for k in n.parts}
+    known = {
+        object_path(view.data_dir, node.object_name(kind, part)): (node, kind)
+        for node in view.index.nodes.values()
+        for kind, part in node.parts.items()
+    }
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as readers:
         for found in readers.map(lambda path: _examine(path, *known.get(path, (None, None))), paths):
             if found is not None:
@@ -79,38 +84,39 @@ def _examine_all(view: View, paths: Iterable[Path]) -> Iterator[Bad]:
 
 def _examine(path: Path, node: Node | None, kind: PartKind | None) -> Bad | None:
     try:
-        parsed = verify_file(path)
+        with contextlib.closing(open_block(path)) as block:
+            parsed = verify_block(block)
+    except FileNotFoundError:
+        return None
     except BadFile as bad:
-        return None if bad.reason is Fallback.MISSING_BLOCK else Bad(path, Trouble.DAMAGED, str(bad), node, kind)
+        return Bad(path, Trouble.DAMAGED, str(bad), node, kind)
     except OSError as error:
         return Bad(path, Trouble.UNREADABLE, error.strerror or str(error), node, kind)
     info = parsed.info
-    if (wrong := _impossible(path, info, node)) is not None:
+    if (wrong := _impossible(path, info, parsed.digest, node)) is not None:
         return Bad(path, Trouble.DAMAGED, wrong, node, kind)
     if node is None or kind is None:
         return Bad(path, Trouble.UNKNOWN, "the index doesn't have it; no agent uses it")
-    part, expected = node.parts[kind], block_info(node, kind)
+    expected = block_info(node, kind)
     if info != expected:
         names = [n for n in BlockInfo.__slots__ if getattr(info, n) != getattr(expected, n)]
         return Bad(path, Trouble.MISMATCH, f"the index has another {' and '.join(names)}", node, kind)
-    if parsed.digest != part.digest:
-        return Bad(path, Trouble.MISMATCH, "the index has another checksum", node, kind)
     return None
 
 
-def _impossible(path: Path, info: BlockInfo, node: Node | None) -> str | None:
+def _impossible(path: Path, info: BlockInfo, digest: str, node: Node | None) -> str | None:
     """What a header with a right checksum says that can't be.
 
     Args:
         node: what the index has under this name; of an imported context it begins below a root of its own.
     """
-    if path.name != file_name(info.node, info.kind) or path.parent.name != info.node[:2]:
-        return f"it is the file of node {info.node} ({info.kind}), under another name"
+    if path.name != object_name(info.node, info.kind, digest) or path.parent.name != info.node[:2]:
+        return f"it is the file of node {info.node} ({info.kind}) with the checksum {digest}, under another name"
     try:
         parent = bytes.fromhex(info.parent)
     except ValueError:
         return "the parent's id is no id"
-    if node_id(parent, info.start, info.block_tokens).hex() != info.node:
+    if node_id(parent, info.start, info.block_tokens, info.extra_key).hex() != info.node:
         return "the id is not that of these tokens"
     known = node is not None and node.parent == parent
     if block_of(info.start) == 0 and parent != root_id(info.tenant, info.fingerprint) and not known:
@@ -120,8 +126,8 @@ def _impossible(path: Path, info: BlockInfo, node: Node | None) -> str | None:
 
 def _missing(view: View) -> Iterator[Bad]:
     for node in view.index.nodes.values():
-        for kind in node.parts:
-            path = block_path(view.data_dir, node.id.hex(), kind)
+        for kind, part in node.parts.items():
+            path = object_path(view.data_dir, node.object_name(kind, part))
             if not path.is_file() or path.is_symlink():
                 yield Bad(path, Trouble.MISSING, "the index has it", node, kind)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors
+from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors, policy_of
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.attention_shapes import FewShapes
 from warmkv_server.engine.cache.codecs.codec import (
@@ -50,6 +50,8 @@ class Stack:
     """Of the values that attention reads."""
     components: tuple[Component, ...]
     """Of the words of each stream."""
+    codec: str
+    """What files say of it; see `codec_name`."""
 
     def tensor(self, component: Component) -> str:
         return f"{self.name}.{component.name}"
@@ -83,7 +85,7 @@ class CacheMap:
     @property
     def can_be_cut(self) -> bool:
         """Whether every cache can forget its last tokens."""
-        return not self.states and all(stack.kind is PartKind.APPEND for stack in self.stacks)
+        return not self.states and all(policy_of(stack.kind).everywhere for stack in self.stacks)
 
     def live_bytes(self, tokens: int, chunk: int = 0) -> int:
         """Bytes of the caches in flight of one sequence of that many tokens, words of new tokens aside.
@@ -91,14 +93,14 @@ class CacheMap:
         Args:
             chunk: tokens computed at once: until the next step, a windowed layer holds them besides its window.
         """
-        total = self.layout.nbytes(PartKind.STATE)
+        total = sum(self.layout.nbytes(kind) for kind in self.layout.snapshots)
         for stack in self.stacks:
             total += self.kept(stack.kind, tokens, chunk) * stack.live_bytes
         return total
 
     def kept(self, kind: PartKind, tokens: int, chunk: int = 0) -> int:
         """Of that many tokens, those that a layer of this kind holds."""
-        return min(tokens, self.layout.window + chunk) if kind is PartKind.WINDOW else tokens
+        return policy_of(kind).held(self.layout, tokens, chunk)
 
     def streams_of(self, leaf: int) -> tuple[Stack, Stack]:
         """The stacks that hold a leaf's keys and its values."""
@@ -138,7 +140,7 @@ class CacheMap:
         members = kinds.token_leaves(caches)
         streams: dict[Stream, mx.array] = {}
         for stack in self.stacks:
-            start, components = self._assemble(stack, reuse, room if stack.kind is PartKind.APPEND else 0)
+            start, components = self._assemble(stack, reuse, room if policy_of(stack.kind).everywhere else 0)
             mx.eval(components)
             yield
             for number, stream in enumerate(stack.streams):
@@ -169,8 +171,7 @@ class CacheMap:
     def _assemble(self, stack: Stack, reuse: Reuse, room: int) -> tuple[Position, list[mx.array]]:
         """Words of a stack's streams, and the position of the first of their tokens."""
         spans = [span for span in reuse.spans if stack.kind in span.parts]
-        needed = 0 if stack.kind is PartKind.APPEND else max(0, reuse.length - self.layout.window)
-        assert spans[0].start <= needed
+        assert spans[0].start <= policy_of(stack.kind).needs(self.layout, reuse.length)[0].start
         wanted = reuse.length - spans[0].start
         components = []
         for component in stack.components:

@@ -25,10 +25,10 @@ def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
         if isinstance(cache, CacheList):
             return LayerInfo("composite", members=tuple(describe(member) for member in cache.caches))
         number = next(leaf)
-        if cache.kind is PartKind.STATE:
-            return LayerInfo(PartKind.STATE.value)
+        if cache.kind == PartKind.STATE:
+            return LayerInfo(PartKind.STATE)
         keys, values = cache_map.streams_of(number)
-        return LayerInfo(keys.kind.value, keys.heads, keys.head_dim, values.head_dim, cache.window)
+        return LayerInfo(keys.kind, keys.heads, keys.head_dim, values.head_dim, cache.window)
 
     return tuple(describe(cache) for cache in cache_map.empty_caches(model))
 

@@ -10,7 +10,16 @@ import mlx.core as mx
 from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codecs.as_computed import AsComputed
-from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES, CodecPlan, Component, Stream, storable, stored_as
+from warmkv_server.engine.cache.codecs.codec import (
+    KEYS,
+    VALUES,
+    CodecPlan,
+    Component,
+    Stream,
+    codec_name,
+    storable,
+    stored_as,
+)
 from warmkv_server.engine.cache.layout import CacheMap, Stack, state_name
 from warmkv_server.engine.model.fitting import few_shapes
 from warmkv_server.engine.model.runner import ModelRunner
@@ -44,12 +53,13 @@ def discover(runner: ModelRunner, codecs: CodecPlan) -> CacheMap:
         for side, values in zip((KEYS, VALUES), computed, strict=True):
             _, heads, _, head_dim = values.shape
             components = _components(codecs, (number, side), head_dim, values.dtype)
-            stacks.setdefault((leaf.kind, heads, head_dim, values.dtype, components), []).append((number, side))
+            alike = leaf.kind, heads, head_dim, values.dtype, components, codec_name(codecs.of_stream((number, side)))
+            stacks.setdefault(alike, []).append((number, side))
         # What a step of decoding does is compiled before the first request needs it.
         mx.eval(codecs.of_layer(number).read_back(computed[KEYS], computed[VALUES], 0)[1:])
     made = []
-    for number, ((kind, heads, head_dim, dtype, components), streams) in enumerate(stacks.items()):
-        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, components)
+    for number, ((kind, heads, head_dim, dtype, components, codec), streams) in enumerate(stacks.items()):
+        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, components, codec)
         made.append(stack)
         specs += [_token_spec(stack, component) for component in components]
     layout = KVLayout(tuple(specs), window)
@@ -72,4 +82,4 @@ def _state_spec(name: str, array: mx.array) -> TensorSpec:
 def _token_spec(stack: Stack, component: Component) -> TensorSpec:
     shape = (len(stack.streams), stack.heads, component.width)
     nbytes = math.prod(shape) * component.dtype.size
-    return TensorSpec(stack.tensor(component), stack.kind, stored_as(component.dtype), shape, nbytes)
+    return TensorSpec(stack.tensor(component), stack.kind, stored_as(component.dtype), shape, nbytes, stack.codec)

@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -92,6 +93,7 @@ def load(
         found = checkpoint.load(folder)
         model, config = found.model, found.config
         weights_digest = digest_files(found.weights)
+    implementation = _sources(model)
     adapter_digest = ""
     if adapter is not None:
         model, adapter_digest = adapters.put_on(model, adapter)
@@ -126,6 +128,7 @@ def load(
     fields = {
         "weights": weights_digest,
         "adapter": adapter_digest,
+        "implementation": digest_files(implementation),
         "config": digest_json(config),
         "tokenizer": digest_files(tokenizers.files(folder)),
         **codecs.fingerprint_fields(),
@@ -151,6 +154,12 @@ def load(
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
     return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))
+
+
+def _sources(model: Any) -> list[Path]:
+    """mlx-lm's files that the model is implemented in: another version of one may compute another KV."""
+    names = {type(module).__module__ for module in model.modules()}
+    return sorted(Path(str(sys.modules[name].__file__)) for name in names if name.startswith("mlx_lm."))
 
 
 def _caches(runner: ModelRunner, codecs: CodecPlan, spec: str) -> CacheMap:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.contract.generation import Delta, Finish, Finished, Job, Logprobs
-from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind, Reuse, Span, Tensors
+from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind, Reuse, Span, Tensors, policy_of
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codecs.codec import join
 from warmkv_server.engine.model.load import LoadedModel
@@ -162,8 +162,8 @@ class Sequence:
     def parked_bytes(self) -> int:
         """Bytes of what it holds while it is parked, or would hold: the words of what is computed, and states."""
         layout = self.loaded.cache_map.layout
-        words = layout.nbytes(PartKind.APPEND) + layout.nbytes(PartKind.WINDOW)
-        states = layout.nbytes(PartKind.STATE) * (1 + len(self._snapshots))
+        words = sum(layout.nbytes(policy.kind) for policy in layout.policies if not policy.snapshot)
+        states = sum(layout.nbytes(kind) for kind in layout.snapshots) * (1 + len(self._snapshots))
         return words * max(0, self.done - self.job.reuse.length) + states
 
     def park(self) -> None:
@@ -305,8 +305,5 @@ def _cut(span: Span, end: int) -> Span:
 
 def first_tokens(parts: Mapping[PartKind, Tensors], count: int) -> dict[PartKind, Tensors]:
     """Words of the first tokens; recurrent state is left out, since it can't be cut."""
-    return {
-        kind: {name: array[:, :, :count] for name, array in tensors.items()}
-        for kind, tensors in parts.items()
-        if kind is not PartKind.STATE
-    }
+    cut = {kind: policy_of(kind).first(tensors, count) for kind, tensors in parts.items()}
+    return {kind: tensors for kind, tensors in cut.items() if tensors is not None}

@@ -12,18 +12,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from warmkv_server.contract.kv import PartKind, TensorSpec
+from warmkv_server.contract.kv import TensorSpec, policy_of
 
 Words = NDArray[Any]
 """An array of whatever dtype, looked at as memory."""
 
 
 def stored_shape(spec: TensorSpec, count: int) -> tuple[int, ...]:
-    """(streams, kv_heads, count, width) for kinds that run along tokens; a snapshot's own shape."""
-    if spec.kind is PartKind.STATE:
-        return spec.shape
-    streams, heads, width = spec.shape
-    return streams, heads, count, width
+    """Of the array for so many tokens, or of a snapshot, as the kind's policy has it."""
+    return policy_of(spec.kind).stored_shape(spec, count)
 
 
 def allocate(specs: Iterable[TensorSpec], count: int) -> dict[str, mx.array]:

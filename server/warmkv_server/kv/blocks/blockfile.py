@@ -16,17 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec
+from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec, known_kind
 from warmkv_server.kv.blocks.arrays import Words, stored_shape
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
 
 FORMAT = "warmkv-block"
-VERSION = 1
-SUFFIX = ".safetensors"
+VERSION = 2
+_READABLE = ("1", "2")
+"""Versions of a header: 1 has neither codecs nor an extra key."""
 
 LENGTH_BYTES = 8
 """The header's length, little-endian, opens a safetensors file."""
-DIGEST_AT = LENGTH_BYTES + len('{"__metadata__":{"xxh3_128":"')
+_BEGIN = b'{"__metadata__":{"xxh3_128":"'
+DIGEST_AT = LENGTH_BYTES + len(_BEGIN)
 DIGEST_HEX = 32
 _NO_DIGEST = b"0" * DIGEST_HEX
 HEADER_LIMIT = 1 << 20
@@ -50,11 +52,16 @@ _SAFETENSORS_DTYPES = {
 
 
 class BadFile(Exception):
-    """A block file that must not be used, and why."""
+    """A block file that must not be used, and why.
+
+    Attributes:
+        version: of the object that was read, as its tier has it; None where there was none.
+    """
 
     def __init__(self, reason: Fallback, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.version: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class BlockInfo:
         start, count: the node's tokens, counted from the context's start; count 0 for a snapshot.
         block_tokens: int32 ids from the start of the node's block to the node's end.
         fingerprint: digest.
+        extra_key: what the KV is a function of besides, if anything.
     """
 
     kind: PartKind
@@ -75,6 +83,7 @@ class BlockInfo:
     block_tokens: bytes
     fingerprint: str
     tenant: str
+    extra_key: bytes = b""
 
     @property
     def count(self) -> int:
@@ -84,7 +93,7 @@ class BlockInfo:
         return {
             "format": FORMAT,
             "version": str(VERSION),
-            "kind": self.kind.value,
+            "kind": self.kind,
             "node": self.node,
             "parent": self.parent,
             "start": str(self.start),
@@ -92,11 +101,8 @@ class BlockInfo:
             "tokens": base64.b64encode(self.block_tokens).decode(),
             "fingerprint": self.fingerprint,
             "tenant": self.tenant,
+            **({"extra_key": self.extra_key.hex()} if self.extra_key else {}),
         }
-
-
-def file_name(node: str, kind: PartKind) -> str:
-    return f"{node}.{kind.value}{SUFFIX}"
 
 
 def header(info: BlockInfo, specs: Sequence[TensorSpec]) -> bytearray:
@@ -105,7 +111,14 @@ def header(info: BlockInfo, specs: Sequence[TensorSpec]) -> bytearray:
     Args:
         specs: the tensors in the order in which their bytes follow.
     """
-    described: dict[str, object] = {"__metadata__": {"xxh3_128": _NO_DIGEST.decode(), **info.metadata()}}
+    codecs = codecs_of(specs)
+    described: dict[str, object] = {
+        "__metadata__": {
+            "xxh3_128": _NO_DIGEST.decode(),
+            **info.metadata(),
+            **({"codecs": _compact(codecs)} if codecs else {}),
+        }
+    }
     offset = 0
     for spec in specs:
         shape = stored_shape(spec, info.count)
@@ -123,15 +136,26 @@ def renamed(content: bytes, info: BlockInfo) -> tuple[bytearray, memoryview, str
     """A good file under another name: its new header, its payload, in which no tensor changes, and the checksum."""
     start = header_size(content, len(content))
     described = json.loads(content[LENGTH_BYTES:start])
-    described["__metadata__"] = {"xxh3_128": _NO_DIGEST.decode(), **info.metadata()}
+    before = described["__metadata__"]
+    codecs = {"codecs": before["codecs"]} if "codecs" in before else {}
+    described["__metadata__"] = {"xxh3_128": _NO_DIGEST.decode(), **info.metadata(), **codecs}
     head, payload = _pack(described), memoryview(content)[start:]
     return head, payload, seal(head, [payload])
 
 
 def _pack(described: dict[str, object]) -> bytearray:
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=True).encode()
+    text = _compact(described).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGN)
     return bytearray(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True)
+
+
+def codecs_of(specs: Iterable[TensorSpec]) -> dict[str, str]:
+    """How each family of streams is coded, by the name that its tensors begin with."""
+    return {spec.name.partition(".")[0]: spec.codec for spec in specs if spec.codec}
 
 
 def seal(head: bytearray, payload: Iterable[memoryview]) -> str:
@@ -154,6 +178,14 @@ def begin_checksum(head: bytes | bytearray) -> xxhash.xxh3_128:
     hasher.update(_NO_DIGEST)
     hasher.update(bytes(head[DIGEST_AT + DIGEST_HEX :]))
     return hasher
+
+
+def digest_in(head: bytes) -> str | None:
+    """The checksum that the beginning of a file says it has; None if it isn't one of ours."""
+    digest = head[DIGEST_AT : DIGEST_AT + DIGEST_HEX]
+    begins = head[LENGTH_BYTES:DIGEST_AT] == _BEGIN
+    good = begins and len(digest) == DIGEST_HEX and set(digest) <= set(b"0123456789abcdef")
+    return digest.decode() if good else None
 
 
 def payload_size(specs: Sequence[TensorSpec], count: int) -> int:
@@ -193,6 +225,8 @@ class Parsed:
     tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
     """dtype in safetensors' words, shape, first and last byte of the payload."""
     payload: int
+    codecs: Mapping[str, str] | None = None
+    """By family of streams; None in a header that says nothing of it: then it is the one that the fingerprint names."""
 
 
 def parse(head: bytes) -> Parsed:
@@ -206,17 +240,19 @@ def parse(head: bytes) -> Parsed:
     try:
         described = json.loads(head[LENGTH_BYTES:])
         meta = described.pop("__metadata__")
-        if meta["format"] != FORMAT or meta["version"] != str(VERSION):
+        if meta["format"] != FORMAT or meta["version"] not in _READABLE:
             raise BadFile(Fallback.FORMAT, f"format {meta['format']} {meta['version']}, not {FORMAT} {VERSION}")
         info = BlockInfo(
-            kind=PartKind(meta["kind"]),
+            kind=known_kind(meta["kind"]),
             node=meta["node"],
             parent=meta["parent"],
             start=int(meta["start"]),
             block_tokens=base64.b64decode(meta["tokens"], validate=True),
             fingerprint=meta["fingerprint"],
             tenant=meta["tenant"],
+            extra_key=bytes.fromhex(meta.get("extra_key", "")),
         )
+        codecs = dict(json.loads(meta["codecs"])) if "codecs" in meta else None
         if not 0 <= info.start < 1 << 63:
             raise BadFile(Fallback.FORMAT, f"no context has a token {info.start}")
         if int(meta["count"]) != info.count:
@@ -225,7 +261,7 @@ def parse(head: bytes) -> Parsed:
         payload = max((last for *_, last in tensors.values()), default=0)
         if head[DIGEST_AT : DIGEST_AT + DIGEST_HEX].decode() != meta["xxh3_128"]:
             raise BadFile(Fallback.FORMAT, "the checksum is not where it belongs")
-        return Parsed(info, meta["xxh3_128"], tensors, payload)
+        return Parsed(info, meta["xxh3_128"], tensors, payload, codecs)
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
         raise BadFile(Fallback.FORMAT, f"unreadable header: {error!r}") from error
 
@@ -255,6 +291,8 @@ def expect(parsed: Parsed, info: BlockInfo, specs: Sequence[TensorSpec]) -> None
         raise BadFile(Fallback.FINGERPRINT, "of another model or setting")
     if parsed.info != info:
         raise BadFile(Fallback.FORMAT, "of another node")
+    if parsed.codecs is not None and parsed.codecs != codecs_of(specs):
+        raise BadFile(Fallback.FORMAT, "coded otherwise than the model's layout has it")
     offset = 0
     for spec in specs:
         shape = stored_shape(spec, info.count)

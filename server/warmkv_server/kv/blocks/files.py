@@ -113,6 +113,11 @@ class Files:
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, unless somebody has it."""
+        with contextlib.suppress(FileExistsError):
+            os.link(source, target)
+
     def sync_folder(self, folder: Path) -> None:
         fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:

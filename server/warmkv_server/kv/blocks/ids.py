@@ -1,8 +1,8 @@
 """Names of nodes: which context the KV belongs to.
 
 An id is a hash of everything the KV is a function of: tenant and fingerprint (through the root), all tokens before
-(through the parent's id), and the node's own. It names the context, not the bytes: two computations of one context may
-differ in rounding, and the first one committed is the one that is kept.
+(through the parent's id), the node's own, and an extra key where tokens don't say all. It names the context, not the
+bytes: two computations of one context may differ in rounding, and the first one committed is the one that is kept.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ def root_id(tenant: str, fingerprint: str) -> bytes:
     return hasher.digest()
 
 
-def node_id(parent: bytes, start: int, block_tokens: bytes) -> bytes:
+def node_id(parent: bytes, start: int, block_tokens: bytes, extra_key: bytes = b"") -> bytes:
     """
     Args:
         parent: id of the full block before, or the root's.
         start: first token of the node, counted from the context's start. Equal to the node's end for a snapshot.
         block_tokens: int32 token ids from the start of the block that `start` lies in to the node's end.
+        extra_key: what else the KV is a function of, such as a digest of an image or the name of an adapter.
     """
-    hasher = blake2b(digest_size=ID_BYTES, person=b"warmkv-node")
+    hasher = blake2b(digest_size=ID_BYTES, person=b"warmkv-extra" if extra_key else b"warmkv-node")
+    if extra_key:
+        hasher.update(len(extra_key).to_bytes(8, "little") + extra_key)
     hasher.update(parent + start.to_bytes(8, "little") + block_tokens)
     return hasher.digest()
 

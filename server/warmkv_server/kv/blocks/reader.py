@@ -1,4 +1,4 @@
-"""Reading block files into arrays, checked before anything is made of them. Blocking.
+"""Reading objects into arrays, checked before anything is made of them. Blocking.
 
 A large file is read into the memory of its arrays piece by piece, and each piece hashed while the processor's cache has
 it. The arrays are nobody's until the checksum is right. A small one is read whole, as the cache has room for it, and
@@ -12,12 +12,10 @@ file.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -26,8 +24,8 @@ from warmkv_server.contract.kv import Fallback, Tensors, TensorSpec
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.arrays import stored_shape, view
 from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo
-from warmkv_server.kv.blocks.files import open_file
 from warmkv_server.kv.blocks.spare import Part, SpareMemory
+from warmkv_server.kv.blocks.tier import Block, BlockTier, object_name
 
 _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
@@ -39,16 +37,19 @@ SMALL_BYTES = 512 << 10
 
 @dataclass(frozen=True, slots=True)
 class PartOrder:
-    """A block file to be read, and what has to be in it; `digest` is the checksum that the index has."""
+    """A node's object to be read, and what has to be in it; `digest` is the checksum that the index has."""
 
-    path: Path
     info: BlockInfo
     specs: Sequence[TensorSpec]
     digest: str
 
+    @property
+    def name(self) -> str:
+        return object_name(self.info.node, self.info.kind, self.digest)
 
-def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Tensors | BadFile | OSError]:
-    """Read block files one after another. All of them are open meanwhile.
+
+def read_parts(tier: BlockTier, orders: Sequence[PartOrder], spare: SpareMemory) -> list[Tensors | BadFile | OSError]:
+    """Read objects one after another. All of them are open meanwhile.
 
     The system is asked for the small ones beforehand. Not for the large: its own reading ahead of the pieces is faster
     on a disk than having whole files fetched.
@@ -58,58 +59,61 @@ def read_parts(orders: Sequence[PartOrder], spare: SpareMemory) -> list[Tensors 
         now.
     """
     small = [blockfile.payload_size(order.specs, order.info.count) <= SMALL_BYTES for order in orders]
-    with ExitStack() as files:
-        opened = [_opened(order.path, files, ahead=ahead) for order, ahead in zip(orders, small, strict=True)]
+    with ExitStack() as blocks:
+        opened = [_opened(tier, order.name, blocks, ahead=ahead) for order, ahead in zip(orders, small, strict=True)]
         large = [order for order, is_small in zip(orders, small, strict=True) if not is_small]
         parts = iter(spare.parts((order.specs, order.info.count) for order in large))
         ways = [_read_small if is_small else partial(_read_large, part=next(parts)) for is_small in small]
         return [
-            _read(fd, order, way) if isinstance(fd, int) else fd
-            for fd, order, way in zip(opened, orders, ways, strict=True)
+            block if isinstance(block, Exception) else _read(block, order, way)
+            for block, order, way in zip(opened, orders, ways, strict=True)
         ]
 
 
-def _opened(path: Path, files: ExitStack, *, ahead: bool) -> int | BadFile | OSError:
+def _opened(tier: BlockTier, name: str, blocks: ExitStack, *, ahead: bool) -> Block | BadFile | OSError:
     """
     Args:
-        files: will close it.
+        blocks: will close it.
         ahead: have the system fetch it before it is read.
     """
     try:
-        fd = _open(path)
-    except (BadFile, OSError) as error:
+        block = tier.open(name)
+    except FileNotFoundError:
+        return BadFile(Fallback.MISSING_BLOCK, "missing")
+    except OSError as error:
         return error
-    files.callback(os.close, fd)
-    if ahead and hasattr(os, "posix_fadvise"):  # macOS has none
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-    return fd
+    blocks.callback(block.close)
+    if ahead:
+        block.prefetch()
+    return block
 
 
-def _read(fd: int, order: PartOrder, way: Callable[[int, PartOrder], Tensors]) -> Tensors | BadFile | OSError:
+def _read(block: Block, order: PartOrder, way: Callable[[Block, PartOrder], Tensors]) -> Tensors | BadFile | OSError:
     try:
         try:
-            return way(fd, order)
+            return way(block, order)
         except BadFile as bad:
-            return bad if _is_whole(fd) else BadFile(Fallback.CHECKSUM, f"damaged: {bad}")
+            found = bad if _is_whole(block) else BadFile(Fallback.CHECKSUM, f"damaged: {bad}")
+            found.version = block.version
+            return found
     except OSError as error:
         return error
 
 
-def _read_large(fd: int, order: PartOrder, *, part: Part) -> Part:
-    size = os.fstat(fd).st_size
-    first = os.pread(fd, _FIRST_READ, 0)
-    start = blockfile.header_size(first, size)
-    head = first[:start] if start <= len(first) else os.pread(fd, start, 0)
+def _read_large(block: Block, order: PartOrder, *, part: Part) -> Part:
+    first = block.read(0, _FIRST_READ)
+    start = blockfile.header_size(first, block.nbytes)
+    head = first[:start] if start <= len(first) else block.read(0, start)
     parsed = blockfile.parse(head)
-    if start + parsed.payload != size:
-        raise BadFile(Fallback.FORMAT, f"{size} bytes instead of {start + parsed.payload}")
+    if start + parsed.payload != block.nbytes:
+        raise BadFile(Fallback.FORMAT, f"{block.nbytes} bytes instead of {start + parsed.payload}")
     _expect(parsed, order)
-    _fill(fd, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
+    _fill(block, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
     return part
 
 
-def _read_small(fd: int, order: PartOrder) -> Tensors:
-    content = os.pread(fd, min(os.fstat(fd).st_size, blockfile.HEADER_LIMIT + SMALL_BYTES), 0)
+def _read_small(block: Block, order: PartOrder) -> Tensors:
+    content = block.read(0, min(block.nbytes, blockfile.HEADER_LIMIT + SMALL_BYTES))
     parsed = blockfile.verify(content)
     _expect(parsed, order)
     at = len(content) - parsed.payload
@@ -128,27 +132,35 @@ def _expect(parsed: blockfile.Parsed, order: PartOrder) -> None:
         raise BadFile(Fallback.FORMAT, "another version of the node than the index has")
 
 
-def verify_file(path: Path) -> blockfile.Parsed:
-    """Read a whole block file and check it against itself, whatever model it is of.
+def read_header(block: Block, *, whole: bool = True) -> tuple[blockfile.Parsed, int]:
+    """What an object's header says, taken apart but not believed, and how many bytes the header has.
+
+    Args:
+        whole: the payload has to be as long as the header says.
 
     Raises:
         BadFile, OSError
     """
-    fd = _open(path)
-    try:
-        if not _is_whole(fd):
-            raise BadFile(Fallback.CHECKSUM, "the checksum is another, or there is none")
-        size = os.fstat(fd).st_size
-        start = blockfile.header_size(os.pread(fd, blockfile.LENGTH_BYTES, 0), size)
-        parsed = blockfile.parse(os.pread(fd, start, 0))
-        if start + parsed.payload != size:
-            raise BadFile(Fallback.FORMAT, f"{size} bytes instead of {start + parsed.payload}")
-        return parsed
-    finally:
-        os.close(fd)
+    first = block.read(0, _FIRST_READ)
+    start = blockfile.header_size(first, block.nbytes)
+    parsed = blockfile.parse(first[:start] if start <= len(first) else block.read(0, start))
+    if whole and start + parsed.payload != block.nbytes:
+        raise BadFile(Fallback.FORMAT, f"{block.nbytes} bytes instead of {start + parsed.payload}")
+    return parsed, start
 
 
-def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> None:
+def verify_block(block: Block) -> blockfile.Parsed:
+    """Read a whole object and check it against itself, whatever model it is of.
+
+    Raises:
+        BadFile, OSError
+    """
+    if not _is_whole(block):
+        raise BadFile(Fallback.CHECKSUM, "the checksum is another, or there is none")
+    return read_header(block)[0]
+
+
+def _fill(block: Block, head: bytes, payload: Sequence[memoryview], digest: str) -> None:
     """Read what follows the header into memory of exactly that size; only then it is known whether it is right."""
     hasher = blockfile.begin_checksum(head)
     at = len(head)
@@ -156,7 +168,7 @@ def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> N
         end = at + len(memory)
         while at < end:
             piece = memory[len(memory) - (end - at) :][:PIECE_BYTES]
-            got = os.preadv(fd, [piece], at)
+            got = block.read_into(piece, at)
             if not got:
                 raise BadFile(Fallback.FORMAT, "cut off while it was read")
             hasher.update(piece[:got])
@@ -165,20 +177,12 @@ def _fill(fd: int, head: bytes, payload: Sequence[memoryview], digest: str) -> N
         raise BadFile(Fallback.CHECKSUM, "the checksum is another")
 
 
-def _open(path: Path) -> int:
-    try:
-        return open_file(path)
-    except FileNotFoundError as error:
-        raise BadFile(Fallback.MISSING_BLOCK, "missing") from error
-
-
-def _is_whole(fd: int) -> bool:
-    """Whether the checksum, wherever the rest of the header leads, fits the file."""
-    size = os.fstat(fd).st_size
-    head = os.pread(fd, blockfile.DIGEST_AT + blockfile.DIGEST_HEX, 0)
+def _is_whole(block: Block) -> bool:
+    """Whether the checksum, wherever the rest of the header leads, fits the object."""
+    head = block.read(0, blockfile.DIGEST_AT + blockfile.DIGEST_HEX)
     if len(head) < blockfile.DIGEST_AT + blockfile.DIGEST_HEX:
         return False
     hasher = blockfile.begin_checksum(head)
-    for at in range(len(head), size, PIECE_BYTES):
-        hasher.update(os.pread(fd, min(PIECE_BYTES, size - at), at))
+    for at in range(len(head), block.nbytes, PIECE_BYTES):
+        hasher.update(block.read(at, min(PIECE_BYTES, block.nbytes - at)))
     return hasher.hexdigest().encode() == head[blockfile.DIGEST_AT :]

@@ -42,11 +42,14 @@ class SpareMemory:
 
     Args:
         limit: bytes that are kept at most; `nbytes` are.
+
+    Attributes:
+        resting: nothing is kept until memory is asked for again.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._resting = False
+        self.resting = False
         self._start = mx.array([0])
         self._arrays: deque[mx.array] = deque()
         self.nbytes = 0
@@ -58,7 +61,7 @@ class SpareMemory:
         What is in them is anything. Nothing that was there before refers to their memory. They are being evaluated, by
         a thread of MLX's: looking at their memory waits for that, and until then the caller has better to do.
         """
-        self._resting = False
+        self.resting = False
         parts = [
             Part({spec.name: self._array(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}, self)
             for specs, count in wanted
@@ -68,7 +71,7 @@ class SpareMemory:
 
     def give(self, arrays: Iterable[mx.array]) -> None:
         """Arrays that the caller won't use again. Never waits: it may run wherever an object is let go of."""
-        if self._resting or not self._lock.acquire(blocking=False):
+        if self.resting or not self._lock.acquire(blocking=False):
             return
         try:
             for array in arrays:
@@ -83,7 +86,7 @@ class SpareMemory:
     def rest(self) -> None:
         """Let go of everything, and keep nothing until memory is asked for again."""
         with self._lock:
-            self._resting = True
+            self.resting = True
             self._arrays.clear()
             self.nbytes = 0
 

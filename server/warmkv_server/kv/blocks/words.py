@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
-from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSpec
+from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSpec, policy_of
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.arrays import allocate, view
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
-from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.tier import BlockTier, object_name
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Words:
         made = allocate(specs, end - start)
         for spec in specs:
             target = view(made[spec.name])
-            if kind is PartKind.STATE:
-                target[...] = view(self._snapshot(end)[spec.name])
+            if policy_of(kind).snapshot:
+                target[...] = view(self._snapshot(kind, end)[spec.name])
                 continue
             done = start
             for first, last, tensors in self._pieces(kind):
@@ -48,22 +47,22 @@ class Words:
         if self.growth is not None and kind in self.growth.tensors:
             yield self.growth.start, self.growth.end, self.growth.tensors[kind]
 
-    def _snapshot(self, length: int) -> Tensors:
+    def _snapshot(self, kind: PartKind, length: int) -> Tensors:
         if self.growth is not None and length in self.growth.snapshots:
             return self.growth.snapshots[length]
         last = self.reuse.spans[-1]
         if last.end != length:
             raise LookupError(f"no snapshot after {length} tokens")
-        return last.parts[PartKind.STATE]
+        return last.parts[kind]
 
 
-def write_part(files: Files, path: Path, info: BlockInfo, specs: Sequence[TensorSpec], tensors: Tensors) -> Part:
-    """Write one block file, synced and under its name; the folder isn't synced yet.
+def write_part(tier: BlockTier, info: BlockInfo, specs: Sequence[TensorSpec], tensors: Tensors) -> Part:
+    """Have one object in a tier. It is durable when the tier has been told to sync it.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the tier refused.
     """
     payload = [blockfile.flat(view(tensors[spec.name])) for spec in specs]
     head = blockfile.header(info, specs)
     digest = blockfile.seal(head, payload)
-    return Part(files.write(path, [memoryview(head), *payload]), digest)
+    return Part(tier.put(object_name(info.node, info.kind, digest), [memoryview(head), *payload]), digest)

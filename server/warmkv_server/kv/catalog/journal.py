@@ -31,7 +31,7 @@ from warmkv_server.kv.blocks.inflight import InFlight
 from warmkv_server.kv.catalog.commit_log import CommitLog, RecordOf
 from warmkv_server.kv.index.index import AgentKey
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "index.sqlite"
 PAGE_BYTES = 4096
 _FRAME_BYTES = PAGE_BYTES + 24
@@ -61,7 +61,8 @@ CREATE TABLE nodes (
     start INTEGER NOT NULL,
     tokens BLOB NOT NULL,          -- little-endian int32, from the start of the block to the node's end
     parts TEXT NOT NULL,           -- JSON: kind -> [bytes, xxh3-128]
-    lost TEXT                      -- why a file it should have is gone
+    lost TEXT,                     -- why a file it should have is gone
+    extra_key BLOB NOT NULL DEFAULT x''
 );
 CREATE TABLE agents (
     incarnation INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -130,6 +131,13 @@ class JournalDamaged(Exception):
     """The file is not a readable index any more."""
 
 
+def of_version_1(path: Path) -> OperatorError:
+    return OperatorError(
+        f"{path.parent} is a data directory of format 1; start a server on it once, which takes it over, or use the "
+        "version of WarmKV that wrote it"
+    )
+
+
 class Database:
     """The connection. Blocking; used by one thread at a time.
 
@@ -137,12 +145,20 @@ class Database:
     """
 
     def __init__(
-        self, path: Path, durability: Durability, checkpoint_bytes: int = CHECKPOINT_BYTES, *, create: bool = True
+        self,
+        path: Path,
+        durability: Durability,
+        checkpoint_bytes: int = CHECKPOINT_BYTES,
+        *,
+        create: bool = True,
+        from_1: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
             checkpoint_bytes: size of the write-ahead log at which it is folded into the file.
             create: begin an empty index where there is none; without it, that counts as damage.
+            from_1: turn an index of format 1 into one of format 2; by what names files went there, what they are called
+                now. None to refuse it.
 
         Raises:
             JournalDamaged
@@ -169,7 +185,7 @@ class Database:
         except (sqlite3.Error, OSError) as error:
             raise _unusable(path, error) from error
         try:
-            self._prepare(durability, create)
+            self._prepare(durability, create, from_1)
         except sqlite3.OperationalError as error:
             self._db.close()
             raise _unusable(path, error) from error
@@ -180,7 +196,7 @@ class Database:
             self._db.close()
             raise
 
-    def _prepare(self, durability: Durability, create: bool) -> None:
+    def _prepare(self, durability: Durability, create: bool, from_1: Mapping[str, str] | None) -> None:
         run = self._db.execute
         run("PRAGMA locking_mode = EXCLUSIVE").fetchall()  # Before the log is opened: no file of shared memory then.
         run("PRAGMA mmap_size = 0").fetchall()
@@ -198,6 +214,8 @@ class Database:
                 f"the index {self.path} has format {version}, and this version of WarmKV knows up to {SCHEMA_VERSION}; "
                 "start the newer version, or give another --data-dir"
             )
+        if version == 1 and from_1 is None:
+            raise of_version_1(self.path)
         if version == 0:
             if not create:
                 raise JournalDamaged("it is empty")
@@ -208,9 +226,20 @@ class Database:
             run("CREATE INDEX IF NOT EXISTS outcomes_by_id ON outcomes (tenant, request_id)")
         if not run("SELECT 1 FROM sqlite_master WHERE name = 'vocabularies'").fetchone():
             self._db.executescript(f"BEGIN IMMEDIATE; {_ADDITIONS} COMMIT;")
+        if version == 1 and from_1 is not None:
+            self._take_over(from_1)
         self.number, self._epoch = read_number(self)
         self._make_reserve()
         self._measure()
+
+    def _take_over(self, names: Mapping[str, str]) -> None:
+        """One transaction: what format 2 has more, and the names that files have there."""
+        run = self._db.execute
+        run("BEGIN IMMEDIATE")
+        run("ALTER TABLE nodes ADD COLUMN extra_key BLOB NOT NULL DEFAULT x''")
+        self._db.executemany("UPDATE spared SET name = ? WHERE name = ?", ((new, old) for old, new in names.items()))
+        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        run("COMMIT")
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self._db.execute(sql, parameters).fetchall()

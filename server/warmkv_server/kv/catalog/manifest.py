@@ -21,7 +21,8 @@ from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.index.index import Agent
 
 FORMAT = "warmkv-agent"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
 FOLDER = "agents"
 SUFFIX = ".json"
 
@@ -47,6 +48,7 @@ class Manifest:
         root: parent of the first node, in hex, where it isn't the tenant's own: the context, or its beginning, was
             imported from an archive that nobody vouched for.
         number: the index had it so at this transaction; 0 where nobody counted them.
+        extra_key: what its KV is a function of besides the tokens, in hex.
     """
 
     tenant: str
@@ -69,6 +71,7 @@ class Manifest:
     tokens: Mapping[str, bytes] = field(default_factory=dict)
     root: str = ""
     number: int = 0
+    extra_key: str = ""
 
     @classmethod
     def of(cls, agent: Agent, number: int = 0) -> Self:
@@ -96,6 +99,7 @@ class Manifest:
             tokens={node.id.hex(): node.own_tokens for node in agent.nodes if not node.parts},
             root=_foreign_root(agent),
             number=number,
+            extra_key=agent.extra_key.hex(),
         )
 
     @property
@@ -143,7 +147,7 @@ def decode(content: bytes) -> Manifest:
     try:
         described = unseal(content)
         form, version = described.pop("format"), described.pop("version")
-        if (form, version) != (FORMAT, VERSION):
+        if form != FORMAT or version not in _READABLE:
             raise BadManifest(f"format {form} {version}, not {FORMAT} {VERSION}")
         for name in ("blocks", "snapshots", "kept"):
             described[name] = tuple(described[name])
@@ -174,6 +178,8 @@ def _fault(manifest: Manifest) -> str | None:
         return "its snapshots are not of this context"
     if type(manifest.number) is not int or not 0 <= manifest.number < 1 << 63:
         return "its number can't be one"
+    if not plausible.is_hex(manifest.extra_key):
+        return "its extra key is none"
     if any(len(tokens) % TOKEN_BYTES for tokens in manifest.tokens.values()):
         return "its tokens are no tokens"
     return plausible.fault(manifest, length)

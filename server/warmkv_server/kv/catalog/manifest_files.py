@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from warmkv_server.kv.blocks.disk import QUARANTINE, quarantine
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.blocks.paths import QUARANTINE
-from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.catalog.evidence import Evidence
 from warmkv_server.kv.catalog.manifest import FOLDER, Manifest, encode, file_name
 from warmkv_server.kv.index.index import Agent, AgentKey, Index

@@ -15,6 +15,7 @@ from warmkv_server.contract.names import AGENT_ID
 from warmkv_server.kv.index.records import TokenIds
 
 NODE_ID = re.compile(r"[0-9a-f]{32}")
+_HEX = re.compile(r"(?:[0-9a-f]{2})*")
 _FINGERPRINT = NODE_ID
 _LAST_REVISION = (1 << 63) - 1
 _LAST_TIME = 250_000_000_000.0
@@ -119,6 +120,10 @@ def is_text(value: object, limit: int = _TEXT_LIMIT) -> bool:
     except UnicodeEncodeError:  # half a surrogate pair, which no message can carry
         return False
     return True
+
+
+def is_hex(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _TEXT_LIMIT and _HEX.fullmatch(value) is not None
 
 
 def _is_count(value: object, least: int, most: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import open_file
-from warmkv_server.kv.catalog.journal import READERS_LOCK, SCHEMA_VERSION, JournalDamaged
+from warmkv_server.kv.catalog.journal import READERS_LOCK, SCHEMA_VERSION, JournalDamaged, of_version_1
 
 
 class ReadOnlyDatabase:
@@ -59,6 +59,8 @@ class ReadOnlyDatabase:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             raise JournalDamaged("it is empty")
+        if version == 1:
+            raise of_version_1(path)
         if version != SCHEMA_VERSION:
             raise OperatorError(
                 f"the index {path} has format {version}, and this version of WarmKV reads {SCHEMA_VERSION}; "

@@ -14,20 +14,22 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, all_kinds
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks import blockfile
-from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Parsed, Part
+from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Part
+from warmkv_server.kv.blocks.disk import QUARANTINE, open_block, quarantine
 from warmkv_server.kv.blocks.files import Files, entries, is_plain, open_file
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id, root_id
-from warmkv_server.kv.blocks.paths import BLOCKS, QUARANTINE, block_path
-from warmkv_server.kv.blocks.quarantine import quarantine
+from warmkv_server.kv.blocks.reader import read_header
+from warmkv_server.kv.blocks.tier import Block, BlockTier, Name, object_name
 from warmkv_server.kv.catalog import commit_log, journal, plausible, rows
 from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.evidence import Evidence
@@ -40,8 +42,6 @@ log = logging.getLogger(__name__)
 _NEW = journal.FILE_NAME + ".new"
 _LOG_COPY = "-wal.found"
 _SQLITE_FILES = ("", "-wal", "-shm")
-_FIRST_READ = 16 << 10
-"""Bytes; a header and more."""
 _NAMED = 100
 """Agents that a sentence names at most, of those that came back."""
 
@@ -95,15 +95,20 @@ class Rebuilt:
         return text
 
 
-def holds_contexts(data_dir: Path) -> bool:
+def holds_contexts(data_dir: Path, tier: BlockTier) -> bool:
     """Whether there is anything that an index ought to know."""
-    folders = [data_dir / FOLDER, *(Path(entry.path) for entry in entries(data_dir / BLOCKS))]
-    found = any(e.name.endswith((SUFFIX, blockfile.SUFFIX)) and is_plain(e) for f in folders for e in entries(f))
-    return found or bool(commit_log.read(data_dir).agents)
+    manifests = any(entry.name.endswith(SUFFIX) and is_plain(entry) for entry in entries(data_dir / FOLDER))
+    return manifests or next(tier.list(), None) is not None or bool(commit_log.read(data_dir).agents)
 
 
 def rebuild_index(
-    data_dir: Path, files: Files, quarantine_bytes: int, why: str, evidence: Evidence, old: Index | None = None
+    data_dir: Path,
+    files: Files,
+    tier: BlockTier,
+    quarantine_bytes: int,
+    why: str,
+    evidence: Evidence,
+    old: Index | None = None,
 ) -> Rebuilt:
     """Build an index from what the files say, and put it in place; the old one is kept beside it. Blocking.
 
@@ -120,7 +125,7 @@ def rebuild_index(
     path = data_dir / journal.FILE_NAME
     found = Rebuilt(unreadable=dict(evidence.unreadable))
     known = dict(evidence.living())
-    if not known and not evidence.told.agents and holds_contexts(data_dir):
+    if not known and not evidence.told.agents and holds_contexts(data_dir, tier):
         raise OperatorError(
             f"the index {path} can't be rebuilt, because {data_dir / FOLDER} has no readable manifest and the block "
             "files alone don't say whose they are; put the index back from a backup, or move the data directory away "
@@ -129,15 +134,17 @@ def rebuild_index(
     _add_what_the_old_one_says(known, old, evidence, found)
     try:
         used = (manifest.last_used for manifests in known.values() for manifest in manifests)
-        builder = Builder(data_dir, Clock(used=used).now())
+        builder = Builder(data_dir, tier, Clock(used=used).now())
         for key, manifests in known.items():
             _bring_back(builder, key, manifests, old, found)
             path_of = data_dir / FOLDER / file_name(*key)
             if key not in builder.index.agents and path_of in evidence.manifests:
                 _put_away(data_dir, path_of, files, quarantine_bytes)
-        for bad in [*builder.bad, *found.unreadable]:
+        for name, version in builder.bad.items():
+            tier.set_aside(name, version)
+        for bad in found.unreadable:
             _put_away(data_dir, bad, files, quarantine_bytes)
-        spared = _unclaimed(data_dir, builder.index)
+        spared = _unclaimed(tier, builder.index)
         found.unclaimed = len(spared)
         number = max(evidence.number, *(m.number for ms in known.values() for m in ms), 0)
         _write(data_dir / _NEW, files, builder.index, number, spared)
@@ -188,27 +195,31 @@ def _bring_back(
     found.left_out.append(f"{_name(key)} ({reasons[0]})")
 
 
-def _unclaimed(data_dir: Path, index: Index) -> list[str]:
-    """Names of the block files that no agent has."""
-    known = {blockfile.file_name(node.id.hex(), kind) for node in index.nodes.values() for kind in node.parts}
-    folders = (Path(entry.path) for entry in entries(data_dir / BLOCKS))
-    names = (e.name for f in folders for e in entries(f) if is_plain(e) and e.name.endswith(blockfile.SUFFIX))
-    return sorted(name for name in names if name not in known)
+def _unclaimed(tier: BlockTier, index: Index) -> list[str]:
+    """Names of the objects that no agent has."""
+    known = {name for node in index.nodes.values() for name in node.object_names()}
+    return sorted(name for name, _ in tier.list() if name not in known)
 
 
 class Builder:
     """Nodes and agents, as far as the files bear them out."""
 
-    def __init__(self, data_dir: Path, now: float = 0.0) -> None:
+    def __init__(self, data_dir: Path, tier: BlockTier, now: float = 0.0) -> None:
         """
         Args:
             now: of the store's time, for agents that have a lifetime.
         """
         self._data_dir = data_dir
+        self._tier = tier
         self._now = now
         self.index = Index()
-        self.bad: list[Path] = []
-        """Files that are not what their name says."""
+        self.bad: dict[str, object] = {}
+        """Objects that are not what their name says, each with its version."""
+        self._there: defaultdict[tuple[str, PartKind], list[Name]] = defaultdict(list)
+        for text, _ in tier.list():
+            if (name := Name.parse(text)) is not None:
+                self._there[name.node, name.kind].append(name)
+        self._quarantined: dict[str, list[Path]] | None = None
 
     def add(self, manifest: Manifest) -> Agent:
         """
@@ -224,13 +235,13 @@ class Builder:
             tokens = texts.get(begin, b"")[: (end - begin) * TOKEN_BYTES]
             if len(tokens) < (end - begin) * TOKEN_BYTES:
                 raise NotRebuildable(f"no file has its tokens {begin + len(tokens) // TOKEN_BYTES} to {end} any more")
-            if node_id(parent, start, tokens).hex() != ident:
+            if node_id(parent, start, tokens, bytes.fromhex(manifest.extra_key)).hex() != ident:
                 raise NotRebuildable(f"the tokens {start} to {end} that were found are not its own")
             found.append((parent, start, tokens))
             if end - start == BLOCK_TOKENS:
                 parents[end] = parent = bytes.fromhex(ident)
         # Only now: what can't be rebuilt leaves nothing in the index.
-        nodes = [self._node(manifest, *each, [PartKind.APPEND, PartKind.WINDOW]) for each in found]
+        nodes = [self._node(manifest, *each) for each in found]
         agent = Agent(manifest.tenant, manifest.agent_id, self.index.new_incarnation(), manifest.fingerprint)
         agent.nodes, agent.tokens = nodes, rows.join_tokens(nodes)
         if (wrong := plausible.tokens_fault(agent.tokens, None)) is not None:
@@ -238,7 +249,7 @@ class Builder:
         for length in manifest.snapshots:
             begin = block_of(length)
             text = agent.tokens[begin:length].astype("<i4").tobytes()
-            agent.snapshots[length] = self._node(manifest, parents[begin], length, text, [PartKind.STATE])
+            agent.snapshots[length] = self._node(manifest, parents[begin], length, text)
         agent.revision, agent.kept, agent.previous = manifest.revision, manifest.kept, manifest.previous
         agent.pinned, agent.ttl, agent.labels = manifest.pinned, manifest.ttl, dict(manifest.labels)
         agent.create_time, agent.update_time = manifest.create_time, manifest.update_time
@@ -266,78 +277,60 @@ class Builder:
 
     def _texts_of(self, ident: str, start: int, end: int) -> Iterable[bytes]:
         """A node's tokens from the start of its block on, from each header of its files that can be it."""
-        for kind in (PartKind.APPEND, PartKind.WINDOW):
-            path = block_path(self._data_dir, ident, kind)
-            for place in (path, self._data_dir / QUARANTINE / path.name):
-                with contextlib.suppress(BadFile, OSError):
-                    info = _read_header(place).parsed.info
-                    size = (end - block_of(start)) * TOKEN_BYTES
-                    if info.node == ident and info.start == start and len(info.block_tokens) == size:
-                        yield info.block_tokens
+        blocks: list[Callable[[], Block]] = [
+            partial(self._tier.open, str(name)) for kind in all_kinds() for name in self._there[ident, kind]
+        ]
+        blocks += [partial(open_block, path) for path in self._put_away_of(ident)]
+        for opened in blocks:
+            with contextlib.suppress(BadFile, OSError), contextlib.closing(opened()) as block:
+                info = read_header(block, whole=False)[0].info
+                size = (end - block_of(start)) * TOKEN_BYTES
+                if info.node == ident and info.start == start and len(info.block_tokens) == size:
+                    yield info.block_tokens
 
-    def _node(
-        self, manifest: Manifest, parent: bytes, start: int, block_tokens: bytes, kinds: Iterable[PartKind]
-    ) -> Node:
-        ident = node_id(parent, start, block_tokens)
+    def _put_away_of(self, ident: str) -> list[Path]:
+        """A node's files in quarantine."""
+        if self._quarantined is None:
+            self._quarantined = {}
+            for entry in entries(self._data_dir / QUARANTINE):
+                self._quarantined.setdefault(entry.name.partition(".")[0], []).append(Path(entry.path))
+        return self._quarantined.get(ident, [])
+
+    def _node(self, manifest: Manifest, parent: bytes, start: int, block_tokens: bytes) -> Node:
+        extra_key = bytes.fromhex(manifest.extra_key)
+        ident = node_id(parent, start, block_tokens, extra_key)
         node = self.index.nodes.get(ident)
         if node is not None:
             return node
         row = self.index.new_row()
-        node = Node(ident, row, manifest.tenant, manifest.fingerprint, parent, start, block_tokens)
-        for kind in kinds:
-            path = block_path(self._data_dir, ident.hex(), kind)
-            try:
-                node.parts[kind] = _part(path, block_info(node, kind))
-            except FileNotFoundError:
-                if kind is not PartKind.WINDOW:
-                    node.lost = node.lost or Fallback.MISSING_BLOCK
-            except BadFile as bad:
-                log.warning("block %s (%s) can't be used: %s", ident.hex(), kind, bad)
+        node = Node(ident, row, manifest.tenant, manifest.fingerprint, parent, start, block_tokens, extra_key=extra_key)
+        for kind in all_kinds():
+            candidates = self._there[ident.hex(), kind]
+            found = (self._part(str(name), block_info(node, kind)) for name in candidates)
+            part = next((each for each in found if each is not None), None)
+            if part is not None:
+                node.parts[kind] = part
+            elif candidates:
                 node.lost = Fallback.QUARANTINED
-                self.bad.append(path)
+        if not node.parts or (PartKind.APPEND not in node.parts and not node.snapshot):
+            node.lost = node.lost or Fallback.MISSING_BLOCK
         self.index.nodes[ident] = node
         return node
 
-
-def _part(path: Path, expected: BlockInfo) -> Part:
-    """
-    Raises:
-        BadFile: not the file that was looked for.
-        FileNotFoundError
-    """
-    try:
-        header = _read_header(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise BadFile(Fallback.MISSING_BLOCK, f"it can't be read: {error}") from error
-    if header.parsed.info != expected:
-        raise BadFile(Fallback.FORMAT, "of another node")
-    if header.nbytes + header.parsed.payload != header.file_bytes:
-        raise BadFile(Fallback.FORMAT, f"{header.file_bytes} bytes, and not what the header says")
-    return Part(header.file_bytes, header.parsed.digest)
-
-
-@dataclass(frozen=True)
-class _Header:
-    parsed: Parsed
-    nbytes: int
-    file_bytes: int
-
-
-def _read_header(path: Path) -> _Header:
-    """
-    Raises:
-        BadFile, OSError
-    """
-    fd = open_file(path)
-    try:
-        size = os.fstat(fd).st_size
-        head = os.pread(fd, _FIRST_READ, 0)
-        start = blockfile.header_size(head, size)
-        return _Header(blockfile.parse(head[:start] if start <= len(head) else os.pread(fd, start, 0)), start, size)
-    finally:
-        os.close(fd)
+    def _part(self, name: str, expected: BlockInfo) -> Part | None:
+        """What the index is to have of an object; None if it is not the one that was looked for."""
+        version: object = None
+        try:
+            with contextlib.closing(self._tier.open(name)) as block:
+                version = block.version
+                parsed, _ = read_header(block)
+                if parsed.info != expected or object_name(expected.node, expected.kind, parsed.digest) != name:
+                    raise BadFile(Fallback.FORMAT, "of another node")
+                return Part(block.nbytes, parsed.digest)
+        except (BadFile, OSError) as bad:
+            log.warning("block %s can't be used: %s", name, bad)
+            self.bad[name] = version
+            return None
 
 
 def _write(path: Path, files: Files, index: Index, number: int, spared: Iterable[str]) -> None:

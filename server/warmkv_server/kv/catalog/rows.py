@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, known_kind
 from warmkv_server.kv.blocks.blockfile import Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, node_id
 from warmkv_server.kv.catalog import plausible
@@ -33,6 +33,7 @@ def put_node(node: Node) -> Statement:
         tokens=node.block_tokens,
         parts=_parts(node.parts),
         lost=node.lost,
+        extra_key=node.extra_key,
     )
 
 
@@ -131,8 +132,11 @@ def delete_outcomes(before: float) -> Statement:
     return "DELETE FROM outcomes WHERE time < ?", (before,)
 
 
-def insert_fingerprint(fingerprint: Fingerprint) -> Statement:
-    sql = "INSERT OR IGNORE INTO fingerprints (digest, fields) VALUES (?, ?)"
+def put_fingerprint(fingerprint: Fingerprint) -> Statement:
+    sql = (
+        "INSERT INTO fingerprints (digest, fields) VALUES (?, ?) "
+        "ON CONFLICT (digest) DO UPDATE SET fields = excluded.fields"
+    )
     return sql, (fingerprint.digest, as_json(dict(fingerprint.fields)))
 
 
@@ -169,7 +173,7 @@ def _of_addition(db: Queryable, sql: str) -> list[tuple[Any, ...]]:
 
 def read_fingerprints(db: Queryable) -> dict[str, Fingerprint]:
     rows = db.query("SELECT digest, fields FROM fingerprints")
-    return {digest: Fingerprint(json.loads(fields)) for digest, fields in rows}
+    return {digest: Fingerprint(json.loads(fields), digest) for digest, fields in rows}
 
 
 def read_outcomes(db: Queryable, first: int) -> Iterator[tuple[str, RequestOutcome, float]]:
@@ -225,15 +229,16 @@ def read_index(db: Queryable) -> Index:
 def _read_index(db: Queryable) -> Index:
     index = Index()
     by_row: dict[int, Node] = {}
-    for row, ident, tenant, fingerprint, parent, start, tokens, parts, lost in db.query(
-        "SELECT row, id, tenant, fingerprint, parent, start, tokens, parts, lost FROM nodes"
+    for row, ident, tenant, fingerprint, parent, start, tokens, parts, lost, extra_key in db.query(
+        "SELECT row, id, tenant, fingerprint, parent, start, tokens, parts, lost, extra_key FROM nodes"
     ):
-        node = Node(ident, row, tenant, fingerprint, parent, start, tokens, saved=True, dirty=False)
-        node.parts = {PartKind(kind): _part(*values) for kind, values in json.loads(parts).items()}
+        node = Node(ident, row, tenant, fingerprint, parent, start, tokens, extra_key=extra_key)
+        node.saved, node.dirty = True, False
+        node.parts = {known_kind(kind): _part(*values) for kind, values in json.loads(parts).items()}
         node.lost = Fallback(lost) if lost else None
         if not 0 <= start < 1 << 31 or len(tokens) % TOKEN_BYTES or not 0 <= node.count <= BLOCK_TOKENS:
             raise JournalDamaged(f"node {row} is of tokens that can't be")
-        if node_id(parent, start, tokens) != ident:
+        if node_id(parent, start, tokens, extra_key) != ident:
             raise JournalDamaged(f"the id of node {row} is not that of its tokens")
         by_row[row] = index.nodes[ident] = node
     chains: dict[int, list[Node]] = {}
@@ -294,4 +299,4 @@ def _part(nbytes: int, digest: str) -> Part:
 
 
 def _parts(parts: Mapping[PartKind, Part]) -> str:
-    return as_json({kind.value: [part.nbytes, part.digest] for kind, part in parts.items()})
+    return as_json({kind: [part.nbytes, part.digest] for kind, part in parts.items()})

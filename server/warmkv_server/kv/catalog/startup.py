@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from warmkv_server.contract.kv import Fallback, KVLayout, PartKind
+from warmkv_server.contract.kv import Fallback, KVLayout, all_kinds
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.blockfile import SUFFIX, file_name
-from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
-from warmkv_server.kv.blocks.paths import BLOCKS, QUARANTINE, block_path
-from warmkv_server.kv.catalog import commit_log, journal, plausible, rows, signing
+from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
+from warmkv_server.kv.blocks.files import Files, entries, in_words, is_plain
+from warmkv_server.kv.blocks.tier import BlockTier, Name, Tidied
+from warmkv_server.kv.catalog import commit_log, journal, models, plausible, rows, signing
 from warmkv_server.kv.catalog import lock as locking
 from warmkv_server.kv.catalog.clock import Clock, TimeSource
 from warmkv_server.kv.catalog.commit_log import CommitLog
@@ -24,11 +23,13 @@ from warmkv_server.kv.catalog.journal import CHECKPOINT_BYTES, Database, Stateme
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.manifest import FOLDER, Manifest, encode
 from warmkv_server.kv.catalog.manifest_files import UpToDate, bring_up_to_date
+from warmkv_server.kv.catalog.models import known_fingerprints
 from warmkv_server.kv.catalog.private import make_folder, tighten
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
+from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.boundaries import in_window
+from warmkv_server.kv.index.boundaries import partly_kept
 from warmkv_server.kv.index.index import Agent, AgentKey, Index
 from warmkv_server.kv.index.records import Fingerprint, StoreSettings
 
@@ -47,6 +48,7 @@ class Opened:
     commits: CommitLog
     index: Index
     clock: Clock
+    fingerprint: Fingerprint
     foreign: Foreign
     outcomes: StoredOutcomes
     quarantine_bytes: int
@@ -59,15 +61,14 @@ class _Sweep:
     """What was found to be put right.
 
     Attributes:
-        temps, orphans: files that are to go.
-        spared: bytes of block files that no agent references, and that stay.
-        strange: what is no file of the store; it is left alone.
+        orphans: objects that are to go.
+        spared: bytes of objects that no agent references, and that stay.
+        strange: objects of kinds that nobody knows; they are left alone.
     """
 
-    temps: list[Path] = field(default_factory=list)
-    orphans: list[Path] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
     spared: int = 0
-    strange: list[Path] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
     missing: int = 0
     unreferenced: int = 0
 
@@ -77,6 +78,7 @@ def open_directory(
     layout: KVLayout,
     fingerprint: Fingerprint,
     files: Files,
+    tier: BlockTier,
     times: TimeSource | None = None,
 ) -> Opened:
     """Blocking.
@@ -91,20 +93,28 @@ def open_directory(
         tighten(data_dir, _is_own)
         signing.make_key(data_dir)
         small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
-        believed = open_index(data_dir, files, min(CHECKPOINT_BYTES, small), settings.quarantine_limit)
+        takeover = TakeOver(data_dir, files, settings.quarantine_limit)
+        from_1 = takeover.begin()
+        checkpoint = min(CHECKPOINT_BYTES, small)
+        believed = open_index(data_dir, files, tier, checkpoint, settings.quarantine_limit, from_1)
         database, index, evidence = believed.database, believed.index, believed.evidence
         try:
+            takeover.finish()
+            fingerprints = known_fingerprints(data_dir, database, index)
+            fingerprint = fingerprint.as_known(fingerprints.known, of_old=fingerprints.of_old(index))
             _put_aside_the_implausible(index, layout, fingerprint.digest, database)
-            _count_windows(index, layout, fingerprint.digest)
-            sweep = _sweep(data_dir, index, database)
+            _count_parts(index, layout, fingerprint.digest)
+            sweep = _sweep(tier, index, database)
             # Before the files that only older manifests refer to are gone.
             manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
-            _remove((*sweep.temps, *sweep.orphans), files)
+            tidied = _remove(tier, sweep.orphans)
             clock = rows.read_clock(database, index, times)
-            foreign = Foreign(fingerprint, rows.read_fingerprints(database))
+            foreign = Foreign(fingerprint, fingerprints.known)
+            fingerprints.keep(fingerprint, files)
             database.apply(
                 [
-                    rows.insert_fingerprint(fingerprint),
+                    *(rows.put_fingerprint(each) for each in fingerprints.known.values()),
+                    rows.put_fingerprint(fingerprint),
                     rows.put_vocabulary(fingerprint.digest, layout.vocabulary),
                     *rows.put_clock(clock.reading()),
                 ]
@@ -113,22 +123,23 @@ def open_directory(
             commits.begin(database.number, _lines(manifests.stale, database.number))
             files.sync_folders([data_dir])
             outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
-            kept = sum(_sizes(Path(entry.path) for entry in entries(data_dir / QUARANTINE)))
-            aside = sum(_sizes(aside_files(data_dir))) + sweep.spared
+            kept = quarantined_bytes(data_dir)
+            aside = sum(_sizes([*aside_files(data_dir), data_dir / models.FILE_NAME])) + sweep.spared
         except BaseException:
             database.close()
             raise
     except BaseException:
         lock.release()
         raise
-    _name_the_strange(data_dir, [*sweep.strange, *evidence.strange])
+    strange = [object_path(data_dir, name) for name in sweep.strange]
+    _name_the_strange(data_dir, [*strange, *tidied.strange, *evidence.strange])
     log.info(
         "opened %s: %d agents, %d nodes; removed %d temporary and %d unknown files and %d unreferenced nodes;"
         " %d files are missing; wrote %d manifests and removed %d",
         data_dir,
         len(index.agents),
         len(index.nodes),
-        len(sweep.temps),
+        tidied.removed,
         len(sweep.orphans),
         sweep.unreferenced,
         sweep.missing,
@@ -136,7 +147,7 @@ def open_directory(
         manifests.removed,
     )
     foreign.say(index, settings.data_dir)
-    return Opened(lock, database, commits, index, clock, foreign, outcomes, kept, aside, manifests)
+    return Opened(lock, database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:
@@ -159,28 +170,10 @@ def make_folders(data_dir: Path, files: Files) -> None:
         ) from error
 
 
-def block_files(data_dir: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything that lies in the block folders."""
-    for folder in sorted(Path(entry.path) for entry in entries(data_dir / BLOCKS)):
-        yield from entries(folder)
-
-
-def _is_block_folder(entry: os.DirEntry[str]) -> bool:
-    return len(entry.name) == 2 and set(entry.name) <= set("0123456789abcdef") and entry.is_dir()
-
-
-def is_block(entry: os.DirEntry[str]) -> bool:
-    """Whether it has the name of a block file, in the folder where that belongs, and is a file."""
-    node, _, rest = entry.name.partition(".")
-    kind, _, end = rest.partition(".")
-    named = plausible.NODE_ID.fullmatch(node) and kind in [*PartKind] and f".{end}" == SUFFIX
-    return bool(named) and Path(entry.path).parent.name == node[:2] and is_plain(entry)
-
-
 def _is_own(name: str) -> bool:
     """Whether something in a data directory is the store's, by its name."""
     names = {BLOCKS, QUARANTINE, FOLDER, locking.FILE_NAME, "reserve", signing.FILE_NAME, journal.READERS_LOCK}
-    return name in names or name.startswith((journal.FILE_NAME, commit_log.FILE_NAME))
+    return name in names or name.startswith((journal.FILE_NAME, commit_log.FILE_NAME, models.FILE_NAME))
 
 
 def _lines(agents: Iterable[Agent], number: int) -> dict[AgentKey, tuple[int, bytes]]:
@@ -188,16 +181,22 @@ def _lines(agents: Iterable[Agent], number: int) -> dict[AgentKey, tuple[int, by
     return {agent.key: (number, encode(Manifest.of(agent, number))) for agent in agents}
 
 
-def _remove(paths: Iterable[Path], files: Files) -> None:
+def _remove(tier: BlockTier, names: Iterable[str]) -> Tidied:
     """What the disk refuses to remove stays until the next start."""
     refused: list[OSError] = []
-    for path in paths:
+    tidied = Tidied()
+    try:
+        tidied = tier.tidy()
+    except OSError as error:
+        refused.append(error)
+    for name in names:
         try:
-            files.unlink(path)
+            tier.delete(name)
         except OSError as error:
             refused.append(error)
     if refused:
         log.warning("the disk refuses to remove %d files that nobody needs: %s", len(refused), refused[0])
+    return tidied
 
 
 def _sizes(paths: Iterable[Path]) -> Iterator[int]:
@@ -231,49 +230,44 @@ def _put_aside_the_implausible(index: Index, layout: KVLayout, fingerprint: str,
     for agent, wrong in found:
         log.error("agent %r of tenant %r is damaged and was put aside: %s", agent.agent_id, agent.tenant, wrong)
         statements += rows.delete_agent(agent.incarnation)
-        files = (file_name(n.id.hex(), kind) for n in agent.all_nodes() if not n.refs for kind in n.parts)
-        statements += [rows.spare(name) for name in files]
+        names = (name for node in agent.all_nodes() if not node.refs for name in node.object_names())
+        statements += [rows.spare(name) for name in names]
     if statements:
         database.apply(statements)
 
 
-def _count_windows(index: Index, layout: KVLayout, fingerprint: str) -> None:
-    """Which WINDOW parts each agent needs follows from its boundaries. Those of other models are left alone."""
+def _count_parts(index: Index, layout: KVLayout, fingerprint: str) -> None:
+    """Which parts each agent needs follows from its boundaries. Those of other models are left alone."""
     for agent in index.agents.values():
         if agent.fingerprint == fingerprint:
             boundaries = {len(agent.tokens), agent.previous, *agent.kept} - {0}
-            agent.windowed = {n for b in boundaries for n in in_window(agent.nodes, b, layout.window)}
+            agent.partial = partly_kept(layout, agent.nodes, boundaries)
         else:
-            agent.windowed = set(agent.nodes)
-        for node in agent.windowed:
-            node.window_refs += 1
+            agent.partial = {(node, kind) for node in agent.nodes for kind in node.parts}
+        for node, kind in agent.partial:
+            node.part_refs[kind] += 1
 
 
-def _sweep(data_dir: Path, index: Index, database: Database) -> _Sweep:
+def _sweep(tier: BlockTier, index: Index, database: Database) -> _Sweep:
     """Put the index right; what is to be removed is left to the caller."""
     sweep = _Sweep()
     gone = [node for node in index.nodes.values() if not node.refs]
     for node in gone:
         del index.nodes[node.id]
     sweep.unreferenced = len(gone)
-    known = {
-        block_path(data_dir, node.id.hex(), kind): (node, kind) for node in index.nodes.values() for kind in node.parts
-    }
-    spared = rows.read_spared(database)
-    for entry in block_files(data_dir):
-        path = Path(entry.path)
-        if is_plain(entry) and known.pop(path, None) is not None:
+    known = {n.object_name(kind, part): (n, kind) for n in index.nodes.values() for kind, part in n.parts.items()}
+    spared, kinds = rows.read_spared(database), set(all_kinds())
+    for name, nbytes in tier.list():
+        if known.pop(name, None) is not None:
             continue
-        if is_plain(entry) and entry.name.endswith(TEMP_SUFFIX):
-            sweep.temps.append(path)
-        elif not is_block(entry):
-            sweep.strange.append(path)
-        elif entry.name in spared:
-            sweep.spared += entry.stat().st_size
+        parsed = Name.parse(name)
+        if parsed is None or parsed.kind not in kinds:
+            sweep.strange.append(name)
+        elif name in spared:
+            sweep.spared += nbytes
         else:
             # Its transaction never happened, or its removal was cut short: nobody was promised it.
-            sweep.orphans.append(path)
-    sweep.strange += [Path(e.path) for e in entries(data_dir / BLOCKS) if not _is_block_folder(e)]
+            sweep.orphans.append(name)
     for node, kind in known.values():
         del node.parts[kind]
         node.lost = Fallback.MISSING_BLOCK

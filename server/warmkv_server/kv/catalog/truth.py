@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog import journal, rows
 from warmkv_server.kv.catalog.evidence import Evidence, gather
 from warmkv_server.kv.catalog.journal import Database, JournalDamaged
@@ -44,8 +46,18 @@ def believe(database: Database, evidence: Evidence) -> Believed:
     return Believed(database, index, evidence)
 
 
-def open_index(data_dir: Path, files: Files, checkpoint_bytes: int, quarantine_bytes: int) -> Believed:
+def open_index(
+    data_dir: Path,
+    files: Files,
+    tier: BlockTier,
+    checkpoint_bytes: int,
+    quarantine_bytes: int,
+    from_1: Mapping[str, str],
+) -> Believed:
     """The index, rebuilt if it is lost or is not the last one. The directory's lock is held. Blocking.
+
+    Args:
+        from_1: see `Database`.
 
     Raises:
         OperatorError
@@ -56,23 +68,32 @@ def open_index(data_dir: Path, files: Files, checkpoint_bytes: int, quarantine_b
     log_copy = keep_log(path)
     try:
         try:
-            return _open(path, files, checkpoint_bytes, evidence, create=not holds_contexts(data_dir))
+            create = not holds_contexts(data_dir, tier)
+            return _open(path, files, checkpoint_bytes, evidence, create=create, from_1=from_1)
         except NotTheLast as error:
             old = error.index
             log.error("the index %s is not the last one (%s); building it anew from the files", path, error)
         except JournalDamaged as error:
             log.error("the index %s is lost (%s); building it anew from the files", path, error)
-        rebuilt = rebuild_index(data_dir, files, quarantine_bytes, "damaged", evidence, old)
+        rebuilt = rebuild_index(data_dir, files, tier, quarantine_bytes, "damaged", evidence, old)
     finally:
         if log_copy is not None:
             log_copy.unlink(missing_ok=True)
     kept = f" (the damaged index is kept as {rebuilt.aside.name})" if rebuilt.aside is not None else ""
     log.warning("the index %s was rebuilt%s: %s", path, kept, rebuilt.summary())
-    return _open(path, files, checkpoint_bytes, gather(data_dir), create=False)
+    return _open(path, files, checkpoint_bytes, gather(data_dir), create=False, from_1=from_1)
 
 
-def _open(path: Path, files: Files, checkpoint_bytes: int, evidence: Evidence, *, create: bool) -> Believed:
-    database = Database(path, files.durability, checkpoint_bytes, create=create)
+def _open(
+    path: Path,
+    files: Files,
+    checkpoint_bytes: int,
+    evidence: Evidence,
+    *,
+    create: bool,
+    from_1: Mapping[str, str],
+) -> Believed:
+    database = Database(path, files.durability, checkpoint_bytes, create=create, from_1=from_1)
     try:
         return believe(database, evidence)
     except BaseException:

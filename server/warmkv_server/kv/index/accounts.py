@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.kv.blocks.blockfile import Part
-from warmkv_server.kv.index.boundaries import in_window, window_start
+from warmkv_server.kv.index.boundaries import kept_for, needed, overlaps
 from warmkv_server.kv.index.hot import HotTier
 from warmkv_server.kv.index.index import Agent, Index, Node
 
@@ -33,7 +32,7 @@ class Accounts:
     Attributes:
         block_bytes: of all files of the index's nodes.
         disk: the same by tenant.
-        going: files that no node has any more and that are still to be removed, with their bytes.
+        going: objects that no node has any more and that are still to be removed, by name, with their bytes.
         hot_agents: how many agents are in RAM.
         evictions: agents that have left RAM so far.
     """
@@ -47,10 +46,10 @@ class Accounts:
         self._hot = hot
         self._layout = layout
         self._fingerprint = fingerprint
-        self._kinds = {kind for kind in PartKind if layout.of_kind(kind)}
+        self._policies = {policy.kind: policy for policy in layout.policies}
         self.block_bytes = 0
         self.disk: Counter[str] = Counter()
-        self.going: dict[Path, int] = {}
+        self.going: dict[str, int] = {}
         self.going_bytes = 0
         self.hot_agents = 0
         self.evictions = 0
@@ -83,16 +82,16 @@ class Accounts:
         del self._index.nodes[node.id]
         self._count(node, -node.disk_bytes)
 
-    def go(self, files: Mapping[Path, int]) -> None:
+    def go(self, objects: Mapping[str, int]) -> None:
         """These are to be removed; until they are, the directory has them."""
-        for path, nbytes in files.items():
-            self.going_bytes += nbytes - self.going.get(path, 0)
-            self.going[path] = nbytes
+        for name, nbytes in objects.items():
+            self.going_bytes += nbytes - self.going.get(name, 0)
+            self.going[name] = nbytes
 
-    def gone(self, paths: Iterable[Path]) -> None:
+    def gone(self, names: Iterable[str]) -> None:
         """These are removed, or belong to a node again."""
-        for path in paths:
-            self.going_bytes -= self.going.pop(path, 0)
+        for name in names:
+            self.going_bytes -= self.going.pop(name, 0)
 
     def _resize(self, node: Node, nbytes: int) -> None:
         if self._index.nodes.get(node.id) is not node:
@@ -133,14 +132,13 @@ class Accounts:
 
     def _needs(self, agent: Agent, node: Node, kind: PartKind) -> bool:
         """Whether the next request can't go on from the head of an agent of `node` without this part."""
-        if kind not in self._kinds:
+        policy = self._policies.get(kind)
+        if policy is None:
             return False
-        if kind is PartKind.APPEND:
-            return True
         head = len(agent.tokens)
-        if kind is PartKind.STATE:
+        if policy.snapshot:
             return agent.snapshots.get(head) is node
-        return node.end > window_start(head, self._layout.window)
+        return policy.everywhere or overlaps(kept_for(policy, self._layout, head), node)
 
     # Agents
 
@@ -200,9 +198,8 @@ class Accounts:
     def _needed(self, agent: Agent) -> Iterator[tuple[Node, PartKind]]:
         """What the next request that goes on from the head needs in RAM; see `_needs`."""
         head = len(agent.tokens)
-        if PartKind.APPEND in self._kinds:
-            yield from ((node, PartKind.APPEND) for node in agent.nodes)
-        if PartKind.WINDOW in self._kinds:
-            yield from ((node, PartKind.WINDOW) for node in in_window(agent.nodes, head, self._layout.window))
-        if PartKind.STATE in self._kinds and head in agent.snapshots:
-            yield agent.snapshots[head], PartKind.STATE
+        for policy in self._layout.policies:
+            if not policy.snapshot:
+                yield from ((node, policy.kind) for node in needed(policy, self._layout, agent.nodes, head))
+            elif head in agent.snapshots:
+                yield agent.snapshots[head], policy.kind

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from warmkv_server.contract.kv import PartKind, Tensors
+from warmkv_server.contract.kv import PartKind, Tensors, all_kinds
 from warmkv_server.kv.index.index import Node
 
 PartKey = tuple[bytes, PartKind]
@@ -96,7 +96,7 @@ class HotTier:
     def touch(self, node: Node) -> None:
         """Move to the end of the queue. Touch a context from its end to its start: the end is evicted first."""
         parts = self._lines[node.tenant].parts
-        for kind in PartKind:
+        for kind in all_kinds():
             if (node.id, kind) in parts:
                 parts.move_to_end((node.id, kind))
 
@@ -104,7 +104,7 @@ class HotTier:
         """Let go of one kind, or of all; returns the bytes. Unsaved parts stay unless the node itself is going."""
         line = self._lines[node.tenant]
         freed = 0
-        for each in PartKind if kind is None else (kind,):
+        for each in all_kinds() if kind is None else (kind,):
             part = line.parts.get((node.id, each))
             if part is not None and (unsaved_too or not part.unsaved):
                 del line.parts[node.id, each]

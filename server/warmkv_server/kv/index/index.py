@@ -6,19 +6,22 @@ The journal is the durable log of this. Nothing here blocks or awaits.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
+from warmkv_server.kv.blocks.tier import object_name
 from warmkv_server.kv.index.records import TokenIds
 
 AgentKey = tuple[str, str]
 """(tenant, agent_id)"""
+PartOf = tuple["Node", PartKind]
+"""A node's part of a kind, wherever it is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,11 +36,12 @@ class Node:
         dirty: the row, if there is one, is not as the node is now.
         parent: id of the full block before it, or the root's.
         block_tokens: int32 ids from the start of its block to its end.
+        extra_key: what the KV is a function of besides the tokens and the fingerprint; empty for nothing.
         parts: files on disk.
         lost: why a file it should have is gone.
         agents: that reference it. Without any it is never reused, only collected.
         pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
-        window_refs: agents that need its WINDOW part.
+        part_refs: agents that need its part of a kind that not every node has, by kind; 0 where it can be evicted.
         pinned_refs: pinned agents that reference it.
         hot_bytes: its parts in RAM.
         last_used: of the store's time (see clock.py).
@@ -56,10 +60,22 @@ class Node:
     dirty: bool = True
     agents: set[Agent] = field(default_factory=set)
     pins: int = 0
-    window_refs: int = 0
+    part_refs: Counter[PartKind] = field(default_factory=Counter)
     pinned_refs: int = 0
     hot_bytes: int = 0
     last_used: float = 0.0
+    extra_key: bytes = b""
+
+    def spare_parts(self) -> list[PartKind]:
+        """Of its files, those of kinds that not every node has, and that no agent needs here."""
+        return [kind for kind in self.parts if policy_of(kind).partial and not self.part_refs[kind]]
+
+    def object_names(self) -> list[str]:
+        """What its files are called."""
+        return [self.object_name(kind, part) for kind, part in self.parts.items()]
+
+    def object_name(self, kind: PartKind, part: Part) -> str:
+        return object_name(self.id.hex(), kind, part.digest)
 
     @property
     def refs(self) -> int:
@@ -87,6 +103,11 @@ class Node:
         return sum(part.nbytes for part in self.parts.values())
 
     @property
+    def family(self) -> bytes:
+        """The same for nodes that continue one context in different ways."""
+        return self.parent + self.extra_key
+
+    @property
     def snapshot(self) -> bool:
         return self.count == 0
 
@@ -102,7 +123,7 @@ class Agent:
     Attributes:
         nodes: in order, covering [0, len(tokens)).
         snapshots: by length of the context; all of boundaries() where the model has recurrent state.
-        windowed: the nodes whose WINDOW part it needs.
+        partial: the parts that it needs of kinds that not every node has.
         kept: boundaries to keep until the context is cut below them, ascending.
         previous: the head before the last commit, while it is still a prefix; 0 for none.
         durable: the journal has exactly this state, and the files are there.
@@ -121,7 +142,7 @@ class Agent:
     tokens: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
     nodes: list[Node] = field(default_factory=list)
     snapshots: dict[int, Node] = field(default_factory=dict)
-    windowed: set[Node] = field(default_factory=set)
+    partial: set[PartOf] = field(default_factory=set)
     kept: tuple[int, ...] = ()
     previous: int = 0
     revision: int = 1
@@ -147,6 +168,11 @@ class Agent:
         return self.tenant, self.agent_id
 
     @property
+    def extra_key(self) -> bytes:
+        """What its KV is a function of besides the tokens."""
+        return self.nodes[0].extra_key if self.nodes else b""
+
+    @property
     def expires(self) -> float | None:
         return None if self.ttl is None else self.last_used + self.ttl
 
@@ -156,7 +182,7 @@ class Agent:
 
 
 _COMMITTED = (
-    *("fingerprint", "tokens", "nodes", "snapshots", "windowed", "kept", "previous", "ending", "revision"),
+    *("fingerprint", "tokens", "nodes", "snapshots", "partial", "kept", "previous", "ending", "revision"),
     *("ttl", "labels", "update_time", "last_used"),
 )
 """What a commit may change of an agent, its pin apart."""
@@ -173,7 +199,7 @@ class Index:
         self.next_row = 1
         self.next_incarnation = 1
         self._names: defaultdict[str, list[str]] = defaultdict(list)
-        # Referenced nodes by parent, sorted by tokens: the neighbours of a query share the longest prefix with it.
+        # Referenced nodes by family, sorted by tokens: the neighbours of a query share the longest prefix with it.
         self._families: defaultdict[bytes, list[tuple[bytes, int, bytes]]] = defaultdict(list)
         self._snapshots: defaultdict[bytes, list[Node]] = defaultdict(list)
 
@@ -183,8 +209,8 @@ class Index:
         self.agents[agent.key] = agent
         insort(self._names[agent.tenant], agent.agent_id)
         self._reference(set(agent.all_nodes()), agent)
-        for node in agent.windowed:
-            node.window_refs += 1
+        for node, kind in agent.partial:
+            node.part_refs[kind] += 1
 
     def remove_agent(self, agent: Agent) -> None:
         """Forget it. Its nodes stay until they are collected."""
@@ -192,8 +218,8 @@ class Index:
         names = self._names[agent.tenant]
         del names[bisect_left(names, agent.agent_id)]
         self._dereference(set(agent.all_nodes()), agent)
-        for node in agent.windowed:
-            node.window_refs -= 1
+        for node, kind in agent.partial:
+            node.part_refs[kind] -= 1
 
     def set_pinned(self, agent: Agent, pinned: bool) -> None:
         for node in agent.all_nodes():
@@ -205,10 +231,10 @@ class Index:
         old, new = set(agent.all_nodes()), set(after.all_nodes())
         self._reference(new - old, agent)
         self._dereference(old - new, agent)
-        for node in after.windowed - agent.windowed:
-            node.window_refs += 1
-        for node in agent.windowed - after.windowed:
-            node.window_refs -= 1
+        for node, kind in after.partial - agent.partial:
+            node.part_refs[kind] += 1
+        for node, kind in agent.partial - after.partial:
+            node.part_refs[kind] -= 1
         for name in _COMMITTED:
             setattr(agent, name, getattr(after, name))
         self.set_pinned(agent, after.pinned)
@@ -235,9 +261,9 @@ class Index:
             if len(node.agents) > 1:
                 continue
             if node.snapshot:
-                self._snapshots[node.parent].append(node)
+                self._snapshots[node.family].append(node)
             else:
-                insort(self._families[node.parent], (node.block_tokens, node.start, node.id))
+                insort(self._families[node.family], (node.block_tokens, node.start, node.id))
 
     def _dereference(self, nodes: Iterable[Node], agent: Agent) -> None:
         for node in nodes:
@@ -246,31 +272,31 @@ class Index:
             if node.agents:
                 continue
             if node.snapshot:
-                self._snapshots[node.parent].remove(node)
-                if not self._snapshots[node.parent]:
-                    del self._snapshots[node.parent]
+                self._snapshots[node.family].remove(node)
+                if not self._snapshots[node.family]:
+                    del self._snapshots[node.family]
             else:
-                family = self._families[node.parent]
+                family = self._families[node.family]
                 del family[bisect_left(family, (node.block_tokens, node.start, node.id))]
                 if not family:
-                    del self._families[node.parent]
+                    del self._families[node.family]
 
     def live(self, ident: bytes) -> Node | None:
         """The node of this id, if an agent references it."""
         node = self.nodes.get(ident)
         return node if node is not None and node.agents else None
 
-    def snapshots_after(self, parent: bytes) -> list[Node]:
+    def snapshots_after(self, parent: bytes, extra_key: bytes) -> list[Node]:
         """Referenced snapshots taken in the block that follows `parent`."""
-        return self._snapshots.get(parent, [])
+        return self._snapshots.get(parent + extra_key, [])
 
-    def tail_like(self, parent: bytes, wanted: bytes) -> list[Node]:
+    def tail_like(self, parent: bytes, wanted: bytes, extra_key: bytes) -> list[Node]:
         """The nodes after `parent` that cover the longest common prefix of `wanted` with any context kept there.
 
         In order; the last may reach beyond the common prefix. Whoever references a segment also references the ones
         before it in its block, so the predecessors of the best match are here too.
         """
-        family = self._families.get(parent)
+        family = self._families.get(parent + extra_key)
         if not family:
             return []
         at = bisect_left(family, (wanted, 0, b""))
@@ -310,5 +336,12 @@ def common_length(a: TokenIds, b: TokenIds) -> int:
 def block_info(node: Node, kind: PartKind) -> BlockInfo:
     """What the header of a node's file has to say."""
     return BlockInfo(
-        kind, node.id.hex(), node.parent.hex(), node.start, node.block_tokens, node.fingerprint, node.tenant
+        kind,
+        node.id.hex(),
+        node.parent.hex(),
+        node.start,
+        node.block_tokens,
+        node.fingerprint,
+        node.tenant,
+        node.extra_key,
     )

@@ -25,6 +25,7 @@ class Lease:
         nodes: in order; they cover [0, length), and the last may reach beyond.
         own_nodes: how many of them, from the first, are in the agent's own context.
         snapshot: the node with the recurrent state after `length` tokens, for models that have one.
+        extra_key: what the context's KV is a function of besides the tokens and the fingerprint.
         fallback: why it is shorter than what the agent's own context has in common with the request, if it is.
     """
 
@@ -37,6 +38,7 @@ class Lease:
     own_nodes: int = 0
     snapshot: Node | None = None
     fallback: Fallback | None = None
+    extra_key: bytes = b""
     on_release: Callable[[Iterable[Node]], None] | None = None
     _pinned: list[Node] = field(default_factory=list)
     _agent: Agent | None = None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, PartKind
 from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id
-from warmkv_server.kv.index.boundaries import MAX_KEPT, Has, in_window
-from warmkv_server.kv.index.index import Agent, Index, Node, common_length
+from warmkv_server.kv.index.boundaries import MAX_KEPT, Has, needed, partly_kept
+from warmkv_server.kv.index.index import Agent, Index, Node, PartOf, common_length
 from warmkv_server.kv.index.records import Commit
 
 MAX_SEGMENTS = 16
@@ -26,8 +26,8 @@ class Plan:
 
     nodes: list[Node]
     snapshots: dict[int, Node]
-    windowed: set[Node]
-    parts: list[tuple[Node, PartKind]]
+    partial: set[PartOf]
+    parts: list[PartOf]
     kept: tuple[int, ...]
     previous: int
 
@@ -45,13 +45,12 @@ class Planner:
     def plan(self, commit: Commit, agent: Agent | None, root: bytes) -> Plan:
         """Lay out `commit.tokens`. Changes nothing."""
         raw = commit.tokens.astype("<i4").tobytes()
-        tenant = commit.tenant
         if commit.reuse.length:
             # What goes on with KV that was imported stays under its root, where no other agent finds it.
             root = commit.lease.nodes[0].parent
-        nodes = self._full_blocks(tenant, root, raw, [n for n in commit.lease.nodes if n.end <= commit.reuse.length])
+        nodes = self._full_blocks(commit, root, raw, [n for n in commit.lease.nodes if n.end <= commit.reuse.length])
         parent = nodes[-1].id if nodes else root
-        nodes += self._tail(tenant, parent, raw, nodes[-1].end if nodes else 0, commit)
+        nodes += self._tail(parent, raw, nodes[-1].end if nodes else 0, commit)
         kept, previous = self._boundaries(commit, agent)
         length = len(commit.tokens)
         snapshots = self._snapshots(commit, agent, raw, root, nodes, {length, previous, *kept} - {0})
@@ -59,13 +58,13 @@ class Planner:
         kept, previous = tuple(b for b in kept if b in good), previous if previous in good else 0
         boundaries = {length, previous, *kept} - {0}
         snapshots = {b: node for b, node in snapshots.items() if b in boundaries}
-        windowed = {node for b in boundaries for node in in_window(nodes, b, self._layout.window)}
-        parts = [(node, PartKind.APPEND) for node in nodes]
-        parts += [(node, PartKind.WINDOW) for node in nodes if node in windowed]
-        parts += [(node, PartKind.STATE) for node in snapshots.values()]
-        return Plan(nodes, snapshots, windowed, parts, kept, previous)
+        partial = partly_kept(self._layout, nodes, boundaries)
+        parts = [(node, kind) for kind in self._layout.everywhere for node in nodes]
+        parts += [(n, policy.kind) for policy in self._layout.partial for n in nodes if (n, policy.kind) in partial]
+        parts += [(node, kind) for kind in self._layout.snapshots for node in snapshots.values()]
+        return Plan(nodes, snapshots, partial, parts, kept, previous)
 
-    def _full_blocks(self, tenant: str, root: bytes, raw: bytes, whole: Sequence[Node]) -> list[Node]:
+    def _full_blocks(self, commit: Commit, root: bytes, raw: bytes, whole: Sequence[Node]) -> list[Node]:
         nodes: list[Node] = []
         for node in whole:
             if not node.full:
@@ -73,10 +72,10 @@ class Planner:
             nodes.append(node)
         for start in range(nodes[-1].end if nodes else 0, block_of(len(raw) // TOKEN_BYTES), BLOCK_TOKENS):
             tokens = raw[start * TOKEN_BYTES : (start + BLOCK_TOKENS) * TOKEN_BYTES]
-            nodes.append(self._node(tenant, nodes[-1].id if nodes else root, start, tokens))
+            nodes.append(self._node(commit, nodes[-1].id if nodes else root, start, tokens))
         return nodes
 
-    def _tail(self, tenant: str, parent: bytes, raw: bytes, begin: int, commit: Commit) -> list[Node]:
+    def _tail(self, parent: bytes, raw: bytes, begin: int, commit: Commit) -> list[Node]:
         """The segments behind the last full block: those that are there, and one for the rest."""
         length = len(raw) // TOKEN_BYTES
         if begin == length:
@@ -88,7 +87,7 @@ class Planner:
             return segments
         if len(segments) >= MAX_SEGMENTS:
             segments, end = [], begin
-        return [*segments, self._node(tenant, parent, end, block)]
+        return [*segments, self._node(commit, parent, end, block)]
 
     def _boundaries(self, commit: Commit, agent: Agent | None) -> tuple[tuple[int, ...], int]:
         length = len(commit.tokens)
@@ -108,13 +107,14 @@ class Planner:
         """Whether all that this boundary needs is kept already or in this request's hands."""
         if self._layout.has_state and boundary not in snapshots:
             return False
-        known_from = commit.reuse.length
-        for span in reversed(commit.reuse.spans):
-            if span.count and PartKind.WINDOW not in span.parts:
-                break
-            known_from = span.start
-        needed = in_window(nodes, boundary, self._layout.window)
-        return all(node.start >= known_from or self._has(node, PartKind.WINDOW) for node in needed)
+        for policy in self._layout.partial:
+            held = _held(commit, policy.kind)
+            for node in needed(policy, self._layout, nodes, boundary):
+                if not self._has(node, policy.kind) and not any(
+                    each.start <= node.start and node.end <= each.stop for each in held
+                ):
+                    return False
+        return True
 
     def _snapshots(
         self, commit: Commit, agent: Agent | None, raw: bytes, root: bytes, nodes: Sequence[Node], wanted: set[int]
@@ -130,16 +130,34 @@ class Planner:
         for boundary in sorted(wanted):
             begin = block_of(boundary)
             tokens = raw[begin * TOKEN_BYTES : boundary * TOKEN_BYTES]
-            node = self._node(commit.tenant, parents[begin], boundary, tokens)
+            node = self._node(commit, parents[begin], boundary, tokens)
             before = agent.snapshots.get(boundary) if agent is not None else None
-            if boundary in taken or (before is node and PartKind.STATE in node.parts):
+            if boundary in taken or (before is node and all(kind in node.parts for kind in self._layout.snapshots)):
                 found[boundary] = node
         return found
 
-    def _node(self, tenant: str, parent: bytes, start: int, block_tokens: bytes) -> Node:
-        ident = node_id(parent, start, block_tokens)
+    def _node(self, commit: Commit, parent: bytes, start: int, block_tokens: bytes) -> Node:
+        extra_key = commit.lease.extra_key
+        ident = node_id(parent, start, block_tokens, extra_key)
         node = self._index.nodes.get(ident)
         if node is None:
-            return Node(ident, 0, tenant, self._fingerprint, parent, start, block_tokens)
-        assert node.block_tokens == block_tokens, "two contexts with one id"
+            return Node(ident, 0, commit.tenant, self._fingerprint, parent, start, block_tokens, extra_key=extra_key)
+        assert (node.block_tokens, node.extra_key) == (block_tokens, extra_key), "two contexts with one id"
         return node
+
+
+def _held(commit: Commit, kind: PartKind) -> list[range]:
+    """The tokens whose entries of a kind a request holds: what was loaded with it, and all that it computed."""
+    held: list[range] = []
+    for span in commit.reuse.spans:
+        if span.count and kind in span.parts:
+            end = min(span.end, commit.reuse.length)
+            if held and held[-1].stop == span.start:
+                held[-1] = range(held[-1].start, end)
+            else:
+                held.append(range(span.start, end))
+    if held and held[-1].stop == commit.reuse.length:
+        held[-1] = range(held[-1].start, len(commit.tokens))
+    else:
+        held.append(range(commit.reuse.length, len(commit.tokens)))
+    return held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +23,8 @@ TokenIds = NDArray[np.int32]
 
 
 _QUARANTINE_SHARE = 8
+_NOT_IN_VERSION_1 = {"implementation"}
+"""Fields that a fingerprint of version 1 had not."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class StoreSettings:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything that the bytes of a KV cache depend on besides the tokens. Two that differ share nothing."""
+    """Everything that the bytes of a KV cache depend on besides the tokens. Two that differ share nothing.
+
+    Attributes:
+        known_as: its digest in a directory that knows it by an older one; else empty.
+    """
 
     fields: Mapping[str, str]
+    known_as: str = ""
 
     @classmethod
     def of_model(cls, fields: Mapping[str, str]) -> Self:
@@ -80,11 +87,37 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """32 hex digits."""
+        if self.known_as:
+            return self.known_as
         hasher = blake2b(digest_size=16, person=b"warmkv-fp")
         for name, value in sorted(self.fields.items()):
             for text in (name.encode(), value.encode()):
                 hasher.update(len(text).to_bytes(8, "little") + text)
         return hasher.hexdigest()
+
+    def in_version_1(self) -> Fingerprint:
+        """What a directory of version 1 would call it: its fingerprint covered less."""
+        fields = {name: value for name, value in self.fields.items() if name not in _NOT_IN_VERSION_1}
+        return Fingerprint({**fields, "block_format": "1"} if "block_format" in fields else fields)
+
+    def as_known(self, known: Mapping[str, Fingerprint], *, of_old: Container[str] = ()) -> Fingerprint:
+        """The same, under the digest that a directory knows it by, if it does.
+
+        One of version 1 is taken for it where everything that it covered is the same: it is known as that from then on,
+        and not any more to a model that differs in what version 1 did not cover.
+
+        Args:
+            known: by digest.
+            of_old: digests of version 1 of which nobody has the fields any more.
+        """
+        for digest, each in known.items():
+            if each.fields == self.fields:
+                return Fingerprint(self.fields, digest)
+        before = self.in_version_1()
+        there = known.get(before.digest)
+        if (there is None and before.digest in of_old) or (there is not None and there.fields == before.fields):
+            return Fingerprint(self.fields, before.digest)
+        return self
 
     def differing(self, other: Fingerprint) -> tuple[str, ...]:
         """Names of the fields that differ, sorted."""

@@ -161,7 +161,7 @@ def _copy(source: Agent, agent_id: str, incarnation: int, now: float) -> Agent:
     head = len(source.tokens)
     agent = Agent(source.tenant, agent_id, incarnation, source.fingerprint, tokens=source.tokens)
     agent.nodes, agent.snapshots = list(source.nodes), dict(source.snapshots)
-    agent.windowed = set(source.windowed)
+    agent.partial = set(source.partial)
     agent.kept, agent.previous = tuple(sorted({*source.kept, head} - {0})), source.previous
     agent.ttl, agent.labels, agent.ending = source.ttl, dict(source.labels), source.ending
     agent.create_time = agent.update_time = agent.last_used = now

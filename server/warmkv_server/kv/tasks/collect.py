@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from pathlib import Path
 
-from warmkv_server.contract.kv import Fallback, PartKind
+from warmkv_server.contract.kv import Fallback
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.tasks.core import Core, node_of
@@ -38,9 +37,9 @@ class Collector:
         """The index has refused to forget what is suspected: `retry` is to try again."""
 
     def suspect(self, nodes: Iterable[Node]) -> None:
-        """These have lost a reference, a pin, or the need for their window: look at them soon."""
+        """These have lost a reference, a pin, or the need for a part: look at them soon."""
         for node in nodes:
-            if not node.pins and (not node.refs or self._spare_window(node)):
+            if not node.pins and (not node.refs or node.spare_parts()):
                 self._suspects[node] = None
         if self._suspects and self._running is None and not self._refused:
             self._running = asyncio.create_task(self._run())
@@ -58,7 +57,7 @@ class Collector:
         """
         core = self._core
         dropped = {node: dict(node.parts) for node in nodes if node.parts}
-        files = {core.path(node, kind): part.nbytes for node, parts in dropped.items() for kind, part in parts.items()}
+        files = {n.object_name(kind, part): part.nbytes for n, parts in dropped.items() for kind, part in parts.items()}
         ids = {node.id for node in dropped}
         self._removing |= ids
         before = {node: node.lost for node in dropped}
@@ -99,11 +98,11 @@ class Collector:
         core = self._core
         # A node may need the file again: whoever is about to write it has pinned the node, and doesn't look here.
         left = {
-            path: nbytes
-            for path, nbytes in core.accounts.going.items()
-            if (node := core.index.nodes.get(node_of(path))) is None or not node.pins
+            name: nbytes
+            for name, nbytes in core.accounts.going.items()
+            if (node := core.index.nodes.get(node_of(name))) is None or not node.pins
         }
-        ids = {node_of(path) for path in left}
+        ids = {node_of(name) for name in left}
         self._removing |= ids
         try:
             with contextlib.suppress(OSError):
@@ -121,13 +120,13 @@ class Collector:
         """Whether the disk has refused to take something away that is still there."""
         return self._refused or (bool(self._core.accounts.going) and not self._removing)
 
-    async def _unlink(self, files: Mapping[Path, int]) -> None:
+    async def _unlink(self, files: Mapping[str, int]) -> None:
         """Remove files that have been given to `Accounts.go`.
 
         Raises:
             OSError: the disk refuses the first of those that are left.
         """
-        removed: list[Path] = []
+        removed: list[str] = []
         try:
             await self._core.writing(_unlink_all, self._core, files, removed)
         finally:
@@ -138,7 +137,7 @@ class Collector:
             while self._suspects and not self._refused:
                 suspects, self._suspects = list(self._suspects), {}
                 gone = [node for node in suspects if not node.refs and not node.pins]
-                slimmer = [node for node in suspects if node.refs and not node.pins and self._spare_window(node)]
+                slimmer = [node for node in suspects if node.refs and not node.pins and node.spare_parts()]
                 if (gone or slimmer) and not await self._remove(gone, slimmer):
                     self._refused = True
                     self._suspects |= dict.fromkeys(suspects)
@@ -151,16 +150,12 @@ class Collector:
         if self.refused:
             self._was_refused()
 
-    @staticmethod
-    def _spare_window(node: Node) -> bool:
-        return PartKind.WINDOW in node.parts and not node.window_refs
-
     async def _remove(self, gone: list[Node], slimmer: list[Node]) -> bool:
-        """Remove nodes, and the windows of others. False if the index refuses; all is as before then."""
+        """Remove nodes, and unneeded parts of others. False if the index refuses; all is as before then."""
         core = self._core
-        files = {core.path(node, kind): part.nbytes for node in gone for kind, part in node.parts.items()}
-        windows = {node: core.accounts.lost(node, PartKind.WINDOW) for node in slimmer}
-        files |= {core.path(node, PartKind.WINDOW): part.nbytes for node, part in windows.items()}
+        files = {node.object_name(kind, part): part.nbytes for node in gone for kind, part in node.parts.items()}
+        spare = [(node, kind, core.accounts.lost(node, kind)) for node in slimmer for kind in node.spare_parts()]
+        files |= {node.object_name(kind, part): part.nbytes for node, kind, part in spare}
         core.accounts.go(files)
         for node in gone:
             core.accounts.leave(node)
@@ -174,13 +169,13 @@ class Collector:
                 core.accounts.gone(files)
                 for node in gone:
                     core.accounts.enter(node)
-                for node, part in windows.items():
-                    core.accounts.wrote(node, PartKind.WINDOW, part)
+                for node, kind, part in spare:
+                    core.accounts.wrote(node, kind, part)
                 return False
             for node in gone:
                 core.hot.drop(node, unsaved_too=True)
-            for node in windows:
-                core.hot.drop(node, PartKind.WINDOW)
+            for node, kind, _ in spare:
+                core.hot.drop(node, kind)
             try:
                 await self._unlink(files)
             except Exception as error:
@@ -209,8 +204,8 @@ def _say(what: str, error: Exception) -> None:
     log.warning("%s; it is tried again: %s", what, error, exc_info=not isinstance(error, OSError))
 
 
-def _unlink_all(core: Core, paths: Iterable[Path], removed: list[Path]) -> None:
-    """`removed` has those that are gone, also where the disk refuses another."""
-    for path in paths:
-        core.files.unlink(path)
-        removed.append(path)
+def _unlink_all(core: Core, names: Iterable[str], removed: list[str]) -> None:
+    """`removed` has those that are gone, also where the tier refuses another."""
+    for name in names:
+        core.tier.delete(name)
+        removed.append(name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.kv import all_kinds
 from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
 from warmkv_server.kv.blocks.words import Words
 from warmkv_server.kv.catalog import rows
@@ -103,7 +103,7 @@ class Committer:
         for node in nodes:
             node.pins += 1
         try:
-            unsaved = ((node, kind) for node in nodes for kind in PartKind)
+            unsaved = ((node, kind) for node in nodes for kind in all_kinds())
             effort = await self._writer.write_unsaved(agent.tenant, unsaved)
             async with core.last_step(agent.key):
                 if effort.refusal is not None or core.index.agents.get(agent.key) is not agent:
@@ -288,14 +288,15 @@ class Committer:
     def _after(self, commit: Commit, agent: Agent | None, plan: Plan) -> Agent:
         """What the agent is to be; for a new one, the agent itself."""
         now = self._core.clock.now()
-        changed = agent is None or not np.array_equal(agent.tokens, commit.tokens)
+        same = agent is not None and agent.extra_key == commit.lease.extra_key
+        changed = agent is None or not same or not np.array_equal(agent.tokens, commit.tokens)
         if agent is None:
             incarnation = self._core.index.new_incarnation()
             after = Agent(commit.tenant, commit.agent_id, incarnation, self._core.fingerprint)
             after.create_time, after.revision = now, 0
         else:
             after = replace(agent)
-        after.nodes, after.snapshots, after.windowed = plan.nodes, plan.snapshots, plan.windowed
+        after.nodes, after.snapshots, after.partial = plan.nodes, plan.snapshots, plan.partial
         if changed:
             after.tokens = commit.tokens.astype(np.int32)
             after.tokens.flags.writeable = False

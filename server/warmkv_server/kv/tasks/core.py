@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec
+from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec, all_kinds
 from warmkv_server.contract.store import AgentRecord, Tier
 from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv.blocks import blockfile
@@ -20,7 +20,8 @@ from warmkv_server.kv.blocks.blockfile import BlockInfo
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.ids import root_id
 from warmkv_server.kv.blocks.inflight import InFlight
-from warmkv_server.kv.blocks.paths import block_path
+from warmkv_server.kv.blocks.spare import SpareMemory
+from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import LATEST, Clock
 from warmkv_server.kv.catalog.foreign import Foreign
 from warmkv_server.kv.catalog.journal import Journal
@@ -31,6 +32,9 @@ from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_inf
 from warmkv_server.kv.index.records import StoreSettings
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.outcomes import Outcomes
+
+BATCH_BYTES = 32 << 20
+"""Files that one thread reads before it reports: enough to make the way there and back, and a turn of MLX's, cheap."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,7 +53,7 @@ class Counters:
 
 
 class Core:
-    """Used on the event loop's thread only, but for `path` and `info`."""
+    """Used on the event loop's thread only, but for `info`."""
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Core:
         journal: Journal,
         outcomes: Outcomes,
         files: Files,
+        tier: BlockTier,
         clock: Clock,
         foreign: Foreign,
     ) -> None:
@@ -70,12 +75,14 @@ class Core:
         self.journal = journal
         self.outcomes = outcomes
         self.files = files
+        self.tier = tier
         self.clock = clock
         self.foreign = foreign
         self.hot = HotTier(settings.hot_bytes)
+        self.spare = SpareMemory(settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self.accounts = Accounts(index, self.hot, layout, fingerprint)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
-            kind: blockfile.ordered(layout.of_kind(kind)) for kind in PartKind
+            kind: blockfile.ordered(layout.of_kind(kind)) for kind in all_kinds()
         }
         self.counters = Counters()
         self.disk = DiskState()
@@ -91,9 +98,6 @@ class Core:
         self._last_steps: WeakValueDictionary[AgentKey, asyncio.Lock] = WeakValueDictionary()
         self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
         self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
-
-    def path(self, node: Node, kind: PartKind) -> Path:
-        return block_path(self.settings.data_dir, node.id.hex(), kind)
 
     def info(self, node: Node, kind: PartKind) -> BlockInfo:
         return block_info(node, kind)
@@ -181,6 +185,6 @@ class Core:
         )
 
 
-def node_of(path: Path) -> bytes:
-    """The id of the node whose block file this is, or was."""
-    return bytes.fromhex(path.name.partition(".")[0])
+def node_of(name: str) -> bytes:
+    """The id of the node whose object this is, or was."""
+    return bytes.fromhex(name.partition(".")[0])

@@ -6,7 +6,6 @@ The budget of RAM is the hot tier's own affair.
 from __future__ import annotations
 
 from warmkv_server.errors import AgentDeleted, NotDurable
-from warmkv_server.kv.blocks.residency import drop_pages, resident_bytes
 from warmkv_server.kv.index.index import Agent
 from warmkv_server.kv.index.records import Evicted
 from warmkv_server.kv.tasks.core import Core
@@ -28,15 +27,15 @@ class Eviction:
                 "free disk space, and it is written by itself"
             )
         nodes = list(agent.all_nodes())
-        paths = [core.path(node, kind) for node in nodes for kind in node.parts]
-        before = await core.reading(resident_bytes, paths)
+        names = [name for node in nodes for name in node.object_names()]
+        before = await core.reading(core.tier.resident_bytes, names)
         self._require_same(agent)
         counted = core.accounts.evictions
         freed = sum(core.hot.drop(node) for node in nodes)
         core.counters.evictions += bool(freed) and core.accounts.evictions == counted  # only a part of it was in RAM
         if drop_page_cache:
-            await core.reading(drop_pages, paths)
-        after = await core.reading(resident_bytes, paths) if drop_page_cache else before
+            await core.reading(core.tier.drop_pages, names)
+        after = await core.reading(core.tier.resident_bytes, names) if drop_page_cache else before
         self._require_same(agent)
         return Evicted(core.record(agent), freed, before, after)
 

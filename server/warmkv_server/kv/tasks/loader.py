@@ -5,28 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from warmkv_server.contract.kv import Fallback, PartKind, Reuse, Span, Tensors
 from warmkv_server.kv.blocks.blockfile import BadFile, Part
-from warmkv_server.kv.blocks.paths import QUARANTINE
-from warmkv_server.kv.blocks.quarantine import quarantine
 from warmkv_server.kv.blocks.reader import PartOrder, read_parts
-from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.index.boundaries import Has, in_window, longest_usable
+from warmkv_server.kv.index.boundaries import Has, Under, longest_usable, needed
 from warmkv_server.kv.index.hot import PartKey
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.lease import Lease
-from warmkv_server.kv.tasks.core import Core
+from warmkv_server.kv.tasks.core import BATCH_BYTES, Core
 from warmkv_server.kv.tasks.manifests import Manifests
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 32 << 20
-"""Files that one thread reads before it reports: enough to make the way there and back, and a turn of MLX's, cheap."""
 BATCH_FILES = 32
 """So many at most: a batch's files are open at the same time."""
 REST_SECONDS = 30.0
@@ -52,10 +48,9 @@ class Loader:
         self._core = core
         self._manifests = manifests
         self._reads: dict[tuple[Node, PartKind], asyncio.Future[Tensors]] = {}
-        self._losing: set[tuple[Node, PartKind]] = set()
+        self._losing: list[PartKey] = []
         self._quarantine = asyncio.Lock()
         self._batches: set[asyncio.Task[None]] = set()
-        self._spare = SpareMemory(core.settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self._rest: asyncio.TimerHandle | None = None
 
     async def load(self, lease: Lease) -> Reuse:
@@ -99,8 +94,10 @@ class Loader:
         return [self._reads[key] for key in wanted]
 
     async def put_away(self, node: Node, kind: PartKind) -> None:
-        """Wait until a bad file of this part, if there was one, is out of the way of a new one."""
-        while (node, kind) in self._losing:
+        """Wait until bad objects of this part, if there were any, are out of the way: computed anew, it may have the
+        bytes that they should have had, and so the same name. Whoever loses it may do so for a node of this id that is
+        not in the index any more."""
+        while (node.id, kind) in self._losing:
             async with self._quarantine:
                 pass
 
@@ -111,7 +108,7 @@ class Loader:
     def _rest_later(self) -> None:
         if self._rest is not None:
             self._rest.cancel()
-        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._spare.rest)
+        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._core.spare.rest)
 
     def _done(self, key: tuple[Node, PartKind], future: asyncio.Future[Tensors]) -> None:
         del self._reads[key]
@@ -119,11 +116,16 @@ class Loader:
             future.exception()  # Seen: whoever waits for it gets it.
 
     def _parts(self, lease: Lease) -> list[tuple[Node, PartKind]]:
-        parts = [(node, PartKind.APPEND) for node in lease.nodes]
-        parts += [(node, PartKind.WINDOW) for node in in_window(lease.nodes, lease.length, self._core.layout.window)]
+        layout = self._core.layout
+        parts = [
+            (node, policy.kind)
+            for policy in layout.policies
+            if not policy.snapshot
+            for node in needed(policy, layout, lease.nodes, lease.length)
+        ]
         if lease.snapshot is not None:
-            parts.append((lease.snapshot, PartKind.STATE))
-        return [(node, kind) for node, kind in parts if self._core.specs[kind]]
+            parts += [(lease.snapshot, kind) for kind in layout.snapshots]
+        return parts
 
     async def _gather(
         self,
@@ -166,18 +168,20 @@ class Loader:
 
     def _shorten(self, lease: Lease, bad: Node, held: dict[PartKey, Tensors], *, late: bool) -> None:
         """Go back to the longest usable prefix before a bad node; when time is up, to one that is in RAM already."""
-        core = self._core
+        core, everywhere = self._core, self._core.layout.everywhere
 
         def at_hand(node: Node, kind: PartKind) -> bool:
             return (node.id, kind) in held or core.hot.has(node, kind)
 
         has: Has = at_hand if late else core.has
-        nodes = [node for node in lease.nodes if has(node, PartKind.APPEND)] if late else lease.nodes
+        nodes = [n for n in lease.nodes if all(has(n, kind) for kind in everywhere)] if late else lease.nodes
         nodes = nodes[: _contiguous(nodes)]
         reach = min(bad.start, nodes[-1].end if nodes else 0) if not bad.snapshot else bad.end - 1
         reach = min(reach, nodes[-1].end if nodes else 0)
         nodes = [node for node in nodes if node.start < reach]
-        best = longest_usable(core.index, core.layout, nodes, reach, core.root(lease.tenant), has)
+        best = longest_usable(
+            core.index, core.layout, nodes, reach, Under(core.root(lease.tenant), lease.extra_key), has
+        )
         lease.length, lease.nodes, lease.snapshot = best.length, list(best.nodes), best.snapshot
         lease.own_nodes = min(lease.own_nodes, len(lease.nodes))
         if best.snapshot is not None:
@@ -187,7 +191,6 @@ class Loader:
         core = self._core
         orders = {
             read: PartOrder(
-                core.path(read.node, read.kind),
                 core.info(read.node, read.kind),
                 core.specs[read.kind],
                 read.part.digest,
@@ -196,7 +199,9 @@ class Loader:
             if read.part is not None
         }
         try:
-            outcomes = dict(zip(orders, await core.reading(read_parts, [*orders.values()], self._spare), strict=True))
+            outcomes = dict(
+                zip(orders, await core.reading(read_parts, core.tier, [*orders.values()], core.spare), strict=True)
+            )
             for read in batch:
                 gone = BadFile(read.node.lost or Fallback.MISSING_BLOCK, "gone")
                 outcome = outcomes.get(read, gone)
@@ -243,50 +248,49 @@ class Loader:
             self._manifests.note_lost([node])
         try:
             if not missing:
-                await self._put_away(node, kind, part)
+                await self._put_away(node, kind, part, bad.version)
             if node.saved:
                 await core.journal.apply([rows.update_node(node)])
         except OSError as error:
             node.dirty = True
             log.warning("block %s can't be put into quarantine: %s", node.id.hex(), error)
 
-    async def _put_away(self, node: Node, kind: PartKind, part: Part) -> None:
+    async def _put_away(self, node: Node, kind: PartKind, part: Part, version: object) -> None:
         """One at a time: each counts what the folder holds afterwards."""
         core = self._core
-        path, folder = core.path(node, kind), core.settings.data_dir / QUARANTINE
+        name = node.object_name(kind, part)
         core.counters.quarantined += 1
-        core.accounts.go({path: part.nbytes})
-        self._losing.add((node, kind))
+        core.accounts.go({name: part.nbytes})
+        self._losing.append((node.id, kind))
         try:
             async with self._quarantine:
-                limit = core.settings.quarantine_limit
-                core.quarantine_bytes = await core.writing(quarantine, core.files, path, folder, limit)
-            core.accounts.gone([path])
+                core.quarantine_bytes = await core.writing(core.tier.set_aside, name, version)
+            core.accounts.gone([name])
         finally:
-            self._losing.discard((node, kind))
+            self._losing.remove((node.id, kind))
 
     def _reuse(self, lease: Lease, held: dict[PartKey, Tensors], read: dict[PartKey, int], seconds: float) -> Reuse:
         core = self._core
-        windowed = set(in_window(lease.nodes, lease.length, core.layout.window))
+        layout = core.layout
+        kinds: defaultdict[Node, list[PartKind]] = defaultdict(list)
+        for node, kind in self._parts(lease):
+            kinds[node].append(kind)
         spans = []
         hot = warm = shared = 0
-        snapshot_read = lease.snapshot is not None and (lease.snapshot.id, PartKind.STATE) in read
+        snapshot_read = lease.snapshot is not None and any((lease.snapshot.id, k) in read for k in layout.snapshots)
         last = len(lease.nodes) - 1
         for number, node in enumerate(lease.nodes):
-            kinds = [PartKind.APPEND, PartKind.WINDOW] if node in windowed else [PartKind.APPEND]
-            parts = {kind: held[node.id, kind] for kind in kinds if core.specs[kind]}
+            parts = {kind: held[node.id, kind] for kind in kinds[node]}
             spans.append(Span(node.start, node.count, parts))
             tokens = min(node.end, lease.length) - node.start
             if number >= lease.own_nodes:
                 shared += tokens
-            elif any((node.id, kind) in read for kind in kinds if core.specs[kind]) or (
-                snapshot_read and (number == last or not parts)
-            ):
+            elif any((node.id, kind) in read for kind in parts) or (snapshot_read and (number == last or not parts)):
                 warm += tokens
             else:
                 hot += tokens
         if lease.snapshot is not None:
-            spans.append(Span(lease.length, 0, {PartKind.STATE: held[lease.snapshot.id, PartKind.STATE]}))
+            spans.append(Span(lease.length, 0, {kind: held[lease.snapshot.id, kind] for kind in layout.snapshots}))
         return Reuse(
             length=lease.length,
             spans=tuple(spans),

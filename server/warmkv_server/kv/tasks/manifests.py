@@ -2,8 +2,8 @@
 
 The index is the commit point, and the log of commits has what its loss would cost, so nobody waits for a manifest: it
 is written after the commit, at most once in a while for each agent, many of them with one sync of their folder. What a
-manifest on disk refers to stays there until a newer one is: nodes that a commit has replaced, and those whose window it
-doesn't need any more, are pinned for as long.
+manifest on disk refers to stays there until a newer one is: nodes that a commit has replaced, and those of
+which it doesn't need a part any more, are pinned for as long.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.kv import policy_of
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.manifest import Manifest, encode
 from warmkv_server.kv.catalog.manifest_files import write
@@ -76,7 +76,7 @@ class Manifests:
         if agent.deleting or not known:
             return
         now = set(agent.all_nodes())
-        held = [n for n in set(replaced) if n not in now or (PartKind.WINDOW in n.parts and n not in agent.windowed)]
+        held = [n for n in set(replaced) if n not in now or _has_more(n, agent)]
         for node in held:
             node.pins += 1
         durable = core.journal.durable
@@ -189,6 +189,11 @@ class Manifests:
         for node in nodes:
             node.pins -= 1
         self._release(nodes)
+
+
+def _has_more(node: Node, agent: Agent) -> bool:
+    """Whether it has a part that the agent doesn't need any more, and that its manifest on disk may count on."""
+    return any(policy_of(kind).partial and (node, kind) not in agent.partial for kind in node.parts)
 
 
 def _remove(files: Files, path: Path) -> None:

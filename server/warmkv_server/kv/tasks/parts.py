@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind, Tensors
 from warmkv_server.kv.blocks.blockfile import BadFile, header_bytes, payload_size
 from warmkv_server.kv.blocks.words import Words, write_part
 from warmkv_server.kv.index.hot import PartKey
-from warmkv_server.kv.index.index import Node
+from warmkv_server.kv.index.index import Node, PartOf
 from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.loader import Loader
 from warmkv_server.kv.tasks.quota import Quota, Room
@@ -23,12 +22,12 @@ class Effort:
     """What one commit has written so far.
 
     Attributes:
-        folders: with names that are to be synced.
+        names: of objects that are to be synced.
         refusal: the disk's, once it has refused; nothing more is tried then.
         room: what the files may take of the quota.
     """
 
-    folders: set[Path] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
     bytes_written: int = 0
     refusal: OSError | None = None
     room: Room | None = None
@@ -92,11 +91,11 @@ class PartWriter:
             await self._sync(effort)
         return effort
 
-    def _perhaps_not_synced(self, parts: Iterable[tuple[Node, PartKind]]) -> set[Path]:
-        """Folders of files that no transaction counts on yet: whoever made them may still be about to sync their names,
+    def _perhaps_not_synced(self, parts: Iterable[PartOf]) -> set[str]:
+        """Objects that no transaction counts on yet: whoever made them may still be about to sync their names,
         or was refused before."""
         known = ((node, kind) for node, kind in parts if kind in node.parts and (node.dirty or not node.saved))
-        return {self._core.path(node, kind).parent for node, kind in known}
+        return {node.object_name(kind, node.parts[kind]) for node, kind in known}
 
     @contextlib.asynccontextmanager
     async def _room(self, tenant: str, parts: list[tuple[Node, PartKind]], effort: Effort) -> AsyncIterator[None]:
@@ -125,7 +124,7 @@ class PartWriter:
             await self._loader.put_away(node, kind)
             if kind in node.parts:
                 # Somebody was first with this context: their bytes are the ones to go on with.
-                effort.folders.add(core.path(node, kind).parent)
+                effort.names.add(node.object_name(kind, node.parts[kind]))
                 if not core.specs[kind] or core.hot.has(node, kind) or await self._readable(node, kind):
                     return
             tensors = core.hot.get(node, kind)
@@ -161,25 +160,25 @@ class PartWriter:
         core = self._core
         if effort.refusal is not None:
             return
-        path = core.path(node, kind)
         try:
-            part = await core.writing(write_part, core.files, path, core.info(node, kind), core.specs[kind], tensors)
+            part = await core.writing(write_part, core.tier, core.info(node, kind), core.specs[kind], tensors)
         except OSError as error:
             effort.refusal = error
             return
-        core.accounts.gone([path])  # It may have lain there: what the disk had refused to remove.
+        name = node.object_name(kind, part)
+        core.accounts.gone([name])  # It may have lain there: what the disk had refused to remove.
         core.accounts.wrote(node, kind, part)
         node.lost, node.dirty = None, True
         if effort.room is not None:
             effort.room.spend(part.nbytes)
         core.counters.kv_bytes_written += part.nbytes
         core.hot.saved(node, kind)
-        effort.folders.add(path.parent)
+        effort.names.add(name)
         effort.bytes_written += part.nbytes
 
     async def _sync(self, effort: Effort) -> None:
-        if effort.refusal is None and effort.folders:
+        if effort.refusal is None and effort.names:
             try:
-                await self._core.writing(self._core.files.sync_folders, sorted(effort.folders))
+                await self._core.writing(self._core.tier.sync, sorted(effort.names))
             except OSError as error:
                 effort.refusal = error

@@ -162,6 +162,13 @@ class CodecPlan:
         return fields
 
 
+def codec_name(codec: Codec) -> str:
+    """What files say of the streams that it codes; empty for values as they are computed."""
+    if not codec.bits and not codec.identity:
+        return ""
+    return f"{codec.identity or 'affine'}-{codec.bits}-{codec.group_size}"
+
+
 def apart(coded: Coded) -> tuple[Words, Words]:
     """Keys' words and values', each by themselves."""
     if len(coded) == 2:
