@@ -23,7 +23,7 @@ from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.engine.model.discover import discover
-from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.model.step_plan import StepPlan
 from warmkv_server.engine.steps.batch import run_chunk
 from warmkv_server.engine.steps.sequence import Sequence as Running
@@ -118,7 +118,7 @@ async def _score(loaded: models.LoadedModel, texts: list[list[int]], context: in
 
 async def _round_trip(store: Store, loaded: models.LoadedModel, tokens: list[int]) -> Reuse:
     """Prefill a context, commit it, drop it from RAM, and read it back."""
-    running = Running(0, Job(tokens), loaded, Need(0, 0, 0))
+    running = Running(0, Job(tokens), loaded, MemoryNeed(0, 0, 0))
     for _ in running.open():
         pass
     while running.done < len(tokens):

@@ -15,7 +15,7 @@ import pytest
 from tests.engine.spans import compute
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Logprobs
 from warmkv_server.contract.kv import Growth, Reuse, Span
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.caches import empty_caches
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
@@ -25,7 +25,7 @@ from warmkv_server.engine.model import load as model
 CHUNK = 32
 """Tokens of a prefill chunk in these tests; smaller than any operator's, so that short prompts have several."""
 
-FEW_SHAPES = FewShapes(mx.float32, step=64, fine=16, smallest=8, long=48)
+FEW_SHAPES = AttentionShapes(mx.float32, step=64, fine=16, smallest=8, long=48)
 """Those of attention that a test has a CPU take: small, so that short prompts are padded and cross several steps."""
 
 TOLERANCE = 1e-2

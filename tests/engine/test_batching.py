@@ -31,9 +31,9 @@ from tests.engine.spans import grown, needed
 from warmkv_server.contract.generation import Answer, Delta, Finish, Sampling
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.output.sampling import Choice, Chooser
-from warmkv_server.engine.steps.batch import Group
+from warmkv_server.engine.steps.batch import Batch
 from warmkv_server.engine.steps.sequence import Sequence
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -191,22 +191,22 @@ async def test_a_batch_has_a_mask_only_while_its_rows_differ_in_length(folder_of
         caches = solo.loaded.cache_map.empty_caches(solo.loaded.model)
         solo.loaded.model(mx.array([prompt_of(length)]), cache=caches)
         mx.eval(kinds.arrays(caches))
-        sequence = Sequence(length, job_of(prompt_of(length), 4), solo.loaded, Need(0, 0, 0), caches, length)
+        sequence = Sequence(length, job_of(prompt_of(length), 4), solo.loaded, MemoryNeed(0, 0, 0), caches, length)
         sequence.collect()
         sequence.pending = Choice(mx.array([1]))
         sequence.chooser = Chooser(Sampling(), prompt_of(length), 320, 0)
         rows.append(sequence)
-    group = Group()
+    batch = Batch()
 
     def masked() -> bool:
-        return group.caches[0].make_mask(1) is not None
+        return batch.caches[0].make_mask(1) is not None
 
     for row in rows[:2]:
-        group.join(row)
-    group.drain()
+        batch.join(row)
+    batch.drain()
     assert not masked()
-    group.join(rows[2])
-    group.drain()
+    batch.join(rows[2])
+    batch.drain()
     assert masked()
-    group.leave([rows[2]])
+    batch.leave([rows[2]])
     assert not masked()

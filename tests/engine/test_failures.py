@@ -19,7 +19,7 @@ from warmkv_server.contract.kv import Span
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.output import sampling
 from warmkv_server.engine.output.answer_text import AnswerText
-from warmkv_server.engine.steps import batch as group
+from warmkv_server.engine.steps import batch
 from warmkv_server.errors import EngineError
 
 POISON = 7
@@ -159,14 +159,14 @@ async def test_text_that_cannot_be_spelled_ends_only_its_own_row(
         assert engine.stats().in_flight_bytes == 0
 
 
-async def test_a_join_that_fails_ends_the_group_it_was_changing(
+async def test_a_join_that_fails_ends_the_batch_it_was_changing(
     folder_of: FolderOf, solo: Solo, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of its layers have the new row and half don't: nothing that it says can be trusted."""
     async with running(folder_of("llama")) as engine:
         first = await begun(engine.submit(job_of(prompt_of(40), 3000)))
         with monkeypatch.context() as patch:
-            patch.setattr(group, "_merged", lambda _: [None, None])
+            patch.setattr(batch, "_merged", lambda _: [None, None])
             second = engine.submit(job_of(prompt_of(41), 5))
             await fails(second, caplog)
             await fails(first, caplog)

@@ -15,7 +15,7 @@ from tests.engine.runs import after, job_of, outcome, outcomes, prompt_of, runni
 from tests.engine.spans import grown, needed
 from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.engine.engine import Engine
-from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.steps.schedule import together
 
 CHUNK = 256
@@ -71,11 +71,11 @@ async def test_a_long_answer_alone(folder_of: FolderOf) -> None:
 
 
 def test_steps_come_one_after_another_and_all_else_adds_up() -> None:
-    one, other = Need(held=300, copied=10, step=50), Need(held=600, copied=30, step=20)
+    one, other = MemoryNeed(held=300, copied=10, step=50), MemoryNeed(held=600, copied=30, step=20)
     assert together([]) == 0
     assert together([one]) == 350
     assert together([one, other]) == (300 + 600) * 4 // 3 + (10 + 30) * 4 // 3
-    assert together([one, other, Need(held=0, copied=0, step=100)]) == (300 + 600) * 4 // 3 + 100
+    assert together([one, other, MemoryNeed(held=0, copied=0, step=100)]) == (300 + 600) * 4 // 3 + 100
 
 
 async def test_the_shortest_context_limit_is_measured(folder_of: FolderOf) -> None:

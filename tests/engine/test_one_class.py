@@ -19,7 +19,7 @@ from tests.engine.spans import distance
 from tests.engine.stored import check_hot_equals_warm
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import PartKind
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.caches import QuantiseFirst
 from warmkv_server.engine.cache.codecs.affine import AffineCodec
 from warmkv_server.engine.cache.codecs.as_computed import AsComputed
@@ -124,7 +124,7 @@ async def test_streams_can_differ(folder_of: FolderOf, tmp_path: Path) -> None:
     }
 
 
-class Chain(ConcatenateKVCache):  # type: ignore[misc]
+class Chain(ConcatenateKVCache):
     """What a toy model of another library's keeps its context in: every step a longer array."""
 
 
@@ -138,7 +138,7 @@ class ChainCache(QuantiseFirst, Chain, stands_for=Chain):
         self.record_with(codec)
 
     @classmethod
-    def in_place_of(cls, _stock: Any, codec: LayerCodec, _: FewShapes | None) -> Self:
+    def in_place_of(cls, _stock: Any, codec: LayerCodec, _: AttentionShapes | None) -> Self:
         return cls(codec)
 
     def fill(self, keys: mx.array, values: mx.array, length: int) -> None:

@@ -31,7 +31,7 @@ from tests.engine.runs import (
     running,
 )
 from warmkv_server.contract.generation import Job, Sampling
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.model import device, discover
 from warmkv_server.errors import EngineError
@@ -86,7 +86,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def watched(folder: Path, shapes: FewShapes | None, short_prompt: int) -> AsyncIterator[Bench]:
+async def watched(folder: Path, shapes: AttentionShapes | None, short_prompt: int) -> AsyncIterator[Bench]:
     """Such an engine."""
     found: list[Bench] = []
 
@@ -112,7 +112,7 @@ async def watched(folder: Path, shapes: FewShapes | None, short_prompt: int) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         solo = Solo(folder)
-        patch.setattr(discover, "few_shapes", lambda *_: shapes)
+        patch.setattr(discover, "attention_shapes", lambda *_: shapes)
         become(patch, subclass)
         patch.setattr(device, "short_prompt", lambda: short_prompt)
         async with running(folder, max_batch=8, prefill_chunk=CHUNK) as engine:

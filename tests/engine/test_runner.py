@@ -150,7 +150,7 @@ async def test_a_plan_says_what_a_step_does(folder_of: FolderOf, caplog: pytest.
 async def test_a_plan_says_what_is_padded(
     folder_of: FolderOf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(discover, "few_shapes", lambda *_: FEW_SHAPES)
+    monkeypatch.setattr(discover, "attention_shapes", lambda *_: FEW_SHAPES)
     async with running(folder_of("llama"), max_decode_gap_ms=60_000) as engine:
         caplog.set_level(logging.DEBUG, "warmkv_server.engine.model.runner")
         await outcomes(engine, [job_of(prompt_of(length), 4) for length in (60, 52)])

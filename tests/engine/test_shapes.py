@@ -32,7 +32,7 @@ from tests.engine.test_need import within
 from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.model import discover
@@ -46,7 +46,7 @@ async def few(folder_of: FolderOf) -> AsyncIterator[tuple[Engine, Solo, list[tup
     solo = Solo(folder_of("llama"))
     calls: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(discover, "few_shapes", lambda *_: FEW_SHAPES)
+        patch.setattr(discover, "attention_shapes", lambda *_: FEW_SHAPES)
         become(patch, counting(calls))
         async with running(folder_of("llama"), max_decode_gap_ms=60_000) as engine:
             yield engine, solo, calls
@@ -128,7 +128,7 @@ async def test_rows_of_one_length_and_short_ones_are_fed_one(few: Few, lengths: 
 
 
 async def test_what_padding_takes_was_foreseen(folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discover, "few_shapes", lambda *_: FewShapes(mx.float32))
+    monkeypatch.setattr(discover, "attention_shapes", lambda *_: AttentionShapes(mx.float32))
     async with running(folder_of("llama"), prefill_chunk=256) as engine:
         jobs = [job_of(prompt_of(length), 40) for length in (300, 310)]
         with within(engine, jobs, 3):
@@ -137,7 +137,7 @@ async def test_what_padding_takes_was_foreseen(folder_of: FolderOf, monkeypatch:
 
 @given(held=st.integers(0, 5000), new=st.integers(1, 3000))
 def test_caches_never_have_more_room_than_was_foreseen(held: int, new: int) -> None:
-    shapes = FewShapes(mx.bfloat16)
+    shapes = AttentionShapes(mx.bfloat16)
     tokens, length = shapes.chunk(held, held + new)
     assert new <= tokens < max(2 * new, new + shapes.fine, shapes.smallest + 1)
     assert held + tokens <= length
@@ -161,8 +161,8 @@ def test_capacities_are_what_was_asked_for() -> None:
         assert keys.shape[-2] == read
         assert cache.keys is not None
         assert cache.keys.shape[-2] == capacity
-    assert FewShapes(mx.bfloat16).capacity(8192) % 256
-    assert not FewShapes(mx.bfloat16).capacity(9216) % 256
+    assert AttentionShapes(mx.bfloat16).capacity(8192) % 256
+    assert not AttentionShapes(mx.bfloat16).capacity(9216) % 256
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from tests.engine.conftest import FolderOf
 from tests.engine.runs import Solo, become, begun, check_greedy, job_of, outcome, prompt_of, running
 from warmkv_server.engine.engine import Handle
-from warmkv_server.engine.model.memory_need import Needs
+from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.output.sampling import Chooser
 from warmkv_server.engine.steps import loop
 from warmkv_server.engine.steps.decode import Decoder
@@ -133,7 +133,7 @@ async def test_a_second_failure_much_later_is_a_first_one(
 async def test_a_job_that_cannot_be_taken_ends_alone(
     mine: Mine, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Needs, "of_job", mine.around(Needs.of_job, ZeroDivisionError()))
+    monkeypatch.setattr(MemoryNeeds, "of_job", mine.around(MemoryNeeds.of_job, ZeroDivisionError()))
     async with running(folder_of("llama")) as engine:
         beside = await begun(engine.submit(job_of(prompt_of(40), 60)))
         mine.arm()

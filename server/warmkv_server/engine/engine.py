@@ -18,7 +18,7 @@ from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
 from warmkv_server.engine.model.load import ModelInfo
-from warmkv_server.engine.model.memory_need import Needs
+from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
 from warmkv_server.engine.steps.running_set import Message
@@ -163,7 +163,7 @@ class Engine:
         self.lost: asyncio.Future[str] = self._asyncio.create_future()
         """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
-        self.needs: Needs
+        self.needs: MemoryNeeds
 
     @classmethod
     async def start(cls, settings: EngineSettings, text: StartedText | None = None) -> Engine:

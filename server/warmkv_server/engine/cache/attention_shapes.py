@@ -20,7 +20,7 @@ _ODD = 8
 
 
 @dataclass(frozen=True)
-class FewShapes:
+class AttentionShapes:
     """The lengths that attention is given.
 
     Attributes:
@@ -100,7 +100,7 @@ def make_room(cache: Any, held: int, length: int, keys: mx.array, values: mx.arr
     Args:
         keys, values: of the shape, but for their length, and the type of what the cache holds.
     """
-    shapes: FewShapes = cache.shapes
+    shapes: AttentionShapes = cache.shapes
     there = 0 if cache.keys is None else cache.keys.shape[-2]
     if there < length or there != shapes.capacity(there // shapes.step * shapes.step):
         behind = shapes.capacity(length) - held

@@ -28,7 +28,7 @@ from mlx_lm.models.cache import (
 )
 
 from warmkv_server.contract.kv import PartKind
-from warmkv_server.engine.cache.attention_shapes import FewShapes, make_room
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes, make_room
 from warmkv_server.engine.cache.codecs.codec import CodecPlan, Coded, LayerCodec, Words, apart, cut_tokens, join_tokens
 from warmkv_server.engine.cache.layer_cache import Kept, LayerCache, TokenCache, Update
 from warmkv_server.errors import OperatorError
@@ -116,7 +116,7 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
     """
 
     kind = PartKind.APPEND
-    shapes: FewShapes | None = None
+    shapes: AttentionShapes | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Self:
@@ -130,7 +130,7 @@ class BatchAppendCache(QuantiseFirst, BatchKVCache):
 
     @property
     def _takes_two(self) -> bool:
-        """Whether steps feed two tokens a row, the second of which is padding: see `FewShapes.decoding`."""
+        """Whether steps feed two tokens a row, the second of which is padding: see `AttentionShapes.decoding`."""
         return self.shapes is not None and not self.even and self._idx >= self.shapes.long
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -166,13 +166,13 @@ class AppendCache(QuantiseFirst, KVCache, stands_for=KVCache):
     kind = PartKind.APPEND
     batch = BatchAppendCache
 
-    def __init__(self, codec: LayerCodec, shapes: FewShapes | None = None) -> None:
+    def __init__(self, codec: LayerCodec, shapes: AttentionShapes | None = None) -> None:
         super().__init__()
         self.record_with(codec)
         self.shapes = shapes
 
     @classmethod
-    def in_place_of(cls, _: Any, codec: LayerCodec, shapes: FewShapes | None) -> Self:
+    def in_place_of(cls, _: Any, codec: LayerCodec, shapes: AttentionShapes | None) -> Self:
         return cls(codec, shapes)
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:  # noqa: N803 - mlx-lm's name
@@ -223,7 +223,7 @@ class WindowCache(LastTokens, RotatingKVCache, stands_for=RotatingKVCache):
     batch = BatchWindowCache
 
     @classmethod
-    def in_place_of(cls, stock: Any, codec: LayerCodec, _: FewShapes | None) -> Self | None:
+    def in_place_of(cls, stock: Any, codec: LayerCodec, _: AttentionShapes | None) -> Self | None:
         return cls(codec, stock.max_size) if stock.keep == 0 else None
 
     def begin(self, held: int) -> None:
@@ -234,7 +234,7 @@ class ChunkCache(LastTokens, ChunkedKVCache, stands_for=ChunkedKVCache):
     """Chunked attention: at least the tokens of the current chunk are kept."""
 
     @classmethod
-    def in_place_of(cls, stock: Any, codec: LayerCodec, _: FewShapes | None) -> Self:
+    def in_place_of(cls, stock: Any, codec: LayerCodec, _: AttentionShapes | None) -> Self:
         return cls(codec, stock.chunk_size)
 
     def begin(self, held: int) -> None:
@@ -251,7 +251,7 @@ class StateCache(Kept, ArraysCache, stands_for=ArraysCache):
     log: tuple[Update, ...] = ()
 
     @classmethod
-    def in_place_of(cls, stock: Any, _codec: LayerCodec, _: FewShapes | None) -> Self:
+    def in_place_of(cls, stock: Any, _codec: LayerCodec, _: AttentionShapes | None) -> Self:
         return cls(len(stock.cache))
 
     def arrays(self) -> list[mx.array]:
@@ -269,7 +269,7 @@ def _starts_early(rows: int, tokens: int) -> bool:
     return rows == tokens == 1 and bool(mx.default_device() == mx.cpu)
 
 
-def empty_caches(model: Any, codecs: CodecPlan, shapes: FewShapes | None = None) -> list[Any]:
+def empty_caches(model: Any, codecs: CodecPlan, shapes: AttentionShapes | None = None) -> list[Any]:
     """Empty caches for one sequence, as the model makes them, quantising first.
 
     Args:
@@ -280,7 +280,7 @@ def empty_caches(model: Any, codecs: CodecPlan, shapes: FewShapes | None = None)
     """
     numbers = itertools.count()
 
-    def kept(cache: Any, shapes: FewShapes | None) -> Any:
+    def kept(cache: Any, shapes: AttentionShapes | None) -> Any:
         if type(cache) is CacheList:
             return CacheList(*(kept(member, None) for member in cache.caches))
         kind = Kept.standing_for.get(type(cache))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 import mlx.core as mx
 
 from warmkv_server.contract.kv import PartKind
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.codecs.codec import Coded, LayerCodec, Position, Words
 
 
@@ -115,7 +115,7 @@ class Kept(Behind):
             Kept.standing_for[stands_for] = cls
 
     @classmethod
-    def in_place_of(cls, stock: Any, codec: LayerCodec, shapes: FewShapes | None) -> Self | None:
+    def in_place_of(cls, stock: Any, codec: LayerCodec, shapes: AttentionShapes | None) -> Self | None:
         """One in place of an empty one that a model made; None if that one is of a kind whose content can't be kept.
 
         Args:

@@ -1,4 +1,4 @@
-"""From a model's caches to stacked tensors and back.
+"""The layout of the KV: from a model's caches to stacked tensors and back.
 
 A model has many small streams (one layer's keys, one layer's values). Streams of equal kind and shape are stacked into
 one array (streams, kv_heads, tokens, width), because a block of two hundred small tensors reads at a third of the
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from warmkv_server.contract.kv import TOKEN_AXIS, KVLayout, PartKind, Reuse, Tensors, policy_of
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.codecs.codec import (
     KEYS,
     VALUES,
@@ -71,7 +71,7 @@ class CacheMap:
     states: Mapping[tuple[int, int], mx.Dtype]
     """(leaf, index) of the arrays of recurrent leaves."""
     layout: KVLayout
-    shapes: FewShapes | None = None
+    shapes: AttentionShapes | None = None
     """Those that attention is to be given; None where any will do."""
 
     def empty_caches(self, model: Any) -> list[Any]:

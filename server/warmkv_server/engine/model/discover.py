@@ -21,7 +21,7 @@ from warmkv_server.engine.cache.codecs.codec import (
     stored_as,
 )
 from warmkv_server.engine.cache.layout import CacheMap, Stack, state_name
-from warmkv_server.engine.model.fitting import few_shapes
+from warmkv_server.engine.model.fitting import attention_shapes
 from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.engine.model.step_plan import StepPlan, Wanted
 from warmkv_server.errors import OperatorError
@@ -63,7 +63,7 @@ def discover(runner: ModelRunner, codecs: CodecPlan) -> CacheMap:
         made.append(stack)
         specs += [_token_spec(stack, component) for component in components]
     layout = KVLayout(tuple(specs), window)
-    return CacheMap(codecs, tuple(made), states, layout, few_shapes(runner, plain))
+    return CacheMap(codecs, tuple(made), states, layout, attention_shapes(runner, plain))
 
 
 def _components(codecs: CodecPlan, stream: Stream, head_dim: int, dtype: mx.Dtype) -> tuple[Component, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.engine.cache import caches as kinds
-from warmkv_server.engine.cache.attention_shapes import FewShapes
+from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.codecs import cuda
 from warmkv_server.engine.cache.codecs.as_computed import AsComputed
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
@@ -26,7 +26,7 @@ _NOISE = 0.1
 """Of the spread of the logits: another order of 16-bit sums moved them by a hundredth, a wrong mask by all of it."""
 
 
-def few_shapes(runner: ModelRunner, caches: Sequence[Any]) -> FewShapes | None:
+def attention_shapes(runner: ModelRunner, caches: Sequence[Any]) -> AttentionShapes | None:
     """Those that this model's attention is to be given on this device; None where any will do.
 
     Args:
@@ -34,11 +34,11 @@ def few_shapes(runner: ModelRunner, caches: Sequence[Any]) -> FewShapes | None:
     """
     if not cuda.is_available() or not all(isinstance(leaf, kinds.AppendCache) for leaf in caches):
         return None
-    shapes = FewShapes(caches[0].keys.dtype)
+    shapes = AttentionShapes(caches[0].keys.dtype)
     return shapes if takes(runner, shapes) else None
 
 
-def takes(runner: ModelRunner, shapes: FewShapes) -> bool:
+def takes(runner: ModelRunner, shapes: AttentionShapes) -> bool:
     """Whether the model gives with these shapes what it gives without, in a padded chunk and in padded rows.
 
     For models all of whose caches keep every token. On the MLX thread. Nothing is quantised here: rounding turns words,
@@ -52,7 +52,7 @@ def takes(runner: ModelRunner, shapes: FewShapes) -> bool:
         return False
 
 
-def _tried(runner: ModelRunner, shapes: FewShapes | None) -> tuple[mx.array, mx.array]:
+def _tried(runner: ModelRunner, shapes: AttentionShapes | None) -> tuple[mx.array, mx.array]:
     """Logits of a chunk and of a step of two rows."""
     own = []
     lengths = _LONGER, _SHORTER

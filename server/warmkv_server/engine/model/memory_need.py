@@ -1,4 +1,4 @@
-"""How much memory a request takes while it runs, known before it starts.
+"""Memory need: what a request takes while it runs, known before it starts, so that admission can bound it.
 
 Most of it is arithmetic on the shapes of the model's caches. What a step computes and throws away again (activations,
 scores of attention, copies) depends on the model's code and on the device's kernels, so it is measured once, at load.
@@ -40,7 +40,7 @@ _MARGIN = 1.1
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes of one request.
 
     Attributes:
@@ -95,7 +95,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryNeeds:
     """What requests need on one model, with prefill chunks of `chunk` tokens."""
 
     cache_map: CacheMap
@@ -104,11 +104,11 @@ class Needs:
     probe: Probe
 
     @classmethod
-    def on(cls, loaded: LoadedModel, chunk: int) -> Needs:
+    def on(cls, loaded: LoadedModel, chunk: int) -> MemoryNeeds:
         """Measure the model. On the MLX thread."""
         return cls(loaded.cache_map, loaded.info.vocab_size, chunk, Probe.of(loaded, chunk))
 
-    def of(self, tokens: int, reused: int, answer: int) -> Need:
+    def of(self, tokens: int, reused: int, answer: int) -> MemoryNeed:
         """The need of a request.
 
         Args:
@@ -122,7 +122,7 @@ class Needs:
         logged = self.cache_map.live_bytes(min(answer, kinds.DRAIN_EVERY)) if answer else 0  # words not made yet
         logits = _LOGITS * 4 * self.vocab_size if answer else 0
         layer = max((self._layer(keys, values, room) for keys, values in _layers(self.cache_map).values()), default=0)
-        return Need(
+        return MemoryNeed(
             # The words of what is reused are beside it while they are unpacked, those of what is computed to the end.
             held=self.cache_map.live_bytes(room, self.chunk) + words * length + logged + logits,
             copied=_COPIED_LAYERS * layer,
@@ -130,7 +130,7 @@ class Needs:
             step=max(self._chunk(min(self.chunk, length - reused), length, layer), 2 * words * (length - reused)),
         )
 
-    def of_job(self, job: Job) -> Need:
+    def of_job(self, job: Job) -> MemoryNeed:
         return self.of(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
 
     def _layer(self, keys: Stack, values: Stack, tokens: int) -> int:

@@ -1,6 +1,6 @@
-"""Steps of the model, planned and run: of one sequence that computes by itself, and of several that decode together.
+"""Continuous batching: steps of one sequence that computes by itself, and of several that decode together.
 
-A plan is made from lengths and tokens alone; what is fed and how far attention reads is decided here.
+Each is planned from lengths and tokens alone, and then run: what is fed and how far attention reads is decided here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from warmkv_server.engine.output.sampling import Choice, Scores
 from warmkv_server.engine.steps.sequence import Sequence, first_tokens
 
 PADDING = 0.25
-"""The largest share of a group's rows times length that may be padding."""
+"""The largest share of a batch's rows times length that may be padding."""
 
 
 @dataclass(eq=False)
-class Group:
+class Batch:
     """Rows of one dense batch. A lone sequence keeps its own caches and pays for no padding or mask."""
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Group:
     _steps: int = 0
 
     def fits(self, joining: Sequences[Sequence], max_rows: int) -> bool:
-        """Whether these can join and the group stays within its rows and its padding."""
+        """Whether these can join and the batch stays within its rows and its padding."""
         rows = [*self.sequences, *joining]
         if not self.sequences:
             return True
@@ -51,12 +51,12 @@ class Group:
         if len(self.sequences) == 1:
             self._settle()
 
-    def absorb(self, other: Group) -> None:
-        """Take over all rows of another group that has just begun."""
-        for group in (self, other):
-            group.drain()
-            if not group._batched:
-                group.caches, group._batched = _merged([group.caches]), True
+    def absorb(self, other: Batch) -> None:
+        """Take over all rows of another batch that has just begun."""
+        for batch in (self, other):
+            batch.drain()
+            if not batch._batched:
+                batch.caches, batch._batched = _merged([batch.caches]), True
         for mine, theirs in zip(self.caches, other.caches, strict=True):
             mine.extend(theirs)
         self.sequences += other.sequences
@@ -145,7 +145,7 @@ class Group:
     def verify(self, guess: list[int]) -> list[Choice]:
         """Feed the only row's last token and a guess of what follows it, and start choosing a token behind each.
 
-        What turns out to be wrong is for `cut`, before anything else is done with the group.
+        What turns out to be wrong is for `cut`, before anything else is done with the batch.
         """
         (sequence,) = self.sequences
         assert sequence.pending is not None
@@ -215,7 +215,7 @@ class Group:
 
 
 def little_padding(lengths: Sequences[int]) -> bool:
-    """Whether a batch of rows of these lengths has no more padding than a group may have."""
+    """Whether a batch of rows of these lengths has no more padding than a batch may have."""
     longest = max(lengths)
     return sum(longest - length for length in lengths) <= PADDING * longest * len(lengths)
 

@@ -1,4 +1,4 @@
-"""Decoding: a step of the model for each group, and what is done with the tokens that it gives."""
+"""Decoding: a step of the model for each batch, and what is done with the tokens that it gives."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from warmkv_server.contract.generation import Logprobs
 from warmkv_server.engine.output.sampling import Choice
-from warmkv_server.engine.steps.batch import Group, feed_last
-from warmkv_server.engine.steps.running_set import Roster
+from warmkv_server.engine.steps.batch import Batch, feed_last
+from warmkv_server.engine.steps.running_set import RunningSet
 from warmkv_server.engine.steps.sequence import Sequence
 from warmkv_server.engine.steps.speculate import Speculator
 
@@ -18,8 +18,8 @@ class Decoder:
     """Used on the MLX thread.
 
     Args:
-        roster: has the groups.
-        max_rows: sequences of a group.
+        running_set: has the batches.
+        max_rows: sequences of a batch.
 
     Attributes:
         speculator: guesses for a sequence that decodes alone, if that is wanted.
@@ -28,8 +28,8 @@ class Decoder:
         stepped: when it began, on `time.perf_counter`, or when there was somebody to step for.
     """
 
-    def __init__(self, roster: Roster, max_rows: int) -> None:
-        self._roster = roster
+    def __init__(self, running_set: RunningSet, max_rows: int) -> None:
+        self._running = running_set
         self._max_rows = max_rows
         self.speculator: Speculator | None = None
         self.decoded = self.rows = 0
@@ -42,49 +42,49 @@ class Decoder:
         """
         self._emit(sequence, *sequence.sampled())
         sequence.sent = True
-        self._roster.flush()
+        self._running.flush()
         if sequence.finish is not None:
             feed_last(sequence)
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
-            self._roster.finish(sequence)
+            self._running.finish(sequence)
             return
-        group = self._group_for([sequence]) or Group()
-        if not self._roster.groups:
+        batch = self._batch_for([sequence]) or Batch()
+        if not self._running.batches:
             self.stepped = time.perf_counter()  # nobody has waited for a step before
-        with self._roster.containing(sequence, *group.sequences):
-            group.join(sequence)
-            if group not in self._roster.groups:
-                self._roster.groups.append(group)
+        with self._running.containing(sequence, *batch.sequences):
+            batch.join(sequence)
+            if batch not in self._running.batches:
+                self._running.batches.append(batch)
 
-    def begin_together(self, group: Group, choices: list[Choice | Exception]) -> None:
-        """Send the first tokens of a new group, and have it decode with others of its length.
+    def begin_together(self, batch: Batch, choices: list[Choice | Exception]) -> None:
+        """Send the first tokens of a new batch, and have it decode with others of its length.
 
         Args:
-            choices: as `Group.prefill` gave them.
+            choices: as `Batch.prefill` gave them.
         """
-        self._take(group, choices)
+        self._take(batch, choices)
         failed: list[Sequence] = []
-        for sequence in group.sequences:
+        for sequence in batch.sequences:
             sampled = sequence.sampled()
             with self._failing_alone(sequence, failed):
                 self._emit(sequence, *sampled)
                 sequence.sent = True
-        self._roster.flush()
+        self._running.flush()
         if failed:
-            group.leave(failed)
-        if not group.sequences:
+            batch.leave(failed)
+        if not batch.sequences:
             return
-        if not self._roster.groups:
+        if not self._running.batches:
             self.stepped = time.perf_counter()
-        other = self._group_for(group.sequences)
+        other = self._batch_for(batch.sequences)
         if other is None:
-            self._roster.groups.append(group)
+            self._running.batches.append(batch)
             return
-        with self._roster.containing(*other.sequences, *group.sequences):
-            other.absorb(group)
+        with self._running.containing(*other.sequences, *batch.sequences):
+            other.absorb(batch)
 
-    def _group_for(self, sequences: list[Sequence]) -> Group | None:
-        return next((group for group in self._roster.groups if group.fits(sequences, self._max_rows)), None)
+    def _batch_for(self, sequences: list[Sequence]) -> Batch | None:
+        return next((batch for batch in self._running.batches if batch.fits(sequences, self._max_rows)), None)
 
     def step(self) -> None:
         """Give each sequence a token, or one that is alone several."""
@@ -92,31 +92,31 @@ class Decoder:
         if self.speculator is not None and self._speculate(self.speculator):
             return
         launched = []
-        self.rows = sum(len(group.sequences) for group in self._roster.groups)
-        for group in list(self._roster.groups):
-            with self._roster.containing(*group.sequences):
-                launched.append((group, group.launch(self._roster.flush_soon)))
-        for group, choices in launched:
-            with self._roster.containing(*group.sequences):
-                self._take(group, choices)
-        self._roster.drop_empty_groups()
+        self.rows = sum(len(batch.sequences) for batch in self._running.batches)
+        for batch in list(self._running.batches):
+            with self._running.containing(*batch.sequences):
+                launched.append((batch, batch.launch(self._running.flush_soon)))
+        for batch, choices in launched:
+            with self._running.containing(*batch.sequences):
+                self._take(batch, choices)
+        self._running.drop_empty_batches()
 
     def release(self, *sequences: Sequence) -> None:
-        """Let them leave their groups, as far as they are in any, between two steps; their KV is their own then."""
-        for group in list(self._roster.groups):
-            leaving = [row for row in group.sequences if row in sequences]
+        """Let them leave their batches, as far as they are in any, between two steps; their KV is their own then."""
+        for batch in list(self._running.batches):
+            leaving = [row for row in batch.sequences if row in sequences]
             if leaving:
-                with self._roster.containing(*group.sequences):
+                with self._running.containing(*batch.sequences):
                     for sequence in leaving:
-                        group.snapshot(sequence)
-                    group.leave(leaving)
-        self._roster.drop_empty_groups()
+                        batch.snapshot(sequence)
+                    batch.leave(leaving)
+        self._running.drop_empty_batches()
 
-    def _take(self, group: Group, choices: list[Choice | Exception]) -> None:
+    def _take(self, batch: Batch, choices: list[Choice | Exception]) -> None:
         """Send the tokens that the last step gave, now that the next one is under way; let go of rows that end."""
         leaving: list[Sequence] = []
         failed: list[Sequence] = []
-        for sequence, choice in zip(group.sequences, choices, strict=True):
+        for sequence, choice in zip(batch.sequences, choices, strict=True):
             sampled = None if sequence.sent else sequence.sampled()
             with self._failing_alone(sequence, failed):
                 if sampled is not None:
@@ -127,14 +127,14 @@ class Decoder:
                 continue
             sequence.pending, sequence.sent = choice if isinstance(choice, Choice) else None, False
             if sequence.finish is not None:
-                group.snapshot(sequence)
+                batch.snapshot(sequence)
                 leaving.append(sequence)
         if leaving or failed:
-            self._roster.flush()
-            group.leave([*leaving, *failed])
+            self._running.flush()
+            batch.leave([*leaving, *failed])
         for sequence in leaving:
-            with self._roster.containing(sequence):
-                self._roster.finish(sequence)
+            with self._running.containing(sequence):
+                self._running.finish(sequence)
 
     @contextmanager
     def _failing_alone(self, sequence: Sequence, failed: list[Sequence]) -> Iterator[None]:
@@ -146,40 +146,40 @@ class Decoder:
         try:
             yield
         except Exception:
-            self._roster.fail([sequence])
+            self._running.fail([sequence])
             failed.append(sequence)
 
     def _speculate(self, speculator: Speculator) -> bool:
         """Let a sequence that decodes alone take a guess in one step. False if there was none, and no step."""
-        if len(self._roster.groups) != 1 or len(self._roster.groups[0].sequences) != 1:
+        if len(self._running.batches) != 1 or len(self._running.batches[0].sequences) != 1:
             return False
-        group, sequence = self._roster.groups[0], self._roster.groups[0].sequences[0]
-        with self._roster.containing(sequence):
+        batch, sequence = self._running.batches[0], self._running.batches[0].sequences[0]
+        with self._running.containing(sequence):
             guess = speculator.propose(sequence)
             if not guess:
                 return False
             self.rows = 1
-            choices = group.verify(guess)
+            choices = batch.verify(guess)
             if not sequence.sent:
                 self._emit(sequence, *sequence.sampled())
-            self._roster.flush()
+            self._running.flush()
             right = 0
             while sequence.finish is None and right < len(guess) and choices[right].read() == guess[right]:
                 choices[right].check()
                 self._emit(sequence, guess[right], choices[right].logprobs())
                 right += 1
-            group.cut(len(guess) - right)
+            batch.cut(len(guess) - right)
             speculator.learn(sequence, len(guess), right)
             choices[right].read()
             sequence.pending, sequence.sent = choices[right], False
             if sequence.finish is not None:
-                self._roster.flush()
-                group.leave([sequence])
-                self._roster.finish(sequence)
-        self._roster.drop_empty_groups()
+                self._running.flush()
+                batch.leave([sequence])
+                self._running.finish(sequence)
+        self._running.drop_empty_batches()
         return True
 
     def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
         delta = sequence.emit(token, logprobs)
         self.decoded += 1
-        self._roster.send(sequence.ident, delta)
+        self._running.send(sequence.ident, delta)

@@ -1,4 +1,4 @@
-"""The one thread that computes with MLX: it loads the model, prefills, decodes, and sends events back.
+"""The step loop, on the one thread that computes with MLX: loads the model, prefills, decodes, and sends events back.
 
 Elsewhere MLX is memory: the store's threads make arrays out of files, and look into them. Arrays that pass from one
 thread to another are evaluated.
@@ -20,10 +20,10 @@ import mlx.core as mx
 from warmkv_server.contract.generation import EngineStats, Finish, Job, Started
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model.load import LoadedModel
-from warmkv_server.engine.model.memory_need import Needs
+from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.steps.decode import Decoder
 from warmkv_server.engine.steps.prefill import Pace, Prefiller
-from warmkv_server.engine.steps.running_set import Deliver, Roster
+from warmkv_server.engine.steps.running_set import Deliver, RunningSet
 from warmkv_server.engine.steps.schedule import Schedule, together
 from warmkv_server.engine.steps.sequence import Sequence
 from warmkv_server.engine.steps.speculate import Speculator
@@ -84,8 +84,8 @@ Command = Submit | Cancel | Stop
 class StepLoop:
     """Runs commands and steps until it is told to stop.
 
-    What breaks a sequence ends that sequence: see `Roster.containing`. What breaks the loop itself ends everything in
-    flight; then a new loop begins on the same thread and model, unless the last one has broken just before.
+    What breaks a sequence ends that sequence: see `RunningSet.containing`. What breaks the loop itself ends everything
+    in flight; then a new loop begins on the same thread and model, unless the last one has broken just before.
 
     Args:
         load: makes the model, on this thread.
@@ -121,16 +121,16 @@ class StepLoop:
         self._build()
         self._thread = threading.Thread(target=self._main, name="mlx", daemon=True)
         self.loaded: LoadedModel | None = None
-        self.needs: Needs | None = None
+        self.needs: MemoryNeeds | None = None
         self.failure: BaseException | None = None
         self.ready = threading.Event()
 
     def _build(self) -> None:
         """Make everything that a step needs besides the model, with nothing in it."""
         self._schedule = Schedule(self._max_batch, self._inflight_bytes)
-        self._roster = Roster(self._schedule, self._deliver, self._relieve)
-        self._decoder = Decoder(self._roster, self._max_batch)
-        self._prefiller = Prefiller(self._roster, self._decoder, Pace(*self._pace), self._short_prompt)
+        self._running = RunningSet(self._schedule, self._deliver, self._relieve)
+        self._decoder = Decoder(self._running, self._max_batch)
+        self._prefiller = Prefiller(self._running, self._decoder, Pace(*self._pace), self._short_prompt)
 
     def start(self) -> None:
         self._thread.start()
@@ -146,7 +146,7 @@ class StepLoop:
     @property
     def decoding(self) -> bool:
         """Whether somebody decodes. From any thread."""
-        return bool(self._roster.groups)
+        return bool(self._running.batches)
 
     def stats(self) -> EngineStats:
         """From any thread."""
@@ -154,13 +154,13 @@ class StepLoop:
         return EngineStats(
             queue_depth=len(self._schedule.waiting),
             prefilling=len(self._schedule.prefilling),
-            decoding=sum(len(group.sequences) for group in list(self._roster.groups)),
+            decoding=sum(len(batch.sequences) for batch in list(self._running.batches)),
             batch_size=self._decoder.rows,
             prefilled_tokens=self._prefiller.prefilled,
             decoded_tokens=self._decoder.decoded,
             proposed_tokens=speculator.proposed if speculator else 0,
             accepted_tokens=speculator.accepted if speculator else 0,
-            in_flight_bytes=together([sequence.need for sequence in self._roster.running()])
+            in_flight_bytes=together([sequence.need for sequence in self._running.admitted()])
             + sum(sequence.parked_bytes for sequence in self._schedule.parked()),
             preempted=self._preempted,
         )
@@ -178,7 +178,7 @@ class StepLoop:
             device.prepare()
             limits.enter_context(device.limited(self._schedule.budget // _FREED))
             self.loaded = self._load()
-            self.needs = Needs.on(self.loaded, self._prefiller.pace.chunk)
+            self.needs = MemoryNeeds.on(self.loaded, self._prefiller.pace.chunk)
             self._decoder.speculator = self._new_speculator()
         except BaseException as error:
             self.failure = error
@@ -215,9 +215,9 @@ class StepLoop:
         what = "it has failed just before, and stops" if for_good else "it begins anew"
         log.error("engine error %s: the engine has failed; %s", error_id, what, exc_info=True)
         try:
-            for ident in [*self._roster.sequences, *self._take_back()]:
-                self._roster.send(ident, EngineError(error_id))
-            self._roster.flush()
+            for ident in [*self._running.sequences, *self._take_back()]:
+                self._running.send(ident, EngineError(error_id))
+            self._running.flush()
         except BaseException:
             log.exception("engine error %s: what was running can't be told; the engine stops", error_id)
             for_good = True
@@ -249,22 +249,22 @@ class StepLoop:
         while self._take_commands():
             self._admit()
             if self._schedule.prefilling:
-                self._roster.flush()
+                self._running.flush()
             self._prefiller.step()
             if self._prefiller.lets_decode():
                 began = time.perf_counter()
                 self._decoder.step()
                 self._prefiller.decoded(time.perf_counter() - began)
-            if not self._roster.groups:
-                self._roster.flush()  # else the next step does, once it is under way
-        for sequence in list(self._roster.sequences.values()):
-            self._roster.forget(sequence)
-            self._roster.send(sequence.ident, Draining("the server is shutting down"))
-        self._roster.flush()
+            if not self._running.batches:
+                self._running.flush()  # else the next step does, once it is under way
+        for sequence in list(self._running.sequences.values()):
+            self._running.forget(sequence)
+            self._running.send(sequence.ident, Draining("the server is shutting down"))
+        self._running.flush()
         mx.synchronize()
 
     def _take_commands(self) -> bool:
-        idle = not self._roster.sequences
+        idle = not self._running.sequences
         if idle:
             self._decoder.rows = 0
             mx.clear_cache()  # give the memory of what has just ended back to the system
@@ -289,19 +289,19 @@ class StepLoop:
         assert self.loaded is not None
         assert self.needs is not None
         try:
-            self._roster.add(Sequence(ident, job, self.loaded, self.needs.of_job(job), submitted=submitted))
+            self._running.add(Sequence(ident, job, self.loaded, self.needs.of_job(job), submitted=submitted))
         except Exception:
-            self._roster.fail_new(ident)
+            self._running.fail_new(ident)
 
     def _admit(self) -> None:
         """Let in whom there is room for, or for whom others give way."""
-        roster, schedule = self._roster, self._schedule
+        running_set, schedule = self._running, self._schedule
         now = time.perf_counter()
-        shared = len(roster.tenants) > 1
+        shared = len(running_set.tenants) > 1
         if shared:
-            schedule.shares.note(roster.running(), roster.asking(), now)
+            schedule.shares.note(running_set.admitted(), running_set.asking(), now)
         while schedule.waiting:
-            running = [sequence for sequence in roster.running() if sequence not in schedule.giving_way]
+            running = [sequence for sequence in running_set.admitted() if sequence not in schedule.giving_way]
             if not shared and len(running) >= schedule.max_running:
                 break
             sequence = schedule.admit(running, now)
@@ -309,8 +309,8 @@ class StepLoop:
                 break
             if not sequence.begun:
                 sequence.begun = True
-                roster.send(sequence.ident, Started(now - sequence.submitted))
-            with roster.containing(sequence):
+                running_set.send(sequence.ident, Started(now - sequence.submitted))
+            with running_set.containing(sequence):
                 sequence.opening = sequence.open()
         if schedule.giving_way:
             self._park()
@@ -320,23 +320,23 @@ class StepLoop:
         if any(sequence.sent for sequence in self._schedule.giving_way):
             self._decoder.step()  # so that every token that was sent has its KV computed, should it be cancelled there
         giving_way, self._schedule.giving_way = self._schedule.giving_way, []
-        leaving = [sequence for sequence in giving_way if sequence.ident in self._roster.sequences]
+        leaving = [sequence for sequence in giving_way if sequence.ident in self._running.sequences]
         self._decoder.release(*leaving)
         for sequence in leaving:
-            if sequence.ident in self._roster.sequences and sequence not in self._schedule.waiting:
-                with self._roster.containing(sequence):
-                    self._roster.park(sequence)
+            if sequence.ident in self._running.sequences and sequence not in self._schedule.waiting:
+                with self._running.containing(sequence):
+                    self._running.park(sequence)
                     self._preempted += 1
 
     def _cancel(self, ident: int) -> None:
         """Between two steps, once every token that was sent has its KV computed or in flight."""
-        sequence = self._roster.sequences.get(ident)
+        sequence = self._running.sequences.get(ident)
         if sequence is not None and sequence.sent:
             self._decoder.step()  # its first token waits for others' prefill
-        if sequence is None or ident not in self._roster.sequences:
+        if sequence is None or ident not in self._running.sequences:
             return
         sequence.finish = Finish.CANCELLED
         self._decoder.release(sequence)
-        if ident in self._roster.sequences:
-            with self._roster.containing(sequence):
-                self._roster.finish(sequence)
+        if ident in self._running.sequences:
+            with self._running.containing(sequence):
+                self._running.finish(sequence)

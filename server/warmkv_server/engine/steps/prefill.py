@@ -1,4 +1,4 @@
-"""Prefilling: whose chunk comes next, how long it may be, and what follows when a prompt is computed."""
+"""Chunked prefill: whose chunk comes next, how long it may be, and what follows when a prompt is computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from warmkv_server.contract.generation import Progress
-from warmkv_server.engine.steps.batch import Group, choose_first, run_chunk
+from warmkv_server.engine.steps.batch import Batch, choose_first, run_chunk
 from warmkv_server.engine.steps.decode import Decoder
-from warmkv_server.engine.steps.running_set import Roster, ran_out
+from warmkv_server.engine.steps.running_set import RunningSet, ran_out
 from warmkv_server.engine.steps.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Prefiller:
     """Used on the MLX thread.
 
     Args:
-        roster: has the schedule.
+        running_set: has the schedule.
         decoder: takes sequences over whose prompts are computed.
         short_prompt: tokens of new agents' prompts up to which several are prefilled in one chunk; 0 for none.
 
@@ -89,8 +89,8 @@ class Prefiller:
         prefilled: tokens that were computed.
     """
 
-    def __init__(self, roster: Roster, decoder: Decoder, pace: Pace, short_prompt: int) -> None:
-        self._roster = roster
+    def __init__(self, running_set: RunningSet, decoder: Decoder, pace: Pace, short_prompt: int) -> None:
+        self._running = running_set
         self._decoder = decoder
         self.pace = pace
         self._short_prompt = short_prompt
@@ -107,13 +107,13 @@ class Prefiller:
         run one after the other, and sequences of one length that came together decode together, without padding.
         """
         chunk = self.pace.chunk
-        if self._waits or not any(waiting.left <= chunk for waiting in self._roster.schedule.prefilling):
+        if self._waits or not any(waiting.left <= chunk for waiting in self._running.schedule.prefilling):
             return True
         return time.perf_counter() - self._decoder.stepped + self._took > self.pace.gap
 
     def step(self) -> None:
         """Run one chunk, of one sequence or of several, if anybody's prompt isn't computed."""
-        sequence = self._roster.schedule.pick(self._is_ahead)
+        sequence = self._running.schedule.pick(self._is_ahead)
         self._waits = sequence is None
         if sequence is None:
             return
@@ -125,36 +125,36 @@ class Prefiller:
             self._run_together(mates)
         self._took = time.perf_counter() - began
         for tenant in {mate.tenant for mate in mates}:
-            if self._roster.decodes_beside(tenant):
+            if self._running.decodes_beside(tenant):
                 self._ahead[tenant] = self._ahead.get(tenant, 0.0) + self._took
 
     def decoded(self, seconds: float) -> None:
         """A step of decoding took so long: what chunks of other tenants than those who decode have had before."""
         for tenant, ahead in list(self._ahead.items()):
-            if ahead > seconds and self._roster.decodes_beside(tenant):
+            if ahead > seconds and self._running.decodes_beside(tenant):
                 self._ahead[tenant] = ahead - seconds
             else:
                 del self._ahead[tenant]
 
     def _is_ahead(self, tenant: str) -> bool:
         """Whether its chunks have had more time than others' decoding since then: each has half."""
-        return tenant in self._ahead and self._roster.decodes_beside(tenant)
+        return tenant in self._ahead and self._running.decodes_beside(tenant)
 
     def _mates(self, sequence: Sequence) -> list[Sequence]:
-        tokens = self.pace.tokens(sequence.prefill_end, decoding=bool(self._roster.groups))
-        return self._roster.schedule.mates(sequence, self._roster.running(), self._short_prompt, tokens)
+        tokens = self.pace.tokens(sequence.prefill_end, decoding=bool(self._running.batches))
+        return self._running.schedule.mates(sequence, self._running.admitted(), self._short_prompt, tokens)
 
     def _run_one(self, sequence: Sequence) -> None:
-        with self._roster.containing(sequence):
+        with self._running.containing(sequence):
             if sequence.opening is not None and not self._open(sequence, sequence.opening):
                 return
             before = sequence.done
             self._run_chunk(sequence)
             if sequence.done >= sequence.prefill_end:
-                self._roster.schedule.prefilling.remove(sequence)
+                self._running.schedule.prefilling.remove(sequence)
                 if not sequence.wants_token:
                     self.prefilled += sequence.done - before
-                    self._roster.finish(sequence)
+                    self._running.finish(sequence)
                     return
                 if sequence.pending is None:
                     choose_first(sequence)
@@ -167,16 +167,16 @@ class Prefiller:
         """Run the only chunk of these. If it fails, whosever fault that is, each is prefilled alone."""
         for sequence in mates:
             if sequence.opening is not None:
-                with self._roster.containing(sequence):
+                with self._running.containing(sequence):
                     self._open(sequence, sequence.opening)
         if any(sequence.opening is not None for sequence in mates):
             return  # one that can't begin; the others wait
-        with self._roster.containing(*mates):
-            group = Group()
+        with self._running.containing(*mates):
+            batch = Batch()
             for sequence in mates:
-                group.join(sequence)
+                batch.join(sequence)
             try:
-                choices = group.prefill(self._roster.flush_soon)
+                choices = batch.prefill(self._running.flush_soon)
             except Exception as error:
                 if ran_out(error):
                     raise
@@ -186,15 +186,15 @@ class Prefiller:
                 return
             for sequence in mates:
                 self.prefilled += sequence.done
-                self._roster.schedule.prefilling.remove(sequence)
+                self._running.schedule.prefilling.remove(sequence)
                 self._report(sequence)
-            self._decoder.begin_together(group, choices)
+            self._decoder.begin_together(batch, choices)
 
     def _open(self, sequence: Sequence, steps: Iterator[None]) -> bool:
         """Go on putting the reused prefix in place; at most for the gap while others decode. Whether it is done."""
         began = time.perf_counter()
         for _ in steps:
-            if self._roster.groups and time.perf_counter() - began > self.pace.gap / 2:
+            if self._running.batches and time.perf_counter() - began > self.pace.gap / 2:
                 return False
         sequence.opening = None
         self._report(sequence)
@@ -205,11 +205,11 @@ class Prefiller:
         done = min(sequence.done, sequence.prompt_length)
         if done > sequence.reported:
             sequence.reported = done
-            self._roster.send(sequence.ident, Progress(done, sequence.prompt_length))
+            self._running.send(sequence.ident, Progress(done, sequence.prompt_length))
 
     def _run_chunk(self, sequence: Sequence) -> None:
         prefix, began = sequence.done, time.perf_counter()
-        run_chunk(sequence, self.pace.tokens(prefix, decoding=bool(self._roster.groups)))
+        run_chunk(sequence, self.pace.tokens(prefix, decoding=bool(self._running.batches)))
         if sequence.done > prefix and not self._is_new_shape(sequence, prefix):
             self.pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 

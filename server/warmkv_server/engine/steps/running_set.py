@@ -1,4 +1,4 @@
-"""Every sequence that is anywhere in the engine: what its client is told, and how far a failure reaches."""
+"""The running set: every sequence in flight, what its client is told, and how far a failure reaches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from warmkv_server.contract.generation import Event
-from warmkv_server.engine.steps.batch import Group
+from warmkv_server.engine.steps.batch import Batch
 from warmkv_server.engine.steps.schedule import Schedule
 from warmkv_server.engine.steps.sequence import Sequence
 from warmkv_server.errors import EngineError, MemoryBudget, WarmKVError
@@ -39,7 +39,7 @@ class Deliver(Protocol):
         """Take events, on the MLX thread, in order; must not block. `at_once` lets the event loop run now."""
 
 
-class Roster:
+class RunningSet:
     """State of the MLX thread.
 
     Args:
@@ -49,14 +49,14 @@ class Roster:
 
     Attributes:
         sequences: all that have not had their last event, by `ident`.
-        groups: those that decode.
+        batches: those that decode.
         tenants: how many of the sequences are each tenant's; 0 for one that had some.
     """
 
     def __init__(self, schedule: Schedule, deliver: Deliver, relieve: Callable[[], None]) -> None:
         self.schedule = schedule
         self.sequences: dict[int, Sequence] = {}
-        self.groups: list[Group] = []
+        self.batches: list[Batch] = []
         self.tenants: Counter[str] = Counter()
         self._deliver = deliver
         self._relieve = relieve
@@ -74,22 +74,22 @@ class Roster:
 
     def decodes_beside(self, tenant: str) -> bool:
         """Whether sequences of other tenants decode."""
-        return any(row.tenant != tenant for group in self.groups for row in group.sequences)
+        return any(row.tenant != tenant for batch in self.batches for row in batch.sequences)
 
     def park(self, sequence: Sequence) -> None:
-        """Put one that is in no group any more back into the line, before the others of its tenant."""
+        """Put one that is in no batch any more back into the line, before the others of its tenant."""
         sequence.park()
         if sequence in self.schedule.prefilling:
             self.schedule.prefilling.remove(sequence)
         self.schedule.waiting.come_back(sequence.tenant, sequence)
 
-    def running(self) -> list[Sequence]:
+    def admitted(self) -> list[Sequence]:
         """Those that wait no longer. From any thread."""
         waiting = set(self.schedule.waiting)
         return [sequence for sequence in list(self.sequences.values()) if sequence not in waiting]
 
-    def drop_empty_groups(self) -> None:
-        self.groups = [group for group in self.groups if group.sequences]
+    def drop_empty_batches(self) -> None:
+        self.batches = [batch for batch in self.batches if batch.sequences]
 
     def finish(self, sequence: Sequence) -> None:
         """Send its last event, with the KV that it has grown."""
@@ -106,9 +106,9 @@ class Roster:
         try:
             yield
         except Exception as error:
-            shared = [group for group in self.groups if any(row in sequences for row in group.sequences)]
-            concerned = {*sequences, *(row for group in shared for row in group.sequences)}
-            self.groups = [group for group in self.groups if group not in shared]
+            shared = [batch for batch in self.batches if any(row in sequences for row in batch.sequences)]
+            concerned = {*sequences, *(row for batch in shared for row in batch.sequences)}
+            self.batches = [batch for batch in self.batches if batch not in shared]
             running = sorted((s for s in concerned if s.ident in self.sequences), key=lambda s: s.ident, reverse=True)
             if not ran_out(error):
                 self.fail(running)

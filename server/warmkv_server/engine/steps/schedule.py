@@ -1,4 +1,4 @@
-"""Who runs next: admission, tenants' shares, and whose prefill gets the next chunk.
+"""Scheduling: admission to the running set, preemption by tenants' shares, and whose prefill gets the next chunk.
 
 A tenant alone has all that runs at once, rows of the batch and bytes of memory. Where others ask too, each may have an
 equal share, and one that has more gives way: its latest sequences go back to the head of its line, with the words of
@@ -18,7 +18,7 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 
 from warmkv_server.contract.fairness import FairLine
-from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.steps.batch import PADDING, little_padding
 from warmkv_server.engine.steps.sequence import Sequence
 
@@ -30,7 +30,7 @@ GRACE_SECONDS = 0.25
 """A sequence that has just come in is left alone for so long, where tenants take turns."""
 
 
-def together(needs: Sequences[Need], sharing: Sequences[Need] = ()) -> int:
+def together(needs: Sequences[MemoryNeed], sharing: Sequences[MemoryNeed] = ()) -> int:
     """Bytes that requests take at most while they run beside each other. Rows of a batch are padded to one length.
 
     Args:

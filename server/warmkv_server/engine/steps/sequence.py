@@ -15,7 +15,7 @@ from warmkv_server.contract.kv import TOKEN_AXIS, Growth, PartKind, Reuse, Span,
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codecs.codec import join
 from warmkv_server.engine.model.load import LoadedModel
-from warmkv_server.engine.model.memory_need import Need
+from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.output.answer_text import AnswerText
 from warmkv_server.engine.output.sampling import Choice, Chooser
 
@@ -27,7 +27,7 @@ class Sequence:
     Attributes:
         ident: the engine's number for it; the key of everything that is sent back.
         need: bytes it takes at most.
-        caches: its own caches while it runs alone; empty once it shares a group's.
+        caches: its own caches while it runs alone; empty once it shares a batch's.
         done: tokens of prompt and answer whose KV is computed.
         to_prefill: tokens to compute in chunks: the prompt, or after `rewind` also what was sent of the answer.
         completion: tokens of the answer that were sent out.
@@ -47,7 +47,7 @@ class Sequence:
     ident: int
     job: Job
     loaded: LoadedModel
-    need: Need
+    need: MemoryNeed
     caches: list[Any] = field(default_factory=list)
     done: int = 0
     completion: list[int] = field(default_factory=list)
@@ -169,7 +169,7 @@ class Sequence:
     def park(self) -> None:
         """Give its memory back but for the words, between two steps, to go on later where it is now.
 
-        Nothing is chosen again: the pending token stays, and so does all that chooses and spells. It is in no group;
+        Nothing is chosen again: the pending token stays, and so does all that chooses and spells. It is in no batch;
         one that was has its snapshot.
         """
         if self.opening is None and self.caches:

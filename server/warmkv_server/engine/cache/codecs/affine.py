@@ -22,10 +22,7 @@ class AffineCodec:
 
     bits: int = 4
     group_size: int = 64
-
-    @property
-    def identity(self) -> str:
-        return ""  # bits and group size say it all
+    identity = ""  # bits and group size say it all
 
     def components(self, head_dim: int, dtype: mx.Dtype) -> tuple[Component, ...]:
         if head_dim % self.group_size:

@@ -13,9 +13,9 @@ from warmkv_server.engine.cache.codecs.codec import Component, Position, Words
 class AsComputed:
     """Stores what attention reads."""
 
-    bits: int = 0
-    group_size: int = 0
-    identity: str = ""
+    bits = 0
+    group_size = 0
+    identity = ""
 
     def components(self, head_dim: int, dtype: mx.Dtype) -> tuple[Component, ...]:
         return (Component("values", head_dim, dtype),)

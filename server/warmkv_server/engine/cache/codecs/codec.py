@@ -139,7 +139,14 @@ class CodecPlan:
         return self.streams.get(stream, self.default)
 
     def of_layer(self, leaf: int) -> LayerCodec:
-        return LayerCodec(self.of_stream((leaf, KEYS)), self.of_stream((leaf, VALUES)))
+        if leaf not in self._layers:
+            self._layers[leaf] = LayerCodec(self.of_stream((leaf, KEYS)), self.of_stream((leaf, VALUES)))
+        return self._layers[leaf]
+
+    @cached_property
+    def _layers(self) -> dict[int, LayerCodec]:
+        """Those that were asked for: every sequence's caches ask again."""
+        return {}
 
     @property
     def bits(self) -> int:
