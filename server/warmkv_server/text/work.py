@@ -23,9 +23,8 @@ import time
 import traceback
 from pathlib import Path
 
-from mlx_lm.tokenizer_utils import load
-
 from warmkv_server.errors import WarmKVError
+from warmkv_server.text.loading import load
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
@@ -61,10 +60,7 @@ def main(descriptor: int) -> None:
     if source is None:
         return
     try:
-        config: dict[str, object] = {"trust_remote_code": False}
-        if source.chat_template is not None:
-            config["chat_template"] = source.chat_template
-        tokenizer = load(source.folder, config, eos_token_ids=source.eos_token_ids, defaults=source.defaults)
+        tokenizer = load(source.folder, source.chat_template, source.eos_token_ids, source.defaults)
         text = Text(tokenizer, source.vocab_size)
     except BaseException as error:
         _say(control, f"{type(error).__name__}: {error}")
