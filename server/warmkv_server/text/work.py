@@ -28,6 +28,7 @@ from warmkv_server.text.loading import load
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
+    FINDINGS,
     FORK,
     FORKS,
     HEADER,
@@ -120,6 +121,8 @@ def _work(connection: socket.socket, text: Text) -> None:
 
 def _result(text: Text, task: Task) -> tuple[bytes, bytes]:
     try:
+        if task.content is None:
+            return FINDINGS, json.dumps(text.probe()).encode()
         encoded = text.encode(
             task.content,
             starts=task.starts,
