@@ -28,7 +28,8 @@ _SPECIAL = 3
 
 
 def write_folder(source: Path, folder: Path) -> None:
-    arrays, told = mx.load(str(source), return_metadata=True)
+    loaded: Any = mx.load(str(source), return_metadata=True)
+    arrays, told = loaded
     told = {key: value.tolist() if isinstance(value, mx.array) else value for key, value in told.items()}
     heads, kv_heads = told["llama.attention.head_count"], told["llama.attention.head_count_kv"]
     weights = {}
