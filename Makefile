@@ -2,8 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long test-fast hostile clients bench-clock trace lint style types rooms draw-rooms \
-	stubs check-stubs proto-lint lock release-check clean
+.PHONY: help setup serve test test-long test-fast hostile models-test clients bench-clock trace lint style types rooms \
+	draw-rooms stubs check-stubs proto-lint lock release-check clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -51,6 +51,9 @@ test-fast: setup ## Run the tests that start no server and are over in a minute,
 
 hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
 	@$(PYTEST) tests/hostile $(ARGS)
+
+models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
+	@$(PYTEST) tests/reference $(ARGS)
 
 clients: setup ## Run the Go, Java and Node clients and the README's commands (needs Go, Maven and Node)
 	$(BIN)/python tests/clients/run.py

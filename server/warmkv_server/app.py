@@ -17,7 +17,7 @@ from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.steps.loop import SOON_SECONDS
-from warmkv_server.errors import ServerFailed
+from warmkv_server.errors import InvalidField, ServerFailed
 from warmkv_server.kv.blocks.blockfile import VERSION as BLOCK_FORMAT
 from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
 from warmkv_server.platform import blas, descriptors
@@ -32,6 +32,7 @@ from warmkv_server.service.server import GrpcServer, Tls
 from warmkv_server.service.server_servicer import Facts, ServerServicer
 from warmkv_server.shutdown import Shutdown
 from warmkv_server.text.launch import Started
+from warmkv_server.text.probe import unusual
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
@@ -80,6 +81,7 @@ async def serve(settings: Settings, text: Started) -> int:
             shutdown = Shutdown(store, signals, settings.drain_seconds)
             try:
                 await _unless_stopped(engine.text.ready(), signals.first)
+                await _unless_stopped(_say_unusual(engine), signals.first)
                 engine.relieve = store.relieve
                 store.give_way(lambda: engine.decoding)
                 agent_settings = AgentSettings(
@@ -152,6 +154,15 @@ async def _load_engine(settings: Settings, tenants: int, text: Started) -> Engin
     where = f"{engine.info.device}, {engine.info.blas}" if engine.info.blas else engine.info.device
     log.info("loaded %s in %.1f seconds (%s)", engine.info.model_id, time.perf_counter() - began, where)
     return engine
+
+
+async def _say_unusual(engine: Engine) -> None:
+    """What clients may run into, of the model's tokenizer and chat template; `warmkv models check` says all of it."""
+    try:
+        for line in unusual(await engine.text.probe()):
+            log.warning("%s: %s", engine.info.model_id, line)
+    except InvalidField as refusal:
+        log.warning("%s: the chat template can't be tried: %s", engine.info.model_id, refusal)
 
 
 def _store_settings(settings: Settings, tenants: int) -> StoreSettings:

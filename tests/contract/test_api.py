@@ -87,7 +87,7 @@ ServerCounters: requests_by_source:{string,int64} fallbacks_by_reason:{string,in
 ServerGauges: hot_bytes:int64 disk_bytes:int64 agents_by_tier:{string,int64} queue_depth:int32 batch_size:int32
  stale_agents:int32
 CountTokensRequest: content:Content agent_id:string context_mode:ContextMode include_token_ids:bool
-CountTokensResponse: token_count:int32 token_ids:int32*
+CountTokensResponse: token_count:int32 token_ids:int32* replaced_tokens:int32
 """
 
 ENUMS = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.tokenizers import built_in, ids
+from tests.engine.tokenizers import built_in, ids, variant
+from tests.engine.trained import TRAINED, metaspace, write
+from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.engine.output.answer_text import AnswerText, Spelling
 
 END, ASSISTANT = 1, 5
@@ -131,3 +136,45 @@ def test_what_may_become_a_stop_string_is_held_back_and_given_back() -> None:
     ]
     assert "".join(pieces[:-1]) == " "
     assert pieces[-1] == "users"
+
+
+@pytest.mark.parametrize("style", TRAINED)
+def test_any_style_of_tokenizer_reads_as_it_decodes(style: str, tmp_path: Path) -> None:
+    """Whole runs of single bytes, broken ones too, spaces that go away, ids that the tokenizer doesn't have."""
+    write(style, tmp_path)
+    tokenizer = tokenizers.load(tmp_path)
+    spelling, known = Spelling(tokenizer), sorted(tokenizer.get_vocab().values())
+    odd = [*sorted(spelling.bytes), *known[:20], known[-1] + 7] * 3 + known
+    chance = random.Random(3)
+    for _ in range(100):
+        prompt, tokens = chance.choices(known, k=chance.randrange(1, 9)), chance.choices(odd, k=chance.randrange(30))
+        under_test = AnswerText(spelling, prompt, (), ())
+        joined = "".join(under_test.push(token) for token in tokens) + under_test.finish()
+        before, whole = spelling.text(prompt), spelling.text(prompt + tokens)
+        same = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        assert joined == whole[min(same, len(whole)) :], (prompt, tokens)
+
+
+def test_long_runs_of_single_bytes_come_before_the_answer_ends(tmp_path: Path) -> None:
+    write("first", tmp_path)
+    tokenizer = tokenizers.load(tmp_path)
+    faces = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "🙃".encode() * 100]
+    under_test = AnswerText(Spelling(tokenizer), ids(tokenizer, "so"), (), ())
+    pieces = [under_test.push(token) for token in faces]
+    assert len("".join(pieces)) > 80
+    assert "".join(pieces) + under_test.finish() == "🙃" * 100
+
+
+def test_words_of_other_letters_that_were_added_are_text(tmp_path: Path) -> None:
+    tokenizer = variant(tmp_path, special=["điều", "日本é"])
+    under_test = AnswerText(Spelling(tokenizer), [ASSISTANT], {END}, ())
+    assert [under_test.push(token) for token in (4096, 4097)] == ["điều", "日本é"]
+
+
+def test_bytes_under_anothers_decoder_are_read_as_bytes(tmp_path: Path) -> None:
+    """As some published files have it: byte pairs, and SentencePiece's decoder."""
+    variant(tmp_path, decoder=json.loads(metaspace(strips=True, scheme="first").to_str())["decoder"])
+    tokenizer = tokenizers.load(tmp_path)
+    text = "Hello! Über 日本\n"
+    under_test = AnswerText(Spelling(tokenizer), [ASSISTANT], {END}, ())
+    assert "".join(under_test.push(token) for token in ids(tokenizer, text)) + under_test.finish() == text

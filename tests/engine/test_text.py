@@ -53,10 +53,13 @@ class Talk:
         return Text(self.tokenizer, len(self.tokenizer))
 
     def render(self, messages: Sequence[Message], answer: bool) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=answer
-        )
-        return str(rendered)
+        listed = [{"role": m.role, "content": self._content(m)} for m in messages]
+        return str(self.tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=answer))
+
+    def _content(self, message: Message) -> object:
+        if self.style is STYLES["parts"] and message.role != "assistant":
+            return [{"type": "text", "text": message.content}]
+        return message.content
 
     def at_once(self, messages: Sequence[Message], answer: bool) -> list[int]:
         return ids(self.tokenizer, self.render(messages, answer))
@@ -67,14 +70,18 @@ class Talk:
     def go_on(self, held: list[int], *messages: Message, ending: Ending, answer: bool) -> list[int]:
         return behind(self.text, held, Chat(messages), ending, answer)
 
-    def answered(self, messages: Sequence[Message], reply: str) -> list[int]:
-        """What the model writes behind these messages when this is its reply, the end of sequence included."""
+    def answered(self, messages: Sequence[Message], reply: str, *, finished: bool = True) -> list[int]:
+        """What the model writes behind these messages when this is its reply.
+
+        Args:
+            finished: whether the end of sequence is behind it, which in some templates ends no answer of earlier turns.
+        """
         prompt = self.render(messages, answer=True)
         whole = self.render([*messages, Message("assistant", reply)], answer=False)
         assert whole.startswith(prompt)
-        written, end, _ = whole.removeprefix(prompt).partition(self.style.eos)
-        assert end == self.style.eos
-        return ids(self.tokenizer, written + end)
+        written = whole.removeprefix(prompt)
+        written = written[: written.index(reply) + len(reply) + (finished and self.style is STYLES["llama 2"])]
+        return [*ids(self.tokenizer, written), *([self.tokenizer.eos_token_id] if finished else [])]
 
 
 @pytest.fixture(scope="module", params=STYLES)
@@ -113,8 +120,7 @@ def test_follow_ups_have_the_tokens_of_the_whole_conversation(
         else:
             held = talk.start(*messages, answer=True)
         assert held == talk.at_once(messages, answer=True)
-        written = talk.answered(messages, reply) if reply else []
-        held = held + (written if finished else written[:-1])
+        held = held + (talk.answered(messages, reply, finished=finished) if reply else [])
         messages.append(assistant(reply))
 
 
@@ -145,7 +151,7 @@ def test_a_question_added_behind_an_answer_closes_it_first(talk: Talk) -> None:
 def test_behind_raw_tokens_messages_get_no_beginning_of_text_and_no_default_system_text(talk: Talk) -> None:
     raw = encoded(talk.text, RawText("Once upon a time"), answer=False)
     added = talk.go_on(raw, user("Hi"), ending=Ending.RAW, answer=True)[len(raw) :]
-    assert BOS not in added
+    assert BOS not in added or talk.style.begins_each_turn
     written = str(talk.tokenizer.decode(added))
     assert "careful assistant" not in written
     assert talk.render([user("Hi")], answer=True).endswith(written.removeprefix("\n"))
@@ -158,7 +164,7 @@ def test_the_text_begins_once(talk: Talk) -> None:
     held += talk.answered([user("One?")], "Two.")
     for turn in range(3):
         held = talk.go_on(held, user(f"{turn}?"), ending=Ending.ANSWER, answer=True)
-    assert held.count(BOS) <= 1
+    assert held.count(BOS) <= 1 or talk.style.begins_each_turn
 
 
 @pytest.fixture
@@ -258,3 +264,84 @@ def test_threads_may_share_it() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(encode, contents * 5)) == [encode(content) for content in contents] * 5
+
+
+@pytest.fixture
+def styled(tmp_path: Path, request: pytest.FixtureRequest) -> Talk:
+    style = STYLES[request.param]
+    return Talk(style, style.tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("styled", ["llama 2"], indirect=True)
+def test_a_space_that_the_model_did_not_write_before_its_end_brings_no_second_end(styled: Talk) -> None:
+    held = styled.start(user("One?"), answer=True) + ids(styled.tokenizer, " Two.</s>")
+    held = styled.go_on(held, user("Three?"), ending=Ending.ANSWER, answer=True)
+    assert styled.tokenizer.decode(held) == "<|bos|>[INST] One? [/INST] Two.</s><|bos|>[INST] Three? [/INST]"
+
+
+@pytest.mark.parametrize("styled", ["another mark between"], indirect=True)
+def test_a_turn_that_the_template_closed_as_the_last_is_closed_as_one_between(styled: Talk) -> None:
+    messages = [user("One?"), assistant("Two."), user("Three?")]
+    held = styled.start(*messages[:2], answer=False)
+    assert styled.tokenizer.decode(held[-1:]) == "<|return|>"
+    assert styled.go_on(held, messages[2], ending=Ending.TURN, answer=True) == styled.at_once(messages, answer=True)
+
+
+@pytest.mark.parametrize("styled", ["llama 2", "gemma"], indirect=True)
+def test_a_system_message_waits_for_the_user_whose_turn_it_is_written_in(styled: Talk) -> None:
+    system, question = Message("system", "You are a pirate."), user("Who are you?")
+    new = styled.text.encode(Chat((system,)), starts=True, ending="", held=0, tail=(), answer=False)
+    assert new.holds_back
+    held = new.tokens.tolist()
+    assert held, "an agent has tokens"
+    ending = ending_after(Chat((system,)), answered=False, previous="", holds_back=True)
+    whole = styled.at_once([system, question], answer=True)
+    assert whole[: len(held)] == held
+    assert styled.go_on(held, question, ending=ending, answer=True) == whole
+    with pytest.raises(InvalidField, match=r"together with the user's message") as caught:
+        encoded(styled.text, Chat((system,)))
+    assert caught.value.violations[0].field == "content.chat.messages[0]"
+
+
+def test_every_message_is_in_the_tokens_or_refused_by_name(talk: Talk) -> None:
+    """At the start and behind an answer, alone and with others, whatever the roles."""
+    roles = ("system", "user", "assistant", "tool", "developer")
+    plans = [(role,) for role in roles] + [(role, "user") for role in roles]
+    plans += [("system", "system", "user"), ("system", "user", "assistant", "system", "user"), ("user", "system")]
+    first = talk.start(user("One?"), answer=True)
+    asked = [*first, *talk.answered([user("One?")], "Two.")]
+    for plan in plans:
+        messages = [Message(role, f"Words of number {n}.") for n, role in enumerate(plan)]
+        for held, ending in (([], ""), (asked, Ending.ANSWER)):
+            try:
+                whole = behind(talk.text, held, Chat(tuple(messages)), ending, True)
+            except InvalidField as refusal:
+                (violation,) = refusal.violations
+                index = int(violation.field.removeprefix("content.chat.messages[").removesuffix("]"))
+                assert index < len(messages)
+                assert "; " in violation.description, "what to do instead"
+                continue
+            written = talk.tokenizer.decode(whole[len(held) - 1 :] if held else whole)
+            assert all(message.content in written for message in messages), plan
+            assert "'type'" not in written
+
+
+@pytest.mark.parametrize("styled", ["front"], indirect=True)
+@pytest.mark.parametrize(("roles", "lost"), [(("system", "system", "user"), 0), (("user", "tool"), 1)])
+def test_the_message_that_a_template_leaves_out_is_named(styled: Talk, roles: tuple[str, ...], lost: int) -> None:
+    messages = tuple(Message(role, f"Number {n}.") for n, role in enumerate(roles))
+    with pytest.raises(InvalidField, match="writes nothing") as caught:
+        encoded(styled.text, Chat(messages))
+    assert caught.value.violations[0].field == f"content.chat.messages[{lost}]"
+    with pytest.raises(InvalidField) as caught:
+        encoded(styled.text, Chat((Message("system", "Be brief."), user("So?"))), held=[7], ending=Ending.ANSWER)
+    assert caught.value.violations[0].field == "content.chat.messages[0]"
+
+
+def test_rendering_is_transformers_own(tmp_path: Path) -> None:
+    """mlx-lm's wrapper would set `enable_thinking`, which templates tell from one that isn't set."""
+    template = (
+        "{{ 'set' if enable_thinking is defined else 'plain' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    text = Text(variant(tmp_path, chat_template=template), 4096)
+    assert text.tokenizer.decode(encoded(text, Chat((user("Hi"),)))) == "plainHi"

@@ -1,5 +1,5 @@
-"""The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`), `eval`,
-and `bench` where the benchmark is installed.
+"""The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`, `models`),
+`eval`, and `bench` where the benchmark is installed.
 
 Says what an operator did wrong in one sentence on stderr, and exits with status 2; with 1 where it is nobody's fault.
 """
@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from warmkv_server.cli import data as operate
+from warmkv_server.cli.models import models
 from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError, ServerFailed
 from warmkv_server.platform.versions import version_of
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 app.add_typer(operate.store, name="store")
 app.add_typer(operate.agents, name="agents")
+app.add_typer(models, name="models")
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For a command whose arguments are another command line's."""

@@ -61,9 +61,13 @@ def follow_up(
     template.require_contents(shape, messages, answer, rest)
     if Ending.of(ending) is not Ending.ANSWER:
         closing = template.closing(shape)
-        if Ending.of(ending) is Ending.RAW:
-            return FollowUp(shape.anchor + closing, "", rest.removeprefix(closing))
-        return FollowUp(shape.anchor, closing, rest)
+        if Ending.of(ending) is not Ending.RAW:
+            return FollowUp(shape.anchor, closing, rest)
+        if not rest.startswith(closing):
+            # It closes a turn in another way where more follows: what it writes at a beginning too closes none.
+            opening = _alike_at_the_end(shape.gap, template.shape((), messages, answer).gap)
+            closing = rest[: len(shape.gap) - opening]
+        return FollowUp(shape.anchor + closing, "", rest.removeprefix(closing))
     if last_token not in ends:
         return FollowUp(shape.anchor, "", rest)
     gap = rest[: len(shape.gap)]
@@ -98,3 +102,9 @@ def _behind(template: Template, messages: Sequence[Message], ending: str, answer
         "this model's chat template doesn't write out the text of earlier messages, so that none can be put "
         "behind a context; send the whole conversation (Prime, or CONTEXT_MODE_REPLACE), or content.text"
     )
+
+
+def _alike_at_the_end(first: str, second: str) -> int:
+    """How many characters they end with alike."""
+    pairs = enumerate(zip(reversed(first), reversed(second), strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -7,10 +7,12 @@ its time, or whose client has left, is killed, and a new one takes its place.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from warmkv_server.text.launch import Launcher, Process, Started
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
+    FINDINGS,
     MEMORY_BYTES,
     NO_MEMORY,
     REFUSAL,
@@ -49,7 +52,7 @@ class _Job:
     task: Task
     tenant: str
     characters: int
-    done: asyncio.Future[Encoded]
+    done: asyncio.Future[Any]
     ended_one: bool = False
     """Whether a process has ended over it."""
 
@@ -119,6 +122,19 @@ class TextPool:
             QueueFull: if too many wait.
             Draining: once `stop` was called.
         """
+        encoded: Encoded = await self._do(task, tenant)
+        return encoded
+
+    async def probe(self) -> dict[str, Any]:
+        """What the server makes of the tokenizer and the chat template: what `Text.probe` returns.
+
+        Raises:
+            InvalidField: if the chat template took too much time or memory.
+        """
+        findings: dict[str, Any] = await self._do(Task(None), "")
+        return findings
+
+    async def _do(self, task: Task, tenant: str) -> Any:
         if self._stopping:
             raise Draining("the server is shutting down")
         await self.ready()
@@ -255,6 +271,8 @@ class _Worker:
             job.fail(refusal_of(body))
         elif kind == BROKEN:
             job.fail(RuntimeError(f"text work failed: {body.decode(errors='replace')}"))
+        elif kind == FINDINGS and not job.done.done():
+            job.done.set_result(json.loads(body))
         elif not job.done.done():
             replaced, holds_back = ANSWER.unpack_from(body)
             tokens = np.frombuffer(body, np.int32, offset=ANSWER.size)

@@ -25,7 +25,7 @@ HEADER = struct.Struct("!cBI")
 """Of a reply: its kind, whether the process ends itself behind it, and the length of what follows."""
 ANSWER = struct.Struct("=iB")
 """Before the tokens of a reply: how many of the context's they replace, and whether messages are held back."""
-TOKENS, REFUSAL, NO_MEMORY, BROKEN = b"T", b"R", b"M", b"B"
+TOKENS, FINDINGS, REFUSAL, NO_MEMORY, BROKEN = b"T", b"F", b"R", b"M", b"B"
 
 LENGTH = struct.Struct("!Q")
 """Before everything that goes to a process."""
@@ -63,16 +63,17 @@ class Task:
     """What `Text.encode` takes.
 
     Attributes:
+        content: None to try the tokenizer and the chat template instead.
         tail: the last `TAIL` tokens of the context, or all.
     """
 
-    content: Content
-    starts: bool
-    ending: str
-    held: int
-    tail: tuple[int, ...]
-    answer: bool
-    room: int | None
+    content: Content | None
+    starts: bool = True
+    ending: str = ""
+    held: int = 0
+    tail: tuple[int, ...] = ()
+    answer: bool = True
+    room: int | None = None
 
     @property
     def characters(self) -> int:

@@ -72,7 +72,7 @@ class Template:
     """The chat template of a tokenizer that has one."""
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self._apply = _plainly(tokenizer)
+        self.apply = _plainly(tokenizer)
         self._remembered = lru_cache(_SHAPES)(self._probe)
 
     def shape(self, before: Sequence[str], messages: Sequence[Message], answer: bool) -> Shape:
@@ -217,7 +217,7 @@ class Template:
 
     def _render(self, messages: Iterable[Message], parts: frozenset[int], answer: bool) -> str:
         try:
-            written = str(self._apply([_plain(m, n in parts) for n, m in enumerate(messages)], answer))
+            written = str(self.apply([_plain(m, n in parts) for n, m in enumerate(messages)], answer))
         except MemoryError:
             raise
         except Exception as error:  # templates raise jinja2 errors, and whatever their own code raises
@@ -230,7 +230,7 @@ class Template:
         return written
 
 
-def _plainly(tokenizer: TokenizerWrapper) -> Callable[[list[dict[str, Any]], bool], Any]:
+def _plainly(tokenizer: TokenizerWrapper) -> Callable[..., Any]:
     """Rendering as transformers does it: mlx-lm's wrapper sets a variable of the template (`enable_thinking`).
 
     Where mlx-lm brings the template itself, as a function, it is mlx-lm that renders.
@@ -238,8 +238,8 @@ def _plainly(tokenizer: TokenizerWrapper) -> Callable[[list[dict[str, Any]], boo
     own = tokenizer._chat_template is not None
     renderer: Any = tokenizer if own else tokenizer._tokenizer
 
-    def apply(messages: list[dict[str, Any]], answer: bool) -> Any:
-        return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    def apply(messages: list[dict[str, Any]], answer: bool, **variables: Any) -> Any:
+        return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer, **variables)
 
     return apply
 

@@ -15,6 +15,7 @@ import numpy as np
 from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, TokenIds, held_back
 from warmkv_server.errors import ContextTooLong, InvalidField
 from warmkv_server.text.follow_up import follow_up
+from warmkv_server.text.probe import Findings, probe
 from warmkv_server.text.template import Template, mark
 from warmkv_server.text.token_bytes import most_bytes_per_token
 
@@ -83,6 +84,10 @@ class Text:
                 if starts:
                     return self._beginning(template, messages, 0, 0, answer, room)
                 return self._behind(template, messages, ending, tail, answer, room)
+
+    def probe(self) -> Findings:
+        """What the server makes of the tokenizer and the chat template."""
+        return probe(self.tokenizer, self.template, self._ends)
 
     def _beginning(
         self,

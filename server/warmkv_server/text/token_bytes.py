@@ -29,7 +29,7 @@ def most_bytes_per_token(tokenizer: TokenizerWrapper) -> int:
         return 0
     parts: Mapping[str, Any] = json.loads(backend.to_str())
     model = parts["model"]
-    pieces = list(_members(parts["pre_tokenizer"], "pretokenizers"))
+    pieces = list(members(parts["pre_tokenizer"], "pretokenizers"))
     by_bytes = any(piece["type"] == "ByteLevel" for piece in pieces)
     letters = sum(len(word) == 1 for word in model["vocab"])
     known = letters >= 256 if by_bytes else model.get("byte_fallback") and _has_bytes(model["vocab"])
@@ -39,7 +39,7 @@ def most_bytes_per_token(tokenizer: TokenizerWrapper) -> int:
     if any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"]):
         return 0
     shrinks = 1
-    for normaliser in _members(parts["normalizer"], "normalizers"):
+    for normaliser in members(parts["normalizer"], "normalizers"):
         if normaliser["type"] not in _SHRINKS or (normaliser["type"] == "Replace" and not _grows(normaliser)):
             return 0
         shrinks *= _SHRINKS[normaliser["type"]]
@@ -49,12 +49,13 @@ def most_bytes_per_token(tokenizer: TokenizerWrapper) -> int:
     return max(longest, added) * shrinks
 
 
-def _members(part: Mapping[str, Any] | None, name: str) -> Iterator[Mapping[str, Any]]:
+def members(part: Mapping[str, Any] | None, name: str) -> Iterator[Mapping[str, Any]]:
+    """A part of tokenizer.json, or the parts that it is a sequence of."""
     if part is None:
         return
     for member in part.get(name, [part]):
         if name in member:
-            yield from _members(member, name)
+            yield from members(member, name)
         else:
             yield member
 

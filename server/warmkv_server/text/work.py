@@ -23,12 +23,12 @@ import time
 import traceback
 from pathlib import Path
 
-from mlx_lm.tokenizer_utils import load
-
 from warmkv_server.errors import WarmKVError
+from warmkv_server.text.loading import load
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
+    FINDINGS,
     FORK,
     FORKS,
     HEADER,
@@ -61,10 +61,7 @@ def main(descriptor: int) -> None:
     if source is None:
         return
     try:
-        config: dict[str, object] = {"trust_remote_code": False}
-        if source.chat_template is not None:
-            config["chat_template"] = source.chat_template
-        tokenizer = load(source.folder, config, eos_token_ids=source.eos_token_ids, defaults=source.defaults)
+        tokenizer = load(source.folder, source.chat_template, source.eos_token_ids, source.defaults)
         text = Text(tokenizer, source.vocab_size)
     except BaseException as error:
         _say(control, f"{type(error).__name__}: {error}")
@@ -124,6 +121,8 @@ def _work(connection: socket.socket, text: Text) -> None:
 
 def _result(text: Text, task: Task) -> tuple[bytes, bytes]:
     try:
+        if task.content is None:
+            return FINDINGS, json.dumps(text.probe()).encode()
         encoded = text.encode(
             task.content,
             starts=task.starts,

@@ -305,6 +305,10 @@ class Content(_message.Message):
     def chat(self) -> Global___ChatMessages:
         """Chat messages, rendered with the model's chat template. Its beginning-of-sequence token and default system text
         appear only where they start a context. Generate adds the template's generation prompt; Prime and Extend do not.
+        A message that the template would leave out is refused by name. A system message alone that the template writes
+        into the first user's turn is kept by Prime and Extend until that turn comes, up to half a million characters;
+        other content behind it is INVALID_FIELD. An answer's last token gives way where the template closes an earlier
+        answer in another way.
         """
 
     def __init__(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import _tokenizer_defaults
 
 from warmkv_server.errors import OperatorError
+from warmkv_server.text import loading
 
 _PROCESSORS = ("chat_template.json", "processor_config.json")
 """Where processors of multimodal models keep the chat template; tokenizers don't look there."""
@@ -22,9 +23,10 @@ def load(folder: Path) -> TokenizerWrapper:
         OperatorError: if there is none that can be loaded.
     """
     try:
-        tokenizer: TokenizerWrapper = load_tokenizer(folder, {"trust_remote_code": False})
+        defaults = _tokenizer_defaults(folder)
+        tokenizer = loading.load(folder, defaults=defaults)
         if tokenizer.chat_template is None and (template := _of_processor(folder)) is not None:
-            tokenizer = load_tokenizer(folder, {"trust_remote_code": False, "chat_template": template})
+            tokenizer = loading.load(folder, template, defaults=defaults)
     except Exception as error:
         raise OperatorError(f"no tokenizer could be loaded from {folder}: {error}") from error
     return tokenizer

@@ -1,0 +1,78 @@
+"""`warmkv models`: what a model is, before it is served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from warmkv_server.config import Settings
+from warmkv_server.errors import OperatorError
+
+models = typer.Typer(help="Look at models before they are served.", no_args_is_help=True)
+
+
+@models.callback()
+def _models() -> None:
+    """Look at models before they are served."""
+
+
+@models.command()
+def check(
+    model: Annotated[str, typer.Argument(help="As --model of `warmkv serve`: a folder, builtin:tiny, ORG/NAME[@REV].")],
+    adapter: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
+    kv_bits: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
+    kv_group_size: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+) -> None:
+    """Say what the server would do with a model: its limit, ends of answers, caches and codec, what its tokenizer keeps
+    of a text, and which messages its chat template writes. Loads it, and exits with 2 where it would be refused."""
+    from warmkv_server.offline.checking import check as look
+
+    given = {"model": model, "adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
+    try:
+        found = look(Settings.read({name: value for name, value in given.items() if value is not None}))
+    except OperatorError as error:
+        if as_json:
+            typer.echo(json.dumps({"model": model, "refused": str(error)}))
+        typer.echo(f"warmkv: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    for name, value in _rows(found):
+        typer.echo(f"{name:<22} {value}")
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A line for each finding."""
+    yield "model", found["model"]
+    yield "device", found["device"]
+    yield "context limit", f"{found['context_limit']:,} tokens"
+    more = "" if found["choosable"] == found["vocabulary"] else f", of which {found['choosable']:,} can be sampled"
+    yield "vocabulary", f"{found['vocabulary']:,} ids{more}"
+    for end in found["ends"]:
+        yield "ends an answer", f"{end['id']} {end['text']} ({', '.join(end['named_by'])})"
+    yield "caches", ", ".join(f"{count} {kind}" for kind, count in found["caches"].items())
+    codec = f"{found['kv_bits']} bits in groups of {found['kv_group_size']}" if found["kv_bits"] else "as computed"
+    yield "kept KV", f"{codec}, {found['kv_bytes_per_token']:,} bytes a token"
+    if "tokenizer" in found:
+        tokenizer = found["tokenizer"]
+        kept = "not every text comes back as it was" if tokenizer["changes"] else "texts come back as they were"
+        yield "tokenizer", f"{tokenizer['class']}, {tokenizer['ids']:,} ids; {kept}"
+    if template := found.get("template"):
+        for role, said in template["roles"].items():
+            yield f"role {role}", said
+        for key, name in (
+            ("system_alone", "system message alone"),
+            ("two_systems", "two system messages"),
+            ("tools", "tools"),
+            ("reasoning", "reasoning"),
+            ("follow_up", "behind an answer"),
+        ):
+            yield name, template[key]
+        yield "closes an answer with", repr(template["closes_with"]) if template["closes_with"] else "no mark"
+    for line in found["unusual"]:
+        yield "unusual", line

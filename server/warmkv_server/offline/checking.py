@@ -1,0 +1,67 @@
+"""What the server would do with a model: found out by loading it, and by trying its tokenizer and chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from warmkv_server.config import Settings
+from warmkv_server.contract.fairness import Bound
+from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.model import device
+from warmkv_server.engine.model import load as models
+from warmkv_server.errors import InvalidField
+from warmkv_server.text.pool import TextPool
+from warmkv_server.text.probe import unusual
+from warmkv_server.text.task import TokenizerSource
+
+
+def check(settings: Settings) -> dict[str, Any]:
+    """Everything, as JSON has it.
+
+    Raises:
+        OperatorError: if the model would be refused.
+    """
+    device.prepare()
+    sources: list[TokenizerSource] = []
+    codec = Codec(settings.kv_bits, settings.kv_group_size)
+    loaded = models.load(
+        settings.model,
+        adapter=settings.adapter,
+        codec=codec,
+        context_limit=settings.context_limit,
+        tokenizer_found=sources.append,
+    )
+    info = loaded.info
+    found, lines = asyncio.run(_tried(sources[0]))
+    return {
+        "model": info.model_id,
+        "device": info.device,
+        "context_limit": info.context_limit,
+        "vocabulary": info.vocab_size,
+        "choosable": loaded.choosable.count,
+        "ends": [{"id": end.token_id, "text": end.text, "named_by": list(end.sources)} for end in info.ends],
+        "caches": dict(Counter(layer.cache_kind for layer in info.layers)),
+        "kv_bits": info.kv_bits,
+        "kv_group_size": info.kv_group_size,
+        "kv_bytes_per_token": info.kv_bytes_per_token,
+        "sampling": {name: value for name, value in asdict(info.sampling_defaults).items() if value is not None},
+        **found,
+        "unusual": lines,
+    }
+
+
+async def _tried(source: TokenizerSource) -> tuple[dict[str, Any], list[str]]:
+    """What the processes for text work find, and what of it is unusual."""
+    pool = TextPool(Bound(1))
+    try:
+        pool.found(source)
+        await pool.ready()
+        findings = await pool.probe()
+        return findings, unusual(findings)
+    except InvalidField as refusal:
+        return {}, [f"the chat template can't be tried: {refusal}"]
+    finally:
+        pool.stop()

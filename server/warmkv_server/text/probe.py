@@ -1,0 +1,134 @@
+"""What the server makes of a model's tokenizer and chat template, found out by trying them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from warmkv_server.contract.content import Ending, Message
+from warmkv_server.errors import InvalidField, Unsupported
+from warmkv_server.text.follow_up import follow_up
+from warmkv_server.text.template import Shape, Template, mark
+
+_SAMPLES = ("Hello, world!", " It's 2 o'clock.\n\tAnd  so on ", "Über 日本語 नमस्ते", "👩‍🚀🙂", "a\0b")
+_TOOL = {
+    "type": "function",
+    "function": {"name": mark(7), "description": "-", "parameters": {"type": "object", "properties": {}}},
+}
+Findings = Mapping[str, Any]
+"""As JSON has it."""
+
+
+def probe(tokenizer: Any, template: Template | None, ends: Mapping[int, str]) -> Findings:
+    """
+    Args:
+        ends: how the template writes the tokens that end an answer.
+    """
+    changed = {text: back for text in _SAMPLES if (back := _there_and_back(tokenizer, text)) != text}
+    return {
+        "tokenizer": {
+            "class": type(tokenizer._tokenizer).__name__,
+            "ids": len(tokenizer),
+            "changes": changed,
+        },
+        "template": None if template is None else _of_template(template, ends),
+    }
+
+
+def unusual(findings: Findings) -> list[str]:
+    """One line for each finding that a client may run into."""
+    lines = [
+        f"the tokenizer doesn't keep a text as it is: {text!r} comes back as {back!r}"
+        for text, back in findings["tokenizer"]["changes"].items()
+    ]
+    template = findings["template"]
+    if template is None:
+        return [
+            *lines,
+            "there is no chat template: content.chat is refused, content.text and content.token_ids are not",
+        ]
+    for role, found in template["roles"].items():
+        if found != "written" and role in ("system", "user", "assistant"):
+            lines.append(f"the chat template and a message of role {role}: {found}")
+    for name, usual in (("system_alone", "written"), ("two_systems", "written"), ("follow_up", "written")):
+        if template[name] != usual:
+            lines.append(f"the chat template and {_NAMES[name]}: {template[name]}")
+    if template["closes_with"] and template["closes_with"] not in template["ends"]:
+        lines.append(
+            f"the chat template closes earlier answers with {template['closes_with']!r}, which ends no answer: the "
+            "last token of an answer gives way to it when a message follows"
+        )
+    return lines
+
+
+_NAMES = {
+    "system_alone": "a system message alone",
+    "two_systems": "two system messages",
+    "follow_up": "messages behind a context",
+}
+
+
+def _of_template(template: Template, ends: Mapping[int, str]) -> dict[str, Any]:
+    user, answer, system = Message("user", "-"), Message("assistant", "-"), Message("system", "-")
+    conversations = {
+        "system": ([system, user], 0),
+        "user": ([user], 0),
+        "assistant": ([user, answer, user], 1),
+        "tool": ([user, answer, Message("tool", "-")], 2),
+        "developer": ([Message("developer", "-"), user], 0),
+    }
+    roles = {
+        role: _said(template.shape((), messages, answer=True), index)
+        for role, (messages, index) in conversations.items()
+    }
+    alone = _said(template.shape((), [system], answer=False), 0)
+    if alone != "written" and roles["system"].startswith("written"):
+        alone = "waits for the user's message that follows, and is written with it"
+    two = template.shape((), [system, system, user], answer=True)
+    behind, closes = _behind(template, user, ends)
+    return {
+        "roles": roles,
+        "system_alone": alone,
+        "two_systems": next((said for index in (0, 1) if (said := _said(two, index)) != "written"), "written"),
+        "tools": _tried(template, [_plain(user)], tools=[_TOOL]),
+        "reasoning": _tried(template, [_plain(user), {**_plain(answer), "reasoning_content": mark(7)}]),
+        "follow_up": behind,
+        "closes_with": closes,
+        "ends": sorted(ends.values()),
+    }
+
+
+def _behind(template: Template, user: Message, ends: Mapping[int, str]) -> tuple[str, str]:
+    """What becomes of a message behind an answer, and what the template writes between the two."""
+    try:
+        found = follow_up(template, [user], Ending.ANSWER, None, ends, answer=True)
+    except (InvalidField, Unsupported) as refusal:
+        return f"refused: {refusal}", ""
+    gap = found.text.strip()
+    marks = sorted((gap.find(text), -len(text), text) for text in ends.values() if text and text in gap)
+    if marks:
+        return "written", marks[0][2]
+    return "written", gap.partition(">")[0] + ">" if gap.startswith("<") and ">" in gap else ""
+
+
+def _said(shape: Shape, index: int) -> str:
+    if shape.error:
+        return f"refused: {shape.error}"
+    if index in shape.lost:
+        return "not written, and so refused"
+    return "written, as a list of parts" if index in shape.parts else "written"
+
+
+def _tried(template: Template, messages: list[dict[str, Any]], **variables: Any) -> str:
+    try:
+        return "written" if mark(7) in str(template.apply(messages, True, **variables)) else "not written"
+    except Exception as error:  # whatever the template raises
+        return f"refused: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content}
+
+
+def _there_and_back(tokenizer: Any, text: str) -> str:
+    return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
