@@ -18,7 +18,7 @@ from tests.kv.words import LAYOUTS, context
 from tests.version_1.directories import unpack
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.tier import Name
+from warmkv_server.kv.blocks.names import Name
 from warmkv_server.kv.index.records import Fingerprint, RequestOutcome
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.verify import verify

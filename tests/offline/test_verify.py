@@ -15,7 +15,7 @@ from tests.kv.words import LAYOUTS, context
 from tests.offline.commands import refusal, run, tree, verify
 from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.kv.blocks import blockfile
-from warmkv_server.kv.blocks.tier import object_name
+from warmkv_server.kv.blocks.names import object_name
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.findings import Trouble
 

@@ -20,10 +20,8 @@ from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.startup import open_directory
-from warmkv_server.kv.index.boundaries import Under
 from warmkv_server.kv.index.index import Node
-from warmkv_server.kv.index.lease import Lease
-from warmkv_server.kv.index.match import Matcher
+from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
     UNSET,
     Commit,

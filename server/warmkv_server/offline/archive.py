@@ -22,8 +22,7 @@ from typing import IO, Any, Self
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, all_kinds, known_kind
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, verify
-from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, root_id
-from warmkv_server.kv.blocks.tier import SUFFIX
+from warmkv_server.kv.blocks.names import ID_BYTES, SUFFIX, TOKEN_BYTES, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.catalog.signing import is_signed, sign

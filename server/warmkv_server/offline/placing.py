@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, policy_of
-from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.blocks.names import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
 from warmkv_server.kv.catalog import plausible
-from warmkv_server.kv.index.boundaries import MAX_KEPT
 from warmkv_server.kv.index.index import Node
+from warmkv_server.kv.index.prefix import MAX_KEPT
 from warmkv_server.offline.archive import BadArchive, Manifest
 
 

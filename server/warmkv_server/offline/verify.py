@@ -17,9 +17,8 @@ from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo
 from warmkv_server.kv.blocks.disk import block_files, object_path, open_block
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, is_plain
-from warmkv_server.kv.blocks.ids import block_of, node_id, root_id
+from warmkv_server.kv.blocks.names import SUFFIX, block_of, node_id, object_name, root_id
 from warmkv_server.kv.blocks.reader import verify_block
-from warmkv_server.kv.blocks.tier import SUFFIX, object_name
 from warmkv_server.kv.catalog import journal
 from warmkv_server.kv.index.index import Agent, Node, block_info
 from warmkv_server.offline.directory import View, in_use, usable_tokens

@@ -18,7 +18,7 @@ import xxhash
 
 from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec, known_kind
 from warmkv_server.kv.blocks.arrays import Words, stored_shape
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of
 
 FORMAT = "warmkv-block"
 VERSION = 2

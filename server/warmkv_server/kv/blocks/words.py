@@ -11,7 +11,8 @@ from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSp
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.arrays import allocate, view
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
-from warmkv_server.kv.blocks.tier import BlockTier, object_name
+from warmkv_server.kv.blocks.names import object_name
+from warmkv_server.kv.blocks.tier import BlockTier
 
 
 @dataclass(frozen=True)

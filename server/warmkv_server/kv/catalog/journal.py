@@ -26,8 +26,7 @@ from typing import Any, Protocol
 
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.files import open_private
-from warmkv_server.kv.blocks.inflight import InFlight
+from warmkv_server.kv.blocks.files import InFlight, open_private
 from warmkv_server.kv.catalog.commit_log import CommitLog, RecordOf
 from warmkv_server.kv.index.index import AgentKey
 

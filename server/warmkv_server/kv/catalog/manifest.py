@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any, Self
 
 from warmkv_server.contract.kv import BLOCK_TOKENS
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, root_id
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.index.index import Agent

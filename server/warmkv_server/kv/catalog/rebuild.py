@@ -27,9 +27,9 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Part
 from warmkv_server.kv.blocks.disk import QUARANTINE, open_block, quarantine
 from warmkv_server.kv.blocks.files import Files, entries, is_plain, open_file
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, Name, block_of, node_id, object_name, root_id
 from warmkv_server.kv.blocks.reader import read_header
-from warmkv_server.kv.blocks.tier import Block, BlockTier, Name, object_name
+from warmkv_server.kv.blocks.tier import Block, BlockTier
 from warmkv_server.kv.catalog import commit_log, journal, plausible, rows
 from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.evidence import Evidence

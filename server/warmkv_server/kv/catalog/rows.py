@@ -12,7 +12,7 @@ import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, known_kind
 from warmkv_server.kv.blocks.blockfile import Part
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, node_id
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, node_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.clock import Clock, Reading, TimeSource
 from warmkv_server.kv.catalog.journal import JournalDamaged, Queryable, Statement, as_json, insert

@@ -13,7 +13,8 @@ from warmkv_server.contract.kv import Fallback, KVLayout, all_kinds
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
 from warmkv_server.kv.blocks.files import Files, entries, in_words, is_plain
-from warmkv_server.kv.blocks.tier import BlockTier, Name, Tidied
+from warmkv_server.kv.blocks.names import Name
+from warmkv_server.kv.blocks.tier import BlockTier, Tidied
 from warmkv_server.kv.catalog import commit_log, journal, models, plausible, rows, signing
 from warmkv_server.kv.catalog import lock as locking
 from warmkv_server.kv.catalog.clock import Clock, TimeSource
@@ -29,8 +30,8 @@ from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.boundaries import partly_kept
 from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.prefix import partly_kept
 from warmkv_server.kv.index.records import Fingerprint, StoreSettings
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.kv.blocks.blockfile import Part
-from warmkv_server.kv.index.boundaries import kept_for, needed, overlaps
 from warmkv_server.kv.index.hot import HotTier
 from warmkv_server.kv.index.index import Agent, Index, Node
+from warmkv_server.kv.index.prefix import kept_for, needed, overlaps
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
-from warmkv_server.kv.blocks.tier import object_name
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, object_name
 from warmkv_server.kv.index.records import TokenIds
 
 AgentKey = tuple[str, str]
