@@ -292,7 +292,9 @@ def _read_node(tenant: str, fingerprint: str, told: Mapping[str, Any]) -> Node:
     if type(start) is not int or not 0 <= start < 1 << 31 or len(tokens) % TOKEN_BYTES:
         raise BadArchive(f"its node {told['node']} is of tokens that can't be")
     node = Node(bytes.fromhex(told["node"]), 0, tenant, fingerprint, bytes.fromhex(told["parent"]), start, tokens)
-    node.extra_key = bytes.fromhex(told.get("extra_key", ""))
+    if not plausible.is_extra_key(extra_key := told.get("extra_key", "")):
+        raise BadArchive(f"its node {told['node']} has an extra key that can't be")
+    node.extra_key = bytes.fromhex(extra_key)
     if not 0 <= node.count <= BLOCK_TOKENS:
         raise BadArchive(f"its node {told['node']} is of tokens that can't be")
     for kind, (size, digest) in told["parts"].items():

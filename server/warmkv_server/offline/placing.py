@@ -32,6 +32,8 @@ def check(manifest: Manifest) -> None:
     for node, kind, _ in manifest.files():
         if policy_of(kind).snapshot != node.snapshot:
             raise BadArchive(f"its node {node.id.hex()} can't have a file of kind {kind}")
+    if len({node.extra_key for node in _all(manifest)}) > 1:
+        raise BadArchive("its nodes have different extra keys")
     raw = b"".join(node.own_tokens for node in manifest.nodes)
     if (wrong := plausible.tokens_fault(np.frombuffer(raw, "<i4"), None)) is not None:
         raise BadArchive(wrong)

@@ -17,6 +17,8 @@ from hashlib import blake2b
 from warmkv_server.contract.kv import BLOCK_TOKENS, PartKind
 
 ID_BYTES = 16
+EXTRA_KEY_BYTES = 512
+"""Of an extra key at most."""
 TOKEN_BYTES = 4
 """A token id is stored as a little-endian int32."""
 

@@ -178,7 +178,7 @@ def _fault(manifest: Manifest) -> str | None:
         return "its snapshots are not of this context"
     if type(manifest.number) is not int or not 0 <= manifest.number < 1 << 63:
         return "its number can't be one"
-    if not plausible.is_hex(manifest.extra_key):
+    if not plausible.is_extra_key(manifest.extra_key):
         return "its extra key is none"
     if any(len(tokens) % TOKEN_BYTES for tokens in manifest.tokens.values()):
         return "its tokens are no tokens"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from warmkv_server.contract.names import AGENT_ID
+from warmkv_server.kv.blocks.names import EXTRA_KEY_BYTES
 from warmkv_server.kv.index.records import TokenIds
 
 NODE_ID = re.compile(r"[0-9a-f]{32}")
@@ -120,8 +121,9 @@ def is_text(value: object) -> bool:
     return True
 
 
-def is_hex(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _TEXT_LIMIT and _HEX.fullmatch(value) is not None
+def is_extra_key(value: object) -> bool:
+    """In hex."""
+    return isinstance(value, str) and len(value) <= 2 * EXTRA_KEY_BYTES and _HEX.fullmatch(value) is not None
 
 
 def _is_count(value: object, least: int, most: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from warmkv_server.contract.kv import Fallback, KVLayout, all_kinds
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
-from warmkv_server.kv.blocks.files import Files, entries, in_words, is_plain
+from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
 from warmkv_server.kv.blocks.names import Name
 from warmkv_server.kv.blocks.tier import BlockTier, Tidied
 from warmkv_server.kv.catalog import commit_log, journal, models, plausible, rows, signing
@@ -109,6 +109,7 @@ def open_directory(
             # Before the files that only older manifests refer to are gone.
             manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
             tidied = _remove(tier, sweep.orphans)
+            _remove_temporary(data_dir, files)
             clock = rows.read_clock(database, index, times)
             foreign = Foreign(fingerprint, fingerprints.known)
             fingerprints.keep(fingerprint, files)
@@ -198,6 +199,15 @@ def _remove(tier: BlockTier, names: Iterable[str]) -> Tidied:
     if refused:
         log.warning("the disk refuses to remove %d files that nobody needs: %s", len(refused), refused[0])
     return tidied
+
+
+def _remove_temporary(data_dir: Path, files: Files) -> None:
+    """What a crash has left of small files that were being replaced."""
+    for entry in entries(data_dir):
+        ours = entry.name.startswith((commit_log.FILE_NAME, models.FILE_NAME)) and entry.name.endswith(TEMP_SUFFIX)
+        if ours and is_plain(entry):
+            with contextlib.suppress(OSError):  # the next start does it
+                files.unlink(Path(entry.path))
 
 
 def _sizes(paths: Iterable[Path]) -> Iterator[int]:
