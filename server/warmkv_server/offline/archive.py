@@ -48,7 +48,7 @@ class BadArchive(Exception):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ArchiveManifest:
     """The agent, and the nodes of its context.
 
     Attributes:
@@ -157,7 +157,7 @@ class Manifest:
                 raise BadArchive(f"it has more than {_NODE_LIMIT} nodes")
             nodes = tuple(_read_node(agent.tenant, fingerprint.digest, node) for node in told["nodes"])
             snapshots = tuple(_read_node(agent.tenant, fingerprint.digest, node) for node in told["snapshots"])
-            wrong = plausible.fault(agent, nodes[-1].end if nodes else 0)
+            wrong = plausible.violation(agent, nodes[-1].end if nodes else 0)
             if wrong is not None:
                 raise BadArchive(f"its agent can't be one: {wrong}")
             root = bytes.fromhex(told.get("root", "")) or None
@@ -178,7 +178,7 @@ class Manifest:
 class ArchiveWriter:
     """Appends members to a file that is open for writing. Without `finish`, the file is cut off."""
 
-    def __init__(self, file: IO[bytes], manifest: Manifest, key: bytes | None) -> None:
+    def __init__(self, file: IO[bytes], manifest: ArchiveManifest, key: bytes | None) -> None:
         self._file = file
         self._add(MANIFEST, manifest.encode(key))
 
@@ -212,7 +212,7 @@ class ArchiveReader:
         """
         self._file = file
         self._left = size
-        self.manifest = Manifest.decode(self._read(MANIFEST, None, _MANIFEST_LIMIT))
+        self.manifest = ArchiveManifest.decode(self._read(MANIFEST, None, _MANIFEST_LIMIT))
 
     def files(self) -> Iterator[tuple[Node, PartKind, bytes, Parsed]]:
         """Every block file, whole and the one that the manifest announces.

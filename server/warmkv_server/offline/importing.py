@@ -134,7 +134,7 @@ def import_agent(
         taken.settle()
         agent = _place(reader, taken, fingerprint.digest, tenant, agent_id, root)
         vocabulary = taken.vocabularies.get(agent.fingerprint) if vocabulary is None else vocabulary
-        if (wrong := plausible.tokens_fault(agent.tokens, vocabulary)) is not None:
+        if (wrong := plausible.token_violation(agent.tokens, vocabulary)) is not None:
             raise BadArchive(wrong)
         _write_files(reader, taken, agent, specs, written)
         taken.tier.sync(written)

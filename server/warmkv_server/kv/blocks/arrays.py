@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from warmkv_server.contract.kv import TensorSpec, policy_of
 
-Words = NDArray[Any]
+RawArray = NDArray[Any]
 """An array of whatever dtype, looked at as memory."""
 
 
@@ -44,7 +44,7 @@ def allocate(specs: Iterable[TensorSpec], count: int) -> dict[str, mx.array]:
     return arrays
 
 
-def view(array: mx.array) -> Words:
+def view(array: mx.array) -> RawArray:
     """An evaluated array's memory, not copied. Its dtype must be one that numpy has."""
     return np.array(array, copy=False)
 
@@ -53,7 +53,7 @@ _LEAST = 256 << 10
 """Bytes; smaller arrays are cleared as fast as they are found."""
 
 
-class Part(dict[str, mx.array]):
+class RecycledArrays(dict[str, mx.array]):
     """The arrays of one file by name. When nobody holds it any more their memory is spare."""
 
     def __init__(self, arrays: dict[str, mx.array], spare: SpareMemory) -> None:
@@ -82,7 +82,7 @@ class SpareMemory:
         self.nbytes = 0
         self._lock = threading.Lock()
 
-    def parts(self, wanted: Iterable[tuple[Sequence[TensorSpec], int]]) -> list[Part]:
+    def parts(self, wanted: Iterable[tuple[Sequence[TensorSpec], int]]) -> list[RecycledArrays]:
         """Arrays for so many tokens of these tensors (or for snapshots), to be written to through a view.
 
         What is in them is anything. Nothing that was there before refers to their memory. They are being evaluated, by
@@ -90,7 +90,9 @@ class SpareMemory:
         """
         self.resting = False
         parts = [
-            Part({spec.name: self._array(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}, self)
+            RecycledArrays(
+                {spec.name: self._array(stored_shape(spec, count), getattr(mx, spec.dtype)) for spec in specs}, self
+            )
             for specs, count in wanted
         ]
         mx.async_eval([list(part.values()) for part in parts])

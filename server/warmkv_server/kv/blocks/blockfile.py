@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec, known_kind
-from warmkv_server.kv.blocks.arrays import Words, stored_shape
+from warmkv_server.kv.blocks.arrays import RawArray, stored_shape
 from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of
 
 FORMAT = "warmkv-block"
@@ -140,7 +140,7 @@ def renamed(content: bytes, info: BlockInfo) -> tuple[bytearray, memoryview, str
     codecs = {"codecs": before["codecs"]} if "codecs" in before else {}
     described["__metadata__"] = {"xxh3_128": _NO_DIGEST.decode(), **info.metadata(), **codecs}
     head, payload = _pack(described), memoryview(content)[start:]
-    return head, payload, seal(head, [payload])
+    return head, payload, put_checksum(head, [payload])
 
 
 def _pack(described: dict[str, object]) -> bytearray:
@@ -158,7 +158,7 @@ def codecs_of(specs: Iterable[TensorSpec]) -> dict[str, str]:
     return {spec.name.partition(".")[0]: spec.codec for spec in specs if spec.codec}
 
 
-def seal(head: bytearray, payload: Iterable[memoryview]) -> str:
+def put_checksum(head: bytearray, payload: Iterable[memoryview]) -> str:
     """Compute the checksum over header and payload and put it into the header."""
     digest = checksum(head, payload)
     head[DIGEST_AT : DIGEST_AT + DIGEST_HEX] = digest.encode()
@@ -304,7 +304,7 @@ def expect(parsed: Parsed, info: BlockInfo, specs: Sequence[TensorSpec]) -> None
         raise BadFile(Fallback.FORMAT, "more tensors than the model's layout has")
 
 
-def flat(words: Words) -> memoryview:
+def flat(words: RawArray) -> memoryview:
     """A contiguous array's bytes."""
     return words.reshape(-1).view(np.uint8).data if words.size else memoryview(b"")
 

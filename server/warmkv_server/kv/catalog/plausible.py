@@ -59,7 +59,7 @@ class AgentLike(Protocol):
     def ending(self) -> str: ...
 
 
-def fault(agent: AgentLike, length: int) -> str | None:
+def violation(agent: AgentLike, length: int) -> str | None:
     """What can't be, in a few words; None if everything can.
 
     Args:
@@ -83,7 +83,7 @@ def fault(agent: AgentLike, length: int) -> str | None:
     return next((wrong for wrong, good in rules.items() if not good), None)
 
 
-def tokens_fault(tokens: TokenIds, vocabulary: int | None) -> str | None:
+def token_violation(tokens: TokenIds, vocabulary: int | None) -> str | None:
     """
     Args:
         vocabulary: ids run from 0 to one below it; None if nobody knows.
@@ -96,7 +96,7 @@ def tokens_fault(tokens: TokenIds, vocabulary: int | None) -> str | None:
     return None
 
 
-def spans_fault(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str | None:
+def span_violation(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str | None:
     """
     Args:
         spans: id, first token and end of each node of a context.

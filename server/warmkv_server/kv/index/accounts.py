@@ -1,4 +1,4 @@
-"""What agents, tenants and the directory take, kept as it changes: nothing is summed when somebody asks.
+"""Bytes in use by agents, by tenants and by the directory, kept as they change: nothing is summed when somebody asks.
 
 Whoever changes a node's files, what of it is in RAM, or who references it, does it here or tells it here.
 """

@@ -78,7 +78,7 @@ class Node:
 
     @property
     def refs(self) -> int:
-        """Agents that reference it."""
+        """The reference count: of agents."""
         return len(self.agents)
 
     @property
