@@ -13,6 +13,7 @@ an entry.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -62,10 +63,19 @@ def overlaps(ranges: Ranges, node: Node) -> bool:
     return any(node.end > each.start and node.start < each.stop for each in ranges)
 
 
-def needed(policy: KindPolicy, layout: KVLayout, nodes: Iterable[Node], boundary: int) -> list[Node]:
-    """The nodes whose parts of a kind this boundary needs."""
-    ranges = kept_for(policy, layout, boundary)
-    return [node for node in nodes if overlaps(ranges, node)]
+def needed(policy: KindPolicy, layout: KVLayout, nodes: Sequence[Node], boundary: int) -> list[Node]:
+    """The nodes whose parts of a kind this boundary needs.
+
+    Args:
+        nodes: of a context, in order.
+    """
+    found: list[Node] = []
+    done = 0
+    for each in kept_for(policy, layout, boundary):
+        first = max(done, bisect_right(nodes, each.start, key=lambda node: node.end))
+        done = max(first, bisect_left(nodes, each.stop, key=lambda node: node.start))
+        found += nodes[first:done]
+    return found
 
 
 def partly_kept(layout: KVLayout, nodes: Sequence[Node], boundaries: Iterable[int]) -> set[PartOf]:
