@@ -70,7 +70,7 @@ class BlockTier(Protocol):
         """
 
     def sync(self, names: Iterable[str], /) -> None:
-        """Make what was put under these names durable, if it isn't by now.
+        """Make what was put under these names durable, if it isn't by now; some may be gone again.
 
         Raises:
             OSError: it may not be.
