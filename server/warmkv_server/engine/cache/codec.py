@@ -31,11 +31,6 @@ class Codec:
     group_size: int = 64
 
     @property
-    def identity(self) -> str:
-        """What files say of streams that it codes; empty for values as they are."""
-        return f"affine-{self.bits}-{self.group_size}" if self.bits else ""
-
-    @property
     def components(self) -> tuple[str, ...]:
         return ("words", "scales", "biases") if self.bits else ("values",)
 

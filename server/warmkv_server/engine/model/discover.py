@@ -52,7 +52,7 @@ def discover(model: Any, codec: Codec) -> CacheMap:
         made.append(stack)
         kernel_reads_back(codec, dtype)  # compiled before the first request needs it
         for component, piece in zip(codec.components, probe, strict=True):
-            specs.append(_token_spec(stack, component, storable(piece), codec.identity))
+            specs.append(_token_spec(stack, component, storable(piece), codec))
     layout = KVLayout(tuple(specs), window)
     return CacheMap(codec, tuple(made), states, layout, few_shapes(model, plain))
 
@@ -72,10 +72,11 @@ def _state_spec(name: str, array: mx.array) -> TensorSpec:
     return TensorSpec(name, PartKind.STATE, _numpy_name(stored), tuple(stored.shape), int(stored.nbytes))
 
 
-def _token_spec(stack: Stack, component: str, piece: mx.array, codec: str) -> TensorSpec:
+def _token_spec(stack: Stack, component: str, piece: mx.array, codec: Codec) -> TensorSpec:
     shape = (len(stack.streams), stack.heads, piece.shape[-1])
     nbytes = math.prod(shape) * piece.dtype.size
-    return TensorSpec(stack.tensor(component), stack.kind, _numpy_name(piece), shape, nbytes, codec)
+    codecs = (f"affine-{codec.bits}-{codec.group_size}",) * len(stack.streams) if codec.bits else ()
+    return TensorSpec(stack.tensor(component), stack.kind, _numpy_name(piece), shape, nbytes, codecs)
 
 
 def _numpy_name(array: mx.array) -> str:

@@ -153,9 +153,14 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True)
 
 
-def codecs_of(specs: Iterable[TensorSpec]) -> dict[str, str]:
-    """How each family of streams is coded, by the name that its tensors begin with."""
-    return {spec.name.partition(".")[0]: spec.codec for spec in specs if spec.codec}
+def codecs_of(specs: Iterable[TensorSpec]) -> dict[str, str | list[str]]:
+    """How each family of streams is coded, by the name that its tensors begin with: all of them, or one by one."""
+    found: dict[str, str | list[str]] = {}
+    for spec in specs:
+        if spec.codecs:
+            alike = len(set(spec.codecs)) == 1
+            found[spec.name.partition(".")[0]] = spec.codecs[0] if alike else list(spec.codecs)
+    return found
 
 
 def put_checksum(head: bytearray, payload: Iterable[memoryview]) -> str:
@@ -225,7 +230,7 @@ class Parsed:
     tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
     """dtype in safetensors' words, shape, first and last byte of the payload."""
     payload: int
-    codecs: Mapping[str, str] | None = None
+    codecs: Mapping[str, object] | None = None
     """By family of streams; None in a header that says nothing of it: then it is the one that the fingerprint names."""
 
 
