@@ -18,11 +18,11 @@ from warmkv_server.contract.kv import TensorSpec
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.arrays import SpareMemory
 from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.reader import PIECE_BYTES, PartOrder, read_parts
 from warmkv_server.kv.blocks.residency import UNKNOWN, drop_pages, resident_bytes
-from warmkv_server.kv.blocks.spare import SpareMemory
 from warmkv_server.kv.tasks.core import BATCH_BYTES
 
 KEPT, FRESH, REUSED = PLAIN = "kept", "fresh", "reused"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.catalog.journal import FILE_NAME, Database, Statement
+from warmkv_server.kv.catalog.database import INDEX_FILE, Database, Statement
 
 Image = dict[Path, bytes]
 """Contents of files by path, as found after a power cut."""
@@ -136,7 +136,9 @@ class PowerlessFiles(Files):
     def committed(self) -> None:
         """A transaction is durable now."""
         image = {
-            path: path.read_bytes() for path in (self.data / (FILE_NAME + end) for end in ("", "-wal")) if path.exists()
+            path: path.read_bytes()
+            for path in (self.data / (INDEX_FILE + end) for end in ("", "-wal"))
+            if path.exists()
         }
         with self._lock:
             if self.moments:

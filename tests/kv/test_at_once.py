@@ -19,7 +19,7 @@ from warmkv_server.contract.kv import Reuse, Source
 from warmkv_server.contract.store import Durability
 from warmkv_server.kv.blocks.disk import quarantine
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.catalog.journal import Statement
+from warmkv_server.kv.catalog.database import Statement
 from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, TokenIds
 
 TOKENS = context(1000)

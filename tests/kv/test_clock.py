@@ -12,7 +12,7 @@ import pytest
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import context
 from warmkv_server.kv.catalog.clock import LATEST, Clock, TimeSource
-from warmkv_server.kv.catalog.journal import FILE_NAME
+from warmkv_server.kv.catalog.database import INDEX_FILE
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.index.records import RequestOutcome
 
@@ -126,10 +126,10 @@ async def test_a_killed_server_has_used_its_time(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path, times=machine.times)
     machine.pass_time(HOUR)
     await driver.put("a", context(10))
-    with ReadOnlyDatabase(tmp_path / FILE_NAME) as database:
+    with ReadOnlyDatabase(tmp_path / INDEX_FILE) as database:
         (kept,) = database.query("SELECT time, wall, elapsed, boot, shift, away FROM clock")
     await driver.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as db, db:
+    with contextlib.closing(sqlite3.connect(tmp_path / INDEX_FILE)) as db, db:
         db.execute("UPDATE clock SET time = ?, wall = ?, elapsed = ?, boot = ?, shift = ?, away = ?", kept)
     machine.wall -= YEAR
     machine.reboot()
@@ -216,7 +216,7 @@ async def test_without_a_written_time_it_goes_on_from_the_last_use(tmp_path: Pat
     await remember(driver)
     await driver.put("minutes", context(10), ttl=600.0)
     await driver.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as db, db:
+    with contextlib.closing(sqlite3.connect(tmp_path / INDEX_FILE)) as db, db:
         db.execute(damage)
     machine.pass_time(60)
     machine.wall -= DAY

@@ -9,7 +9,7 @@ import pytest
 from tests.kv.books import check_directory, check_sums
 from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
-from warmkv_server.kv.blocks.ids import node_id
+from warmkv_server.kv.blocks.names import node_id
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.verify import verify
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from warmkv_server.contract.store import Durability
-from warmkv_server.kv.catalog.journal import Database, Statement
+from warmkv_server.kv.catalog.database import Database, Statement
 
 
 def refusal(database: Database, *statements: Statement) -> int | None:

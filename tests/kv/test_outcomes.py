@@ -14,7 +14,8 @@ from warmkv_server.contract.store import Durability
 from warmkv_server.errors import MemoryBudget
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.commit_log import CommitLog
-from warmkv_server.kv.catalog.journal import Database, Journal
+from warmkv_server.kv.catalog.database import Database
+from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome, StoredOutcomes
 from warmkv_server.kv.index.records import RequestOutcome
 from warmkv_server.kv.tasks.outcomes import Outcomes

@@ -21,7 +21,7 @@ from warmkv_server.contract.kv import KVLayout
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.catalog import truth
-from warmkv_server.kv.catalog.journal import FILE_NAME
+from warmkv_server.kv.catalog.database import INDEX_FILE
 from warmkv_server.kv.index.records import TokenIds
 
 State = dict[str, TokenIds | None]
@@ -162,7 +162,7 @@ async def test_a_power_cut_at_any_moment(layout: str, folder: Path, monkeypatch:
             await asyncio.to_thread(shutil.rmtree, cut)
             tried += 1
             if how == "some":
-                without = {path: content for path, content in image.items() if not path.name.startswith(FILE_NAME)}
+                without = {path: content for path, content in image.items() if not path.name.startswith(INDEX_FILE)}
                 await asyncio.to_thread(put_down, without, data, cut)
                 await judge_without_index(cut, LAYOUTS[layout], moment)
                 await asyncio.to_thread(shutil.rmtree, cut)

@@ -13,8 +13,7 @@ import pytest
 from tests.kv.driver import TENANT, Driver, eventually
 from tests.kv.words import context
 from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec
-from warmkv_server.kv.blocks.arrays import view
-from warmkv_server.kv.blocks.spare import Part, SpareMemory
+from warmkv_server.kv.blocks.arrays import RecycledArrays, SpareMemory, view
 from warmkv_server.kv.tasks import loader
 
 SPEC = TensorSpec("words", PartKind.APPEND, "uint32", (16, 4, 16), 16 * 4 * 16 * 4)
@@ -22,7 +21,7 @@ SIZE = SPEC.nbytes * 256
 """A MiB."""
 
 
-def part_of(spare: SpareMemory, value: int, count: int = 256) -> Part:
+def part_of(spare: SpareMemory, value: int, count: int = 256) -> RecycledArrays:
     (part,) = spare.parts([([SPEC], count)])
     view(part["words"])[...] = value
     return part

@@ -18,7 +18,7 @@ from tests.kv.words import LAYOUTS, context
 from tests.version_1.directories import unpack
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.errors import OperatorError
-from warmkv_server.kv.blocks.tier import Name
+from warmkv_server.kv.blocks.names import Name
 from warmkv_server.kv.index.records import Fingerprint, RequestOutcome
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.verify import verify
@@ -37,6 +37,8 @@ def blocks(data_dir: Path) -> dict[str, tuple[int, bytes]]:
 async def test_its_agents_are_warm_and_its_files_are_the_same(tmp_path: Path) -> None:
     data_dir = unpack("store", tmp_path / "data")
     before = blocks(data_dir)
+    for name in ("models.json.0.tmp", "commits.log.0.tmp"):  # of a start that was killed
+        (data_dir / name).write_bytes(b"half")
     driver = await Driver.open(data_dir, LAYOUT, NOW)
     for agent in ("a", "fork"):
         reuse = await driver.reuse(agent, TOKENS)
@@ -49,6 +51,7 @@ async def test_its_agents_are_warm_and_its_files_are_the_same(tmp_path: Path) ->
     assert await driver.store.outcome(TENANT, "request") == RequestOutcome("request", b"hash", b"answer")
     check_sums(driver.store)
     check_directory(driver.store, data_dir)
+    assert list(data_dir.glob("*.tmp")) == []
     after = blocks(data_dir)
     assert sorted(after.values()) == sorted(before.values())
     assert all(Name.parse(name) is not None for name in after)

@@ -16,7 +16,7 @@ from tests.kv.driver import TENANT, Driver
 from tests.kv.words import context
 from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import AgentDeleted, AgentNotFound, StorageUnavailable
-from warmkv_server.kv.catalog.journal import Database, Statement
+from warmkv_server.kv.catalog.database import Database, Statement
 from warmkv_server.kv.index.records import RequestOutcome
 
 SHORT, LONG = context(300), context(700)

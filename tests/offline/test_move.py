@@ -17,7 +17,7 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.index.index import Agent
 from warmkv_server.kv.index.records import Fingerprint
 from warmkv_server.offline import directory, importing, placing
-from warmkv_server.offline.archive import BadArchive, Manifest
+from warmkv_server.offline.archive import ArchiveManifest, BadArchive
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.verify import verify
 
@@ -182,9 +182,9 @@ def test_nodes_that_make_another_context_are_refused(archive: Path) -> None:
     """Right checksums don't make a context."""
     view = look(archive.parent / "from")
     agent = view.index.agents[TENANT, "a"]
-    whole = Manifest.of(agent, FINGERPRINT)
+    whole = ArchiveManifest.of(agent, FINGERPRINT)
     placing.check(whole)
-    assert Manifest.decode(whole.encode()).encode() == whole.encode()
+    assert ArchiveManifest.decode(whole.encode()).encode() == whole.encode()
     for wrong in (
         dataclasses.replace(whole, nodes=whole.nodes[1:]),
         dataclasses.replace(whole, nodes=(whole.nodes[0], *whole.nodes[2:])),

@@ -15,7 +15,7 @@ from tests.kv.words import LAYOUTS, context
 from tests.offline.commands import refusal, run, tree, verify
 from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.kv.blocks import blockfile
-from warmkv_server.kv.blocks.tier import object_name
+from warmkv_server.kv.blocks.names import object_name
 from warmkv_server.offline.directory import look
 from warmkv_server.offline.findings import Trouble
 
@@ -93,7 +93,7 @@ def test_another_version_of_a_block_is_one_that_the_index_does_not_know(data_dir
     start = blockfile.header_size(bytes(raw[: blockfile.LENGTH_BYTES]), len(raw))
     raw[-1] ^= 1
     head, payload = raw[:start], raw[start:]
-    digest = blockfile.seal(head, [memoryview(payload)])
+    digest = blockfile.put_checksum(head, [memoryview(payload)])
     name = object_name(path.name[:32], PartKind.APPEND, digest)
     path.with_name(name).write_bytes(head + payload)
     (problem,) = verify(data_dir).problems

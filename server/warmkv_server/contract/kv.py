@@ -62,8 +62,8 @@ class TensorSpec:
     """(streams, kv_heads, width) for APPEND and WINDOW; the full shape for STATE."""
     nbytes: int
     """Bytes a token for APPEND and WINDOW; bytes a snapshot for STATE."""
-    codec: str = ""
-    """How its streams are coded (see docs/format.md); empty for arrays that are stored as the model keeps them."""
+    codecs: tuple[str, ...] = ()
+    """How each of its streams is coded (see docs/format.md); empty where all are stored as the model keeps them."""
 
 
 @dataclass(frozen=True)

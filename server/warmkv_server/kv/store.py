@@ -15,15 +15,14 @@ from warmkv_server.contract.kv import KVLayout, Reuse
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
 from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
+from warmkv_server.kv.blocks.names import EXTRA_KEY_BYTES
 from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.startup import open_directory
-from warmkv_server.kv.index.boundaries import Under
 from warmkv_server.kv.index.index import Node
-from warmkv_server.kv.index.lease import Lease
-from warmkv_server.kv.index.match import Matcher
+from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
     UNSET,
     Commit,
@@ -264,7 +263,12 @@ class Store:
             limit: at most so many tokens; one less than all when an answer is to be sampled.
             extra_key: what the KV is a function of besides the tokens and the model, such as a digest of an image.
                 Contexts with different ones share nothing.
+
+        Raises:
+            ValueError: the extra key is longer than EXTRA_KEY_BYTES.
         """
+        if len(extra_key) > EXTRA_KEY_BYTES:
+            raise ValueError(f"an extra key of {len(extra_key)} bytes; {EXTRA_KEY_BYTES} are the most")
         core = self._core
         agent = core.index.agents.get((tenant, agent_id)) if agent_id else None
         found = self._matcher.match(agent, Under(core.root(tenant), extra_key), core.fingerprint, tokens[:limit])

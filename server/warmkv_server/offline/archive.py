@@ -22,8 +22,7 @@ from typing import IO, Any, Self
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, all_kinds, known_kind
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, verify
-from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, root_id
-from warmkv_server.kv.blocks.tier import SUFFIX
+from warmkv_server.kv.blocks.names import ID_BYTES, SUFFIX, TOKEN_BYTES, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.catalog.signing import is_signed, sign
@@ -49,7 +48,7 @@ class BadArchive(Exception):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ArchiveManifest:
     """The agent, and the nodes of its context.
 
     Attributes:
@@ -158,7 +157,7 @@ class Manifest:
                 raise BadArchive(f"it has more than {_NODE_LIMIT} nodes")
             nodes = tuple(_read_node(agent.tenant, fingerprint.digest, node) for node in told["nodes"])
             snapshots = tuple(_read_node(agent.tenant, fingerprint.digest, node) for node in told["snapshots"])
-            wrong = plausible.fault(agent, nodes[-1].end if nodes else 0)
+            wrong = plausible.violation(agent, nodes[-1].end if nodes else 0)
             if wrong is not None:
                 raise BadArchive(f"its agent can't be one: {wrong}")
             root = bytes.fromhex(told.get("root", "")) or None
@@ -179,7 +178,7 @@ class Manifest:
 class ArchiveWriter:
     """Appends members to a file that is open for writing. Without `finish`, the file is cut off."""
 
-    def __init__(self, file: IO[bytes], manifest: Manifest, key: bytes | None) -> None:
+    def __init__(self, file: IO[bytes], manifest: ArchiveManifest, key: bytes | None) -> None:
         self._file = file
         self._add(MANIFEST, manifest.encode(key))
 
@@ -213,7 +212,7 @@ class ArchiveReader:
         """
         self._file = file
         self._left = size
-        self.manifest = Manifest.decode(self._read(MANIFEST, None, _MANIFEST_LIMIT))
+        self.manifest = ArchiveManifest.decode(self._read(MANIFEST, None, _MANIFEST_LIMIT))
 
     def files(self) -> Iterator[tuple[Node, PartKind, bytes, Parsed]]:
         """Every block file, whole and the one that the manifest announces.
@@ -293,7 +292,9 @@ def _read_node(tenant: str, fingerprint: str, told: Mapping[str, Any]) -> Node:
     if type(start) is not int or not 0 <= start < 1 << 31 or len(tokens) % TOKEN_BYTES:
         raise BadArchive(f"its node {told['node']} is of tokens that can't be")
     node = Node(bytes.fromhex(told["node"]), 0, tenant, fingerprint, bytes.fromhex(told["parent"]), start, tokens)
-    node.extra_key = bytes.fromhex(told.get("extra_key", ""))
+    if not plausible.is_extra_key(extra_key := told.get("extra_key", "")):
+        raise BadArchive(f"its node {told['node']} has an extra key that can't be")
+    node.extra_key = bytes.fromhex(extra_key)
     if not 0 <= node.count <= BLOCK_TOKENS:
         raise BadArchive(f"its node {told['node']} is of tokens that can't be")
     for kind, (size, digest) in told["parts"].items():

@@ -15,11 +15,11 @@ from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.catalog import commit_log, journal, lock, rows, signing
+from warmkv_server.kv.catalog import commit_log, lock, rows, signing
 from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.commit_log import CommitLog
+from warmkv_server.kv.catalog.database import INDEX_FILE, Database, JournalDamaged, read_number
 from warmkv_server.kv.catalog.evidence import Evidence, gather
-from warmkv_server.kv.catalog.journal import Database, JournalDamaged
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.manifest_files import bring_up_to_date
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
@@ -82,7 +82,7 @@ def look(data_dir: Path) -> View:
     told = commit_log.read(data_dir)  # Before the index: a server writes them in the other order.
     try:
         with ReadOnlyDatabase(path) as database:
-            index, (number, _) = rows.read_index(database), journal.read_number(database)
+            index, (number, _) = rows.read_index(database), read_number(database)
             return View(
                 data_dir,
                 index,
@@ -138,13 +138,13 @@ def make(data_dir: Path) -> None:
     """
     if is_new(data_dir):
         make_folders(data_dir, Files(Durability.FULL))
-        with locked(data_dir), _open_index(data_dir / journal.FILE_NAME):
+        with locked(data_dir), _open_index(data_dir / INDEX_FILE):
             signing.make_key(data_dir)
 
 
 def is_new(data_dir: Path) -> bool:
     """Whether nothing of a data directory is there."""
-    return not (data_dir / journal.FILE_NAME).exists() and not _holds_contexts(data_dir)
+    return not (data_dir / INDEX_FILE).exists() and not _holds_contexts(data_dir)
 
 
 @contextlib.contextmanager
@@ -214,7 +214,7 @@ def usable_tokens(agent: Agent, bad: Mapping[bytes, frozenset[PartKind]] | None 
 
 
 def _index_path(data_dir: Path) -> Path:
-    path = data_dir / journal.FILE_NAME
+    path = data_dir / INDEX_FILE
     if path.is_file():
         return path
     if _holds_contexts(data_dir):

@@ -15,7 +15,7 @@ from warmkv_server.kv.blocks.blockfile import BadFile, Part, verify
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files
 from warmkv_server.kv.catalog.signing import key_of
 from warmkv_server.kv.index.index import Node, block_info
-from warmkv_server.offline.archive import ArchiveWriter, Manifest
+from warmkv_server.offline.archive import ArchiveManifest, ArchiveWriter
 from warmkv_server.offline.directory import View, find_agent, usable_tokens
 
 
@@ -46,9 +46,9 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
     if agent.fingerprint not in view.fingerprints:
         raise OperatorError(f"the index has lost what model agent {agent_id!r} belongs to; it can't be exported")
     fingerprint, digests = view.fingerprints[agent.fingerprint], {}
-    for node, kind, part in Manifest.of(agent, fingerprint).files():
+    for node, kind, part in ArchiveManifest.of(agent, fingerprint).files():
         digests[node.id, kind] = hashlib.sha256(_read(view, node, kind, part)).hexdigest()
-    manifest = Manifest.of(agent, fingerprint, digests)
+    manifest = ArchiveManifest.of(agent, fingerprint, digests)
     files = Files(Durability.FULL)
     temp = target.with_name(f"{target.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:

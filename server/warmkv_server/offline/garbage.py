@@ -13,7 +13,7 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import QUARANTINE, block_files, is_object, object_path
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, entries, is_plain
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.catalog.journal import Statement
+from warmkv_server.kv.catalog.database import Statement
 from warmkv_server.kv.catalog.manifest import FOLDER, file_name
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.index.index import Agent, Node

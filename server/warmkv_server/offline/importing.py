@@ -17,8 +17,7 @@ from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, expect, renamed
 from warmkv_server.kv.blocks.files import open_file
-from warmkv_server.kv.blocks.ids import root_id
-from warmkv_server.kv.blocks.tier import object_name
+from warmkv_server.kv.blocks.names import object_name, root_id
 from warmkv_server.kv.catalog import plausible, rows
 from warmkv_server.kv.catalog.signing import key_of
 from warmkv_server.kv.index.index import Agent, Node, block_info
@@ -135,7 +134,7 @@ def import_agent(
         taken.settle()
         agent = _place(reader, taken, fingerprint.digest, tenant, agent_id, root)
         vocabulary = taken.vocabularies.get(agent.fingerprint) if vocabulary is None else vocabulary
-        if (wrong := plausible.tokens_fault(agent.tokens, vocabulary)) is not None:
+        if (wrong := plausible.token_violation(agent.tokens, vocabulary)) is not None:
             raise BadArchive(wrong)
         _write_files(reader, taken, agent, specs, written)
         taken.tier.sync(written)

@@ -12,8 +12,8 @@ from typing import Any
 
 from warmkv_server.kv.blocks.disk import QUARANTINE
 from warmkv_server.kv.blocks.files import entries
-from warmkv_server.kv.catalog import journal
 from warmkv_server.kv.catalog.clock import Clock
+from warmkv_server.kv.catalog.database import INDEX_FILE
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX
 from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.index.index import Agent
@@ -89,7 +89,7 @@ def listing(view: View) -> Listing:
     quarantined = _sizes(Path(e.path) for e in entries(view.data_dir / QUARANTINE))
     manifests = _sizes(Path(e.path) for e in entries(view.data_dir / FOLDER) if e.name.endswith(SUFFIX))
     aside = _sizes(aside_files(view.data_dir))
-    index = _sizes(Path(e.path) for e in entries(view.data_dir) if e.name.startswith(journal.FILE_NAME))
+    index = _sizes(Path(e.path) for e in entries(view.data_dir) if e.name.startswith(INDEX_FILE))
     return Listing(
         data_dir=str(view.data_dir),
         agents=[_agent(agent, view.clock) for _, agent in sorted(view.index.agents.items())],

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, policy_of
-from warmkv_server.kv.blocks.ids import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.blocks.names import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
 from warmkv_server.kv.catalog import plausible
-from warmkv_server.kv.index.boundaries import MAX_KEPT
 from warmkv_server.kv.index.index import Node
-from warmkv_server.offline.archive import BadArchive, Manifest
+from warmkv_server.kv.index.prefix import MAX_KEPT
+from warmkv_server.offline.archive import ArchiveManifest, BadArchive
 
 
-def check(manifest: Manifest) -> None:
+def check(manifest: ArchiveManifest) -> None:
     """
     Raises:
         BadArchive: the nodes are not a context of this tenant and fingerprint, or their ids are not theirs.
@@ -32,8 +32,10 @@ def check(manifest: Manifest) -> None:
     for node, kind, _ in manifest.files():
         if policy_of(kind).snapshot != node.snapshot:
             raise BadArchive(f"its node {node.id.hex()} can't have a file of kind {kind}")
+    if len({node.extra_key for node in _all(manifest)}) > 1:
+        raise BadArchive("its nodes have different extra keys")
     raw = b"".join(node.own_tokens for node in manifest.nodes)
-    if (wrong := plausible.tokens_fault(np.frombuffer(raw, "<i4"), None)) is not None:
+    if (wrong := plausible.token_violation(np.frombuffer(raw, "<i4"), None)) is not None:
         raise BadArchive(wrong)
     root = manifest.root or root_id(manifest.agent.tenant, manifest.fingerprint.digest)
     for node, (parent, ident) in zip(_all(manifest), _names(manifest, root), strict=True):
@@ -53,7 +55,7 @@ def _check_chain(nodes: Iterable[Node]) -> int:
     return end
 
 
-def _check_snapshots(manifest: Manifest, length: int) -> None:
+def _check_snapshots(manifest: ArchiveManifest, length: int) -> None:
     raw = b"".join(node.own_tokens for node in manifest.nodes)
     lengths = [snapshot.start for snapshot in manifest.snapshots]
     if len(lengths) > MAX_KEPT + 2:
@@ -65,7 +67,7 @@ def _check_snapshots(manifest: Manifest, length: int) -> None:
             raise BadArchive(f"its snapshot {snapshot.id.hex()} is not of this context")
 
 
-def root_for(manifest: Manifest, tenant: str, fingerprint: str, *, trusted: bool, signed: bool) -> bytes:
+def root_for(manifest: ArchiveManifest, tenant: str, fingerprint: str, *, trusted: bool, signed: bool) -> bytes:
     """What the context hangs from, which is who may use its KV.
 
     KV that nobody vouches for gets a root that no other context has: its ids are those of its tokens below a number
@@ -88,7 +90,7 @@ def root_for(manifest: Manifest, tenant: str, fingerprint: str, *, trusted: bool
     return secrets.token_bytes(ID_BYTES)
 
 
-def placed(manifest: Manifest, tenant: str, fingerprint: str, root: bytes) -> tuple[list[Node], dict[int, Node]]:
+def placed(manifest: ArchiveManifest, tenant: str, fingerprint: str, root: bytes) -> tuple[list[Node], dict[int, Node]]:
     """The nodes and the snapshots by length, as the tenant would have them below this root; without files."""
     made = [
         Node(ident, 0, tenant, fingerprint, parent, n.start, n.block_tokens, lost=n.lost, extra_key=n.extra_key)
@@ -98,11 +100,11 @@ def placed(manifest: Manifest, tenant: str, fingerprint: str, root: bytes) -> tu
     return made[:count], {node.start: node for node in made[count:]}
 
 
-def _all(manifest: Manifest) -> Iterable[Node]:
+def _all(manifest: ArchiveManifest) -> Iterable[Node]:
     return (*manifest.nodes, *manifest.snapshots)
 
 
-def _names(manifest: Manifest, root: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _names(manifest: ArchiveManifest, root: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Parent and id of each node.
 
     Raises:

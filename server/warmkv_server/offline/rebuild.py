@@ -8,9 +8,9 @@ from pathlib import Path
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.catalog import journal, rows
+from warmkv_server.kv.catalog import rows
+from warmkv_server.kv.catalog.database import INDEX_FILE, JournalDamaged, of_version_1
 from warmkv_server.kv.catalog.evidence import gather
-from warmkv_server.kv.catalog.journal import JournalDamaged
 from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.catalog.rebuild import Rebuilt, holds_contexts, rebuild_index
 from warmkv_server.kv.catalog.takeover import old_files
@@ -28,8 +28,8 @@ def rebuild(data_dir: Path) -> Rebuilt:
     files = Files(Durability.FULL)
     tier = tier_of(data_dir, files)
     if any(old_files(data_dir)):
-        raise journal.of_version_1(data_dir / journal.FILE_NAME)
-    if not (data_dir / journal.FILE_NAME).exists() and not holds_contexts(data_dir, tier):
+        raise of_version_1(data_dir / INDEX_FILE)
+    if not (data_dir / INDEX_FILE).exists() and not holds_contexts(data_dir, tier):
         raise OperatorError(
             f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir"
         )
@@ -41,6 +41,9 @@ def rebuild(data_dir: Path) -> Rebuilt:
 
 def _old(data_dir: Path) -> Index | None:
     """What the index that is there says, if it says anything."""
-    with contextlib.suppress(JournalDamaged, OperatorError), ReadOnlyDatabase(data_dir / journal.FILE_NAME) as database:
+    with (
+        contextlib.suppress(JournalDamaged, OperatorError),
+        ReadOnlyDatabase(data_dir / INDEX_FILE) as database,
+    ):
         return rows.read_index(database)
     return None

@@ -17,10 +17,9 @@ from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo
 from warmkv_server.kv.blocks.disk import block_files, object_path, open_block
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, is_plain
-from warmkv_server.kv.blocks.ids import block_of, node_id, root_id
+from warmkv_server.kv.blocks.names import SUFFIX, block_of, node_id, object_name, root_id
 from warmkv_server.kv.blocks.reader import verify_block
-from warmkv_server.kv.blocks.tier import SUFFIX, object_name
-from warmkv_server.kv.catalog import journal
+from warmkv_server.kv.catalog.database import INDEX_FILE
 from warmkv_server.kv.index.index import Agent, Node, block_info
 from warmkv_server.offline.directory import View, in_use, usable_tokens
 from warmkv_server.offline.findings import Bad, Problem, Report, Trouble, name_of, short
@@ -43,7 +42,7 @@ def verify(look: Callable[[], View], watch: Callable[[Iterable[Path]], Iterable[
     report = Report(agents=len(view.index.agents))
     if view.not_the_last is not None:
         detail = f"{view.not_the_last}; the next start of a server, or `warmkv store rebuild-index`, builds it anew"
-        report.problems.append(Problem(Trouble.DAMAGED, journal.FILE_NAME, detail))
+        report.problems.append(Problem(Trouble.DAMAGED, INDEX_FILE, detail))
     for agent, wrong in view.index.implausible:
         report.problems.append(Problem(Trouble.DAMAGED, name_of(agent.tenant, agent.agent_id), wrong))
     paths: list[Path] = []

@@ -50,8 +50,6 @@ class Stack:
     """Of the values that attention reads."""
     components: tuple[Component, ...]
     """Of the words of each stream."""
-    codec: str
-    """What files say of it; see `codec_name`."""
 
     def tensor(self, component: Component) -> str:
         return f"{self.name}.{component.name}"

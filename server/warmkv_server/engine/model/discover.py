@@ -53,15 +53,14 @@ def discover(runner: ModelRunner, codecs: CodecPlan) -> CacheMap:
         for side, values in zip((KEYS, VALUES), computed, strict=True):
             _, heads, _, head_dim = values.shape
             components = _components(codecs, (number, side), head_dim, values.dtype)
-            alike = leaf.kind, heads, head_dim, values.dtype, components, codec_name(codecs.of_stream((number, side)))
-            stacks.setdefault(alike, []).append((number, side))
+            stacks.setdefault((leaf.kind, heads, head_dim, values.dtype, components), []).append((number, side))
         # What a step of decoding does is compiled before the first request needs it.
         mx.eval(codecs.of_layer(number).read_back(computed[KEYS], computed[VALUES], 0)[1:])
     made = []
-    for number, ((kind, heads, head_dim, dtype, components, codec), streams) in enumerate(stacks.items()):
-        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, components, codec)
+    for number, ((kind, heads, head_dim, dtype, components), streams) in enumerate(stacks.items()):
+        stack = Stack(f"kv{number}", kind, tuple(streams), heads, head_dim, dtype, components)
         made.append(stack)
-        specs += [_token_spec(stack, component) for component in components]
+        specs += [_token_spec(stack, component, codecs) for component in components]
     layout = KVLayout(tuple(specs), window)
     return CacheMap(codecs, tuple(made), states, layout, attention_shapes(runner, plain))
 
@@ -79,7 +78,9 @@ def _state_spec(name: str, array: mx.array) -> TensorSpec:
     return TensorSpec(name, PartKind.STATE, stored_as(array.dtype), tuple(stored.shape), int(stored.nbytes))
 
 
-def _token_spec(stack: Stack, component: Component) -> TensorSpec:
+def _token_spec(stack: Stack, component: Component, codecs: CodecPlan) -> TensorSpec:
     shape = (len(stack.streams), stack.heads, component.width)
     nbytes = math.prod(shape) * component.dtype.size
-    return TensorSpec(stack.tensor(component), stack.kind, stored_as(component.dtype), shape, nbytes, stack.codec)
+    names = tuple(codec_name(codecs.of_stream(stream)) for stream in stack.streams)
+    coded = names if any(names) else ()
+    return TensorSpec(stack.tensor(component), stack.kind, stored_as(component.dtype), shape, nbytes, coded)

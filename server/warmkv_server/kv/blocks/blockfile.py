@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 
 from warmkv_server.contract.kv import Fallback, PartKind, TensorSpec, known_kind
-from warmkv_server.kv.blocks.arrays import Words, stored_shape
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
+from warmkv_server.kv.blocks.arrays import RawArray, stored_shape
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of
 
 FORMAT = "warmkv-block"
 VERSION = 2
@@ -140,7 +140,7 @@ def renamed(content: bytes, info: BlockInfo) -> tuple[bytearray, memoryview, str
     codecs = {"codecs": before["codecs"]} if "codecs" in before else {}
     described["__metadata__"] = {"xxh3_128": _NO_DIGEST.decode(), **info.metadata(), **codecs}
     head, payload = _pack(described), memoryview(content)[start:]
-    return head, payload, seal(head, [payload])
+    return head, payload, put_checksum(head, [payload])
 
 
 def _pack(described: dict[str, object]) -> bytearray:
@@ -153,12 +153,17 @@ def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True)
 
 
-def codecs_of(specs: Iterable[TensorSpec]) -> dict[str, str]:
-    """How each family of streams is coded, by the name that its tensors begin with."""
-    return {spec.name.partition(".")[0]: spec.codec for spec in specs if spec.codec}
+def codecs_of(specs: Iterable[TensorSpec]) -> dict[str, str | list[str]]:
+    """How each family of streams is coded, by the name that its tensors begin with: all of them, or one by one."""
+    found: dict[str, str | list[str]] = {}
+    for spec in specs:
+        if spec.codecs:
+            alike = len(set(spec.codecs)) == 1
+            found[spec.name.partition(".")[0]] = spec.codecs[0] if alike else list(spec.codecs)
+    return found
 
 
-def seal(head: bytearray, payload: Iterable[memoryview]) -> str:
+def put_checksum(head: bytearray, payload: Iterable[memoryview]) -> str:
     """Compute the checksum over header and payload and put it into the header."""
     digest = checksum(head, payload)
     head[DIGEST_AT : DIGEST_AT + DIGEST_HEX] = digest.encode()
@@ -225,7 +230,7 @@ class Parsed:
     tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
     """dtype in safetensors' words, shape, first and last byte of the payload."""
     payload: int
-    codecs: Mapping[str, str] | None = None
+    codecs: Mapping[str, object] | None = None
     """By family of streams; None in a header that says nothing of it: then it is the one that the fingerprint names."""
 
 
@@ -304,7 +309,7 @@ def expect(parsed: Parsed, info: BlockInfo, specs: Sequence[TensorSpec]) -> None
         raise BadFile(Fallback.FORMAT, "more tensors than the model's layout has")
 
 
-def flat(words: Words) -> memoryview:
+def flat(words: RawArray) -> memoryview:
     """A contiguous array's bytes."""
     return words.reshape(-1).view(np.uint8).data if words.size else memoryview(b"")
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, is_plain, open_file, read_file
+from warmkv_server.kv.blocks.names import Name
 from warmkv_server.kv.blocks.residency import drop_pages, resident_bytes
-from warmkv_server.kv.blocks.tier import Name, Tidied
+from warmkv_server.kv.blocks.tier import Tidied
 
 BLOCKS = "blocks"
 QUARANTINE = "quarantine"

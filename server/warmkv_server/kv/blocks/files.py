@@ -14,11 +14,16 @@ import itertools
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from warmkv_server.contract.store import Durability
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TEMP_SUFFIX = ".tmp"
 _IOV = 512
@@ -217,3 +222,23 @@ def in_words(path: Path) -> str:
     """A path as people can read it, whatever bytes are in it."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+class InFlight:
+    """File operations that have not returned yet, and since when: a disk that is dead never says so. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._began: dict[int, float] = {}
+
+    def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do something that uses files, on this thread."""
+        self._began[threading.get_ident()] = time.monotonic()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            del self._began[threading.get_ident()]
+
+    def longest(self) -> float:
+        """Seconds that the oldest of them has been at work; 0 if there is none."""
+        began = list(self._began.values())
+        return time.monotonic() - min(began) if began else 0.0

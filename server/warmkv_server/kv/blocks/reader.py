@@ -22,10 +22,10 @@ import numpy as np
 
 from warmkv_server.contract.kv import Fallback, Tensors, TensorSpec
 from warmkv_server.kv.blocks import blockfile
-from warmkv_server.kv.blocks.arrays import stored_shape, view
+from warmkv_server.kv.blocks.arrays import RecycledArrays, SpareMemory, stored_shape, view
 from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo
-from warmkv_server.kv.blocks.spare import Part, SpareMemory
-from warmkv_server.kv.blocks.tier import Block, BlockTier, object_name
+from warmkv_server.kv.blocks.names import object_name
+from warmkv_server.kv.blocks.tier import Block, BlockTier
 
 _FIRST_READ = 16 << 10
 """Bytes; the header and more."""
@@ -100,7 +100,7 @@ def _read(block: Block, order: PartOrder, way: Callable[[Block, PartOrder], Tens
         return error
 
 
-def _read_large(block: Block, order: PartOrder, *, part: Part) -> Part:
+def _read_large(block: Block, order: PartOrder, *, part: RecycledArrays) -> RecycledArrays:
     first = block.read(0, _FIRST_READ)
     start = blockfile.header_size(first, block.nbytes)
     head = first[:start] if start <= len(first) else block.read(0, start)

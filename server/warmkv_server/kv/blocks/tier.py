@@ -1,49 +1,15 @@
 """Where the store's bytes live: immutable objects by name, behind one protocol. The local disk is the first tier.
 
-An object is what a node keeps of one kind. Its name says which, and of which bytes: `<node>.<kind>.<digest>`, so two
-versions of one node's KV never have one name, wherever they were computed. Whoever puts an object under a name that is
-there already puts the same bytes there.
+An object's name tells its bytes (`names.py`): whoever puts one under a name that is there already puts the same bytes
+there.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-from warmkv_server.contract.kv import PartKind
-
-SUFFIX = ".safetensors"
-_NAME = re.compile(r"([0-9a-f]{32})\.([a-z0-9]+)\.([0-9a-f]{32})" + re.escape(SUFFIX))
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """What an object's name says. `node` and `digest` in hex."""
-
-    node: str
-    kind: PartKind
-    digest: str
-
-    @classmethod
-    def parse(cls, text: str) -> Name | None:
-        """None if it isn't one. Whether anybody knows the kind is another question."""
-        found = _NAME.fullmatch(text)
-        return None if found is None else cls(found[1], PartKind(found[2]), found[3])
-
-    def __str__(self) -> str:
-        return object_name(self.node, self.kind, self.digest)
-
-
-def object_name(node: str, kind: PartKind, digest: str) -> str:
-    """
-    Args:
-        node: its id in hex.
-        digest: of the bytes, as in `blockfile.Part`.
-    """
-    return f"{node}.{kind}.{digest}{SUFFIX}"
 
 
 class Block(Protocol):
@@ -104,7 +70,7 @@ class BlockTier(Protocol):
         """
 
     def sync(self, names: Iterable[str], /) -> None:
-        """Make what was put under these names durable, if it isn't by now.
+        """Make what was put under these names durable, if it isn't by now; some may be gone again.
 
         Raises:
             OSError: it may not be.

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any, Self
 
 from warmkv_server.contract.kv import BLOCK_TOKENS
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, root_id
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.index.index import Agent
@@ -156,7 +156,7 @@ def decode(content: bytes) -> Manifest:
             node: base64.b64decode(tokens, validate=True) for node, tokens in described["tokens"].items()
         }
         manifest = Manifest(**described)
-        if (wrong := _fault(manifest)) is not None:
+        if (wrong := _violation(manifest)) is not None:
             raise BadManifest(wrong)
         return manifest
     except Damaged as error:
@@ -165,10 +165,10 @@ def decode(content: bytes) -> Manifest:
         raise BadManifest(f"unreadable: {error!r}") from error
 
 
-def _fault(manifest: Manifest) -> str | None:
+def _violation(manifest: Manifest) -> str | None:
     """What of it can't be, whatever its checksum says."""
     spans = manifest.spans
-    wrong = plausible.spans_fault(spans, BLOCK_TOKENS)
+    wrong = plausible.span_violation(spans, BLOCK_TOKENS)
     if wrong is not None:
         return wrong
     length = spans[-1][2] if spans else 0
@@ -178,8 +178,8 @@ def _fault(manifest: Manifest) -> str | None:
         return "its snapshots are not of this context"
     if type(manifest.number) is not int or not 0 <= manifest.number < 1 << 63:
         return "its number can't be one"
-    if not plausible.is_hex(manifest.extra_key):
+    if not plausible.is_extra_key(manifest.extra_key):
         return "its extra key is none"
     if any(len(tokens) % TOKEN_BYTES for tokens in manifest.tokens.values()):
         return "its tokens are no tokens"
-    return plausible.fault(manifest, length)
+    return plausible.violation(manifest, length)

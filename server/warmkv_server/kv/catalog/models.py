@@ -13,7 +13,7 @@ from pathlib import Path
 
 from warmkv_server.kv.blocks.files import Files, read_file
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.catalog.journal import Queryable
+from warmkv_server.kv.catalog.database import Queryable
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
 from warmkv_server.kv.index.index import Index
 from warmkv_server.kv.index.records import Fingerprint

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from warmkv_server.contract.names import AGENT_ID
+from warmkv_server.kv.blocks.names import EXTRA_KEY_BYTES
 from warmkv_server.kv.index.records import TokenIds
 
 NODE_ID = re.compile(r"[0-9a-f]{32}")
@@ -60,7 +61,7 @@ class AgentLike(Protocol):
     def ending(self) -> str: ...
 
 
-def fault(agent: AgentLike, length: int) -> str | None:
+def violation(agent: AgentLike, length: int) -> str | None:
     """What can't be, in a few words; None if everything can.
 
     Args:
@@ -84,7 +85,7 @@ def fault(agent: AgentLike, length: int) -> str | None:
     return next((wrong for wrong, good in rules.items() if not good), None)
 
 
-def tokens_fault(tokens: TokenIds, vocabulary: int | None) -> str | None:
+def token_violation(tokens: TokenIds, vocabulary: int | None) -> str | None:
     """
     Args:
         vocabulary: ids run from 0 to one below it; None if nobody knows.
@@ -97,7 +98,7 @@ def tokens_fault(tokens: TokenIds, vocabulary: int | None) -> str | None:
     return None
 
 
-def spans_fault(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str | None:
+def span_violation(spans: Sequence[tuple[str, int, int]], block_tokens: int) -> str | None:
     """
     Args:
         spans: id, first token and end of each node of a context.
@@ -122,8 +123,9 @@ def is_text(value: object, limit: int = _TEXT_LIMIT) -> bool:
     return True
 
 
-def is_hex(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _TEXT_LIMIT and _HEX.fullmatch(value) is not None
+def is_extra_key(value: object) -> bool:
+    """In hex."""
+    return isinstance(value, str) and len(value) <= 2 * EXTRA_KEY_BYTES and _HEX.fullmatch(value) is not None
 
 
 def _is_count(value: object, least: int, most: int) -> bool:

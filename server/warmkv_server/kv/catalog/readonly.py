@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.files import open_file
-from warmkv_server.kv.catalog.journal import READERS_LOCK, SCHEMA_VERSION, JournalDamaged, of_version_1
+from warmkv_server.kv.catalog.database import READERS_LOCK, SCHEMA_VERSION, JournalDamaged, of_version_1
 
 
 class ReadOnlyDatabase:

@@ -27,19 +27,19 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, BlockInfo, Part
 from warmkv_server.kv.blocks.disk import QUARANTINE, open_block, quarantine
 from warmkv_server.kv.blocks.files import Files, entries, is_plain, open_file
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id, root_id
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, Name, block_of, node_id, object_name, root_id
 from warmkv_server.kv.blocks.reader import read_header
-from warmkv_server.kv.blocks.tier import Block, BlockTier, Name, object_name
-from warmkv_server.kv.catalog import commit_log, journal, plausible, rows
+from warmkv_server.kv.blocks.tier import Block, BlockTier
+from warmkv_server.kv.catalog import commit_log, plausible, rows
 from warmkv_server.kv.catalog.clock import Clock
+from warmkv_server.kv.catalog.database import INDEX_FILE, Database, Statement
 from warmkv_server.kv.catalog.evidence import Evidence
-from warmkv_server.kv.catalog.journal import Database, Statement
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX, Manifest, file_name
 from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_info
 
 log = logging.getLogger(__name__)
 
-_NEW = journal.FILE_NAME + ".new"
+_NEW = INDEX_FILE + ".new"
 _LOG_COPY = "-wal.found"
 _SQLITE_FILES = ("", "-wal", "-shm")
 _NAMED = 100
@@ -122,7 +122,7 @@ def rebuild_index(
     Raises:
         OperatorError: there are no manifests to build it from, or the disk refuses.
     """
-    path = data_dir / journal.FILE_NAME
+    path = data_dir / INDEX_FILE
     found = Rebuilt(unreadable=dict(evidence.unreadable))
     known = dict(evidence.living())
     if not known and not evidence.told.agents and holds_contexts(data_dir, tier):
@@ -244,7 +244,7 @@ class Builder:
         nodes = [self._node(manifest, *each) for each in found]
         agent = Agent(manifest.tenant, manifest.agent_id, self.index.new_incarnation(), manifest.fingerprint)
         agent.nodes, agent.tokens = nodes, rows.join_tokens(nodes)
-        if (wrong := plausible.tokens_fault(agent.tokens, None)) is not None:
+        if (wrong := plausible.token_violation(agent.tokens, None)) is not None:
             raise NotRebuildable(wrong)
         for length in manifest.snapshots:
             begin = block_of(length)
@@ -372,7 +372,7 @@ def _put_aside(path: Path, why: str) -> Path | None:
 
 def aside_files(data_dir: Path) -> list[Path]:
     """Of indexes that were kept, with the files that SQLite had beside them."""
-    begins = f"{journal.FILE_NAME}."
+    begins = f"{INDEX_FILE}."
     return sorted(
         Path(e.path) for e in entries(data_dir) if e.name.startswith(begins) and "-" in e.name and is_plain(e)
     )

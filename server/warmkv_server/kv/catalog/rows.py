@@ -12,10 +12,10 @@ import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, known_kind
 from warmkv_server.kv.blocks.blockfile import Part
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, node_id
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, node_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.catalog.clock import Clock, Reading, TimeSource
-from warmkv_server.kv.catalog.journal import JournalDamaged, Queryable, Statement, as_json, insert
+from warmkv_server.kv.catalog.database import JournalDamaged, Queryable, Statement, as_json, insert
 from warmkv_server.kv.index.index import Agent, Index, Node
 from warmkv_server.kv.index.records import Fingerprint, RequestOutcome
 
@@ -265,7 +265,7 @@ def _read_index(db: Queryable) -> Index:
         agent.revision, agent.kept, agent.previous = revision, tuple(json.loads(kept)), previous
         agent.pinned, agent.ttl, agent.labels = bool(pinned), ttl, json.loads(labels)
         agent.create_time, agent.update_time, agent.last_used, agent.parent_agent_id, agent.ending = rest
-        wrong = plausible.fault(agent, len(agent.tokens)) or plausible.tokens_fault(agent.tokens, None)
+        wrong = plausible.violation(agent, len(agent.tokens)) or plausible.token_violation(agent.tokens, None)
         if wrong is not None:
             index.implausible.append((agent, wrong))
             continue

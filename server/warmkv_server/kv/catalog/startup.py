@@ -12,14 +12,15 @@ from pathlib import Path
 from warmkv_server.contract.kv import Fallback, KVLayout, all_kinds
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
-from warmkv_server.kv.blocks.files import Files, entries, in_words, is_plain
-from warmkv_server.kv.blocks.tier import BlockTier, Name, Tidied
-from warmkv_server.kv.catalog import commit_log, journal, models, plausible, rows, signing
+from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
+from warmkv_server.kv.blocks.names import Name
+from warmkv_server.kv.blocks.tier import BlockTier, Tidied
+from warmkv_server.kv.catalog import commit_log, models, plausible, rows, signing
 from warmkv_server.kv.catalog import lock as locking
 from warmkv_server.kv.catalog.clock import Clock, TimeSource
 from warmkv_server.kv.catalog.commit_log import CommitLog
+from warmkv_server.kv.catalog.database import CHECKPOINT_BYTES, INDEX_FILE, READERS_LOCK, Database, Statement
 from warmkv_server.kv.catalog.foreign import Foreign
-from warmkv_server.kv.catalog.journal import CHECKPOINT_BYTES, Database, Statement
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.manifest import FOLDER, Manifest, encode
 from warmkv_server.kv.catalog.manifest_files import UpToDate, bring_up_to_date
@@ -29,8 +30,8 @@ from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.boundaries import partly_kept
 from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.prefix import partly_kept
 from warmkv_server.kv.index.records import Fingerprint, StoreSettings
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def open_directory(
             # Before the files that only older manifests refer to are gone.
             manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
             tidied = _remove(tier, sweep.orphans)
+            _remove_temporary(data_dir, files)
             clock = rows.read_clock(database, index, times)
             foreign = Foreign(fingerprint, fingerprints.known)
             fingerprints.keep(fingerprint, files)
@@ -172,8 +174,8 @@ def make_folders(data_dir: Path, files: Files) -> None:
 
 def _is_own(name: str) -> bool:
     """Whether something in a data directory is the store's, by its name."""
-    names = {BLOCKS, QUARANTINE, FOLDER, locking.FILE_NAME, "reserve", signing.FILE_NAME, journal.READERS_LOCK}
-    return name in names or name.startswith((journal.FILE_NAME, commit_log.FILE_NAME, models.FILE_NAME))
+    names = {BLOCKS, QUARANTINE, FOLDER, locking.FILE_NAME, "reserve", signing.FILE_NAME, READERS_LOCK}
+    return name in names or name.startswith((INDEX_FILE, commit_log.FILE_NAME, models.FILE_NAME))
 
 
 def _lines(agents: Iterable[Agent], number: int) -> dict[AgentKey, tuple[int, bytes]]:
@@ -199,6 +201,15 @@ def _remove(tier: BlockTier, names: Iterable[str]) -> Tidied:
     return tidied
 
 
+def _remove_temporary(data_dir: Path, files: Files) -> None:
+    """What a crash has left of small files that were being replaced."""
+    for entry in entries(data_dir):
+        ours = entry.name.startswith((commit_log.FILE_NAME, models.FILE_NAME)) and entry.name.endswith(TEMP_SUFFIX)
+        if ours and is_plain(entry):
+            with contextlib.suppress(OSError):  # the next start does it
+                files.unlink(Path(entry.path))
+
+
 def _sizes(paths: Iterable[Path]) -> Iterator[int]:
     for path in paths:
         with contextlib.suppress(OSError):
@@ -210,7 +221,7 @@ def _sizes(paths: Iterable[Path]) -> Iterator[int]:
 def _name_the_strange(data_dir: Path, strange: list[Path]) -> None:
     strange += [Path(e.path) for e in entries(data_dir / QUARANTINE) if not is_plain(e)]
     strange += [Path(e.path) for e in entries(data_dir) if not _is_own(e.name)]
-    strange += [Path(e.path) for e in entries(data_dir) if e.name.startswith(journal.FILE_NAME) and not is_plain(e)]
+    strange += [Path(e.path) for e in entries(data_dir) if e.name.startswith(INDEX_FILE) and not is_plain(e)]
     if strange:
         names = ", ".join(in_words(path.relative_to(data_dir)) for path in strange[:_NAMED])
         more = f" and {len(strange) - _NAMED} more" * (len(strange) > _NAMED)
@@ -222,7 +233,7 @@ def _put_aside_the_implausible(index: Index, layout: KVLayout, fingerprint: str,
     found = list(index.implausible)
     for agent in list(index.agents.values()):
         ours = agent.fingerprint == fingerprint
-        wrong = plausible.tokens_fault(agent.tokens, layout.vocabulary if ours else None)
+        wrong = plausible.token_violation(agent.tokens, layout.vocabulary if ours else None)
         if wrong is not None:
             index.remove_agent(agent)
             found.append((agent, wrong))

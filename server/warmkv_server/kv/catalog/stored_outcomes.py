@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.catalog.journal import Database
+from warmkv_server.kv.catalog.database import Database
 from warmkv_server.kv.index.index import AgentKey
 from warmkv_server.kv.index.records import RequestOutcome
 

@@ -20,7 +20,7 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, block_files, quarantine
 from warmkv_server.kv.blocks.files import Files, in_words, is_plain, open_file
-from warmkv_server.kv.blocks.tier import SUFFIX, object_name
+from warmkv_server.kv.blocks.names import SUFFIX, object_name
 
 log = logging.getLogger(__name__)
 

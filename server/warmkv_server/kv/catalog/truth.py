@@ -9,9 +9,9 @@ from pathlib import Path
 
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.tier import BlockTier
-from warmkv_server.kv.catalog import journal, rows
+from warmkv_server.kv.catalog import rows
+from warmkv_server.kv.catalog.database import INDEX_FILE, Database, JournalDamaged
 from warmkv_server.kv.catalog.evidence import Evidence, gather
-from warmkv_server.kv.catalog.journal import Database, JournalDamaged
 from warmkv_server.kv.catalog.rebuild import holds_contexts, keep_log, rebuild_index
 from warmkv_server.kv.index.index import Index
 
@@ -62,7 +62,7 @@ def open_index(
     Raises:
         OperatorError
     """
-    path = data_dir / journal.FILE_NAME
+    path = data_dir / INDEX_FILE
     evidence = gather(data_dir)
     old: Index | None = None
     log_copy = keep_log(path)

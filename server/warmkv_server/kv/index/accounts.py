@@ -1,4 +1,4 @@
-"""What agents, tenants and the directory take, kept as it changes: nothing is summed when somebody asks.
+"""Bytes in use by agents, by tenants and by the directory, kept as they change: nothing is summed when somebody asks.
 
 Whoever changes a node's files, what of it is in RAM, or who references it, does it here or tells it here.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from warmkv_server.contract.kv import KVLayout, PartKind
 from warmkv_server.kv.blocks.blockfile import Part
-from warmkv_server.kv.index.boundaries import kept_for, needed, overlaps
 from warmkv_server.kv.index.hot import HotTier
 from warmkv_server.kv.index.index import Agent, Index, Node
+from warmkv_server.kv.index.prefix import kept_for, needed, overlaps
 
 
 @dataclass(frozen=True)

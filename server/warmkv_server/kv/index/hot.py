@@ -1,4 +1,4 @@
-"""The hot tier: parts of nodes in RAM, by bytes, least recently used first to go, tenants sharing what there is.
+"""The hot tier: parts of nodes in RAM, within a budget of bytes; LRU eviction, tenants sharing what there is.
 
 Everything here is on disk too (written through at commit), so eviction only drops memory. What the disk refused is
 marked unsaved and stays until it is written.

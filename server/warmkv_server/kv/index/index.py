@@ -14,8 +14,7 @@ import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of
-from warmkv_server.kv.blocks.tier import object_name
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, object_name
 from warmkv_server.kv.index.records import TokenIds
 
 AgentKey = tuple[str, str]
@@ -79,7 +78,7 @@ class Node:
 
     @property
     def refs(self) -> int:
-        """Agents that reference it."""
+        """The reference count: of agents."""
         return len(self.agents)
 
     @property

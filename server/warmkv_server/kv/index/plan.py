@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, PartKind
-from warmkv_server.kv.blocks.ids import TOKEN_BYTES, block_of, node_id
-from warmkv_server.kv.index.boundaries import MAX_KEPT, Has, needed, partly_kept
+from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, node_id
 from warmkv_server.kv.index.index import Agent, Index, Node, PartOf, common_length
+from warmkv_server.kv.index.prefix import MAX_KEPT, Has, needed, partly_kept
 from warmkv_server.kv.index.records import Commit
 
 MAX_SEGMENTS = 16

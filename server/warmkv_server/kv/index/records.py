@@ -16,7 +16,7 @@ from warmkv_server.contract.store import AgentRecord, Durability
 from warmkv_server.kv.blocks.blockfile import VERSION
 
 if TYPE_CHECKING:
-    from warmkv_server.kv.index.lease import Lease
+    from warmkv_server.kv.index.prefix import Lease
 
 TokenIds = NDArray[np.int32]
 """Token ids of a context, shape (tokens,)."""

@@ -1,5 +1,6 @@
-"""Taking away what no agent references any more: rows first, files second, so that no row ever lacks its file for long
-and a crash in between leaves only files that the next start sweeps.
+"""Garbage collection by reference count: what no agent references any more goes, rows first, files second.
+
+So no row ever lacks its file for long, and a crash in between leaves only files that the next start sweeps.
 
 What the disk refuses to take away counts as there, and is tried again.
 """

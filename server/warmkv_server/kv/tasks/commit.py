@@ -17,10 +17,10 @@ import numpy as np
 
 from warmkv_server.contract.kv import all_kinds
 from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
-from warmkv_server.kv.blocks.words import Words
+from warmkv_server.kv.blocks.writer import RequestKV
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.commit_log import lives
-from warmkv_server.kv.catalog.journal import Statement
+from warmkv_server.kv.catalog.database import Statement
 from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome
 from warmkv_server.kv.index.index import Agent, AgentKey, Node
 from warmkv_server.kv.index.plan import Plan, Planner
@@ -28,7 +28,7 @@ from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, Un
 from warmkv_server.kv.tasks.collect import Collector
 from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.manifests import Manifests
-from warmkv_server.kv.tasks.parts import Effort, PartWriter
+from warmkv_server.kv.tasks.parts import PartWriter, WriteResult
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ class Committer:
             nodes = plan.all_nodes()
             self._adopt(nodes)
             try:
-                effort = await self._writer.write(commit.tenant, plan.parts, Words(commit.reuse, commit.growth))
+                result = await self._writer.write(commit.tenant, plan.parts, RequestKV(commit.reuse, commit.growth))
                 async with self._core.last_step((commit.tenant, commit.agent_id)):
-                    return await self._finish(commit, self._agent(commit, ticket), plan, effort, began)
+                    return await self._finish(commit, self._agent(commit, ticket), plan, result, began)
             finally:
                 self._let_go(nodes)
         finally:
@@ -104,9 +104,9 @@ class Committer:
             node.pins += 1
         try:
             unsaved = ((node, kind) for node in nodes for kind in all_kinds())
-            effort = await self._writer.write_unsaved(agent.tenant, unsaved)
+            result = await self._writer.write_unsaved(agent.tenant, unsaved)
             async with core.last_step(agent.key):
-                if effort.refusal is not None or core.index.agents.get(agent.key) is not agent:
+                if result.refusal is not None or core.index.agents.get(agent.key) is not agent:
                     return False
                 statements = [rows.put_node(node) for node in nodes]
                 statements += [*rows.delete_agent(agent.incarnation), *rows.insert_agent(agent)]
@@ -190,16 +190,18 @@ class Committer:
 
     # The last step
 
-    async def _finish(self, commit: Commit, agent: Agent | None, plan: Plan, effort: Effort, began: float) -> Committed:
+    async def _finish(
+        self, commit: Commit, agent: Agent | None, plan: Plan, result: WriteResult, began: float
+    ) -> Committed:
         core = self._core
-        if effort.refusal is not None:
-            self._bear(commit, effort.refusal)
+        if result.refusal is not None:
+            self._bear(commit, result.refusal)
         before = _State.of(agent)
         after = self._after(commit, agent, plan)
         agent = agent or after
-        outcome = self._outcome(commit, after, persisted=effort.refusal is None)
+        outcome = self._outcome(commit, after, persisted=result.refusal is None)
         try:
-            durable = effort.refusal is None and await self._write_down(agent, after, before, plan, outcome)
+            durable = result.refusal is None and await self._write_down(agent, after, before, plan, outcome)
         except Exception:
             # Nobody foresaw this, so nobody knows what the journal has: it is written whole, soon.
             self._put_into_index(agent, after)
@@ -211,7 +213,7 @@ class Committer:
             self._note_durable(agent, before.all_nodes())
         else:
             self._note_not_durable(agent, before)
-            if effort.refusal is None:
+            if result.refusal is None:
                 outcome = self._outcome(commit, after, persisted=False)
         self._collector.suspect(before.all_nodes())
         if outcome is not None:
@@ -220,7 +222,7 @@ class Committer:
                 core.outcomes.add(kept)
             else:
                 core.outcomes.owe(kept, agent)
-        return Committed(core.record(agent), durable, time.perf_counter() - began, effort.bytes_written)
+        return Committed(core.record(agent), durable, time.perf_counter() - began, result.bytes_written)
 
     async def _write_down(
         self, agent: Agent, after: Agent, before: _State, plan: Plan, outcome: RequestOutcome | None

@@ -16,11 +16,10 @@ from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec, all_kinds
 from warmkv_server.contract.store import AgentRecord, Tier
 from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv.blocks import blockfile
+from warmkv_server.kv.blocks.arrays import SpareMemory
 from warmkv_server.kv.blocks.blockfile import BlockInfo
-from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.blocks.ids import root_id
-from warmkv_server.kv.blocks.inflight import InFlight
-from warmkv_server.kv.blocks.spare import SpareMemory
+from warmkv_server.kv.blocks.files import Files, InFlight
+from warmkv_server.kv.blocks.names import root_id
 from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import LATEST, Clock
 from warmkv_server.kv.catalog.foreign import Foreign

@@ -1,4 +1,4 @@
-"""Agents that leave RAM: one by hand, or as many as it takes when memory is short.
+"""Eviction from RAM: of one agent by hand, or of as many as it takes when memory is short.
 
 The budget of RAM is the hot tier's own affair.
 """

@@ -14,10 +14,9 @@ from warmkv_server.contract.kv import Fallback, PartKind, Reuse, Span, Tensors
 from warmkv_server.kv.blocks.blockfile import BadFile, Part
 from warmkv_server.kv.blocks.reader import PartOrder, read_parts
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.index.boundaries import Has, Under, longest_usable, needed
 from warmkv_server.kv.index.hot import PartKey
 from warmkv_server.kv.index.index import Node
-from warmkv_server.kv.index.lease import Lease
+from warmkv_server.kv.index.prefix import Has, Lease, Under, longest_usable, needed
 from warmkv_server.kv.tasks.core import BATCH_BYTES, Core
 from warmkv_server.kv.tasks.manifests import Manifests
 

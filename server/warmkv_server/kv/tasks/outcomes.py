@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from warmkv_server.errors import StorageUnavailable
 from warmkv_server.kv.catalog import rows
-from warmkv_server.kv.catalog.journal import Journal, Statement
+from warmkv_server.kv.catalog.database import Statement
+from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome, StoredOutcomes
 from warmkv_server.kv.index.index import Agent, AgentKey
 from warmkv_server.kv.index.records import RequestOutcome

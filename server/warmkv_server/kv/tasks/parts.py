@@ -1,4 +1,4 @@
-"""Making the files of new nodes, and keeping their words in RAM."""
+"""Write-through: the objects of new nodes into the tier, and their arrays into RAM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from warmkv_server.contract.kv import PartKind, Tensors
 from warmkv_server.kv.blocks.blockfile import BadFile, header_bytes, payload_size
-from warmkv_server.kv.blocks.words import Words, write_part
+from warmkv_server.kv.blocks.writer import RequestKV, write_part
 from warmkv_server.kv.index.hot import PartKey
 from warmkv_server.kv.index.index import Node, PartOf
 from warmkv_server.kv.tasks.core import Core
@@ -18,8 +18,8 @@ from warmkv_server.kv.tasks.quota import Quota, Room
 
 
 @dataclass
-class Effort:
-    """What one commit has written so far.
+class WriteResult:
+    """The result of a commit's writing, so far.
 
     Attributes:
         names: of objects that are to be synced.
@@ -44,17 +44,17 @@ class PartWriter:
         self._large: set[asyncio.Task[None]] = set()
         """Files in work of commits that have many."""
 
-    async def write(self, tenant: str, parts: Iterable[tuple[Node, PartKind]], words: Words) -> Effort:
+    async def write(self, tenant: str, parts: Iterable[tuple[Node, PartKind]], kv: RequestKV) -> WriteResult:
         """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
         parts = list(parts)
-        effort = Effort(self._perhaps_not_synced(parts))
-        wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, words.reuse.length)]
-        async with self._room(tenant, wanted, effort):
-            await self._write_all(wanted, words, effort)
-            await self._sync(effort)
-        return effort
+        result = WriteResult(self._perhaps_not_synced(parts))
+        wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, kv.reuse.length)]
+        async with self._room(tenant, wanted, result):
+            await self._write_all(wanted, kv, result)
+            await self._sync(result)
+        return result
 
-    async def _write_all(self, wanted: list[tuple[Node, PartKind]], words: Words, effort: Effort) -> None:
+    async def _write_all(self, wanted: list[tuple[Node, PartKind]], kv: RequestKV, result: WriteResult) -> None:
         """Several at once. Where somebody decodes, a commit of more than a few goes one by one: what writes competes
         for the interpreter's lock and for processors with whoever computes tokens and sends them. It waits for others
         of its size alone: of small ones there may always be one in work."""
@@ -63,7 +63,7 @@ class PartWriter:
         for node, kind in wanted:
             while large and len(self._large) >= self._at_once():
                 await asyncio.wait(self._large, return_when=asyncio.FIRST_COMPLETED)
-            task = asyncio.create_task(self._write(node, kind, words, effort))
+            task = asyncio.create_task(self._write(node, kind, kv, result))
             if large:
                 self._large.add(task)
                 task.add_done_callback(self._large.discard)
@@ -76,20 +76,20 @@ class PartWriter:
         """Large commits' files in work before one begins with another; enough for all threads where nobody decodes."""
         return 1 if self._core.files.busy() else 2 * self._core.settings.io_threads
 
-    async def write_unsaved(self, tenant: str, parts: Iterable[tuple[Node, PartKind]]) -> Effort:
+    async def write_unsaved(self, tenant: str, parts: Iterable[tuple[Node, PartKind]]) -> WriteResult:
         """Try once more what the disk has refused."""
         parts = list(parts)
-        effort = Effort(self._perhaps_not_synced(parts))
+        result = WriteResult(self._perhaps_not_synced(parts))
         hot = self._core.hot
         wanted = [(node, kind) for node, kind in parts if kind not in node.parts and hot.has(node, kind)]
-        async with self._room(tenant, wanted, effort):
+        async with self._room(tenant, wanted, result):
             for node, kind in wanted:
                 async with self._alone(node, kind):
                     tensors = hot.get(node, kind)
                     if tensors is not None and kind not in node.parts:
-                        await self._save(node, kind, tensors, effort)
-            await self._sync(effort)
-        return effort
+                        await self._save(node, kind, tensors, result)
+            await self._sync(result)
+        return result
 
     def _perhaps_not_synced(self, parts: Iterable[PartOf]) -> set[str]:
         """Objects that no transaction counts on yet: whoever made them may still be about to sync their names,
@@ -98,7 +98,7 @@ class PartWriter:
         return {node.object_name(kind, node.parts[kind]) for node, kind in known}
 
     @contextlib.asynccontextmanager
-    async def _room(self, tenant: str, parts: list[tuple[Node, PartKind]], effort: Effort) -> AsyncIterator[None]:
+    async def _room(self, tenant: str, parts: list[tuple[Node, PartKind]], result: WriteResult) -> AsyncIterator[None]:
         """Room in the quota for files that don't exist yet; without it, nothing is written."""
         new = [(node, kind) for node, kind in parts if kind not in node.parts]
         size = sum(
@@ -106,9 +106,9 @@ class PartWriter:
         )
         async with contextlib.AsyncExitStack() as stack:
             try:
-                effort.room = await stack.enter_async_context(self._quota.room(tenant, size))
+                result.room = await stack.enter_async_context(self._quota.room(tenant, size))
             except OSError as error:
-                effort.refusal = error
+                result.refusal = error
             yield
 
     def _is_wanted(self, node: Node, kind: PartKind, reused: int) -> bool:
@@ -118,20 +118,20 @@ class PartWriter:
             return True
         return node.end > reused and bool(self._core.specs[kind]) and not self._core.hot.has(node, kind)
 
-    async def _write(self, node: Node, kind: PartKind, words: Words, effort: Effort) -> None:
+    async def _write(self, node: Node, kind: PartKind, kv: RequestKV, result: WriteResult) -> None:
         core = self._core
         async with self._alone(node, kind):
             await self._loader.put_away(node, kind)
             if kind in node.parts:
                 # Somebody was first with this context: their bytes are the ones to go on with.
-                effort.names.add(node.object_name(kind, node.parts[kind]))
+                result.names.add(node.object_name(kind, node.parts[kind]))
                 if not core.specs[kind] or core.hot.has(node, kind) or await self._readable(node, kind):
                     return
             tensors = core.hot.get(node, kind)
             if tensors is None:
-                tensors = await core.writing(words.copy, kind, node.start, node.end, core.specs[kind])
+                tensors = await core.writing(kv.copy, kind, node.start, node.end, core.specs[kind])
             core.hot.put(node, kind, tensors, unsaved=True)
-            await self._save(node, kind, tensors, effort)
+            await self._save(node, kind, tensors, result)
 
     @contextlib.asynccontextmanager
     async def _alone(self, node: Node, kind: PartKind) -> AsyncIterator[None]:
@@ -156,29 +156,29 @@ class PartWriter:
             return True  # Not now, but nothing says that the file is bad.
         return True
 
-    async def _save(self, node: Node, kind: PartKind, tensors: Tensors, effort: Effort) -> None:
+    async def _save(self, node: Node, kind: PartKind, tensors: Tensors, result: WriteResult) -> None:
         core = self._core
-        if effort.refusal is not None:
+        if result.refusal is not None:
             return
         try:
             part = await core.writing(write_part, core.tier, core.info(node, kind), core.specs[kind], tensors)
         except OSError as error:
-            effort.refusal = error
+            result.refusal = error
             return
         name = node.object_name(kind, part)
         core.accounts.gone([name])  # It may have lain there: what the disk had refused to remove.
         core.accounts.wrote(node, kind, part)
         node.lost, node.dirty = None, True
-        if effort.room is not None:
-            effort.room.spend(part.nbytes)
+        if result.room is not None:
+            result.room.spend(part.nbytes)
         core.counters.kv_bytes_written += part.nbytes
         core.hot.saved(node, kind)
-        effort.names.add(name)
-        effort.bytes_written += part.nbytes
+        result.names.add(name)
+        result.bytes_written += part.nbytes
 
-    async def _sync(self, effort: Effort) -> None:
-        if effort.refusal is None and effort.names:
+    async def _sync(self, result: WriteResult) -> None:
+        if result.refusal is None and result.names:
             try:
-                await self._core.writing(self._core.tier.sync, sorted(effort.names))
+                await self._core.writing(self._core.tier.sync, sorted(result.names))
             except OSError as error:
-                effort.refusal = error
+                result.refusal = error

@@ -1,4 +1,4 @@
-"""Copying words from what a request holds in RAM into the parts of new nodes, and from there into files. Blocking."""
+"""Copying KV from what a request holds in RAM into arrays of new nodes, and writing those as objects. Blocking."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from warmkv_server.contract.kv import Growth, PartKind, Reuse, Tensors, TensorSp
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.arrays import allocate, view
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
-from warmkv_server.kv.blocks.tier import BlockTier, object_name
+from warmkv_server.kv.blocks.names import object_name
+from warmkv_server.kv.blocks.tier import BlockTier
 
 
 @dataclass(frozen=True)
-class Words:
+class RequestKV:
     """The KV of one context as a request holds it: what was loaded, and what was computed behind it."""
 
     reuse: Reuse
@@ -64,5 +65,5 @@ def write_part(tier: BlockTier, info: BlockInfo, specs: Sequence[TensorSpec], te
     """
     payload = [blockfile.flat(view(tensors[spec.name])) for spec in specs]
     head = blockfile.header(info, specs)
-    digest = blockfile.seal(head, payload)
+    digest = blockfile.put_checksum(head, payload)
     return Part(tier.put(object_name(info.node, info.kind, digest), [memoryview(head), *payload]), digest)
