@@ -49,8 +49,8 @@ test-long: setup ## Run the rest of them: power cuts, kill -9, state machines, p
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
 	@$(PYTEST) $(BESIDE) -m "not slow" $(ARGS)
 
-hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
-	@$(PYTEST) tests/hostile $(ARGS)
+hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="-n 0 -s" for the figures
+	@$(PYTEST) $(BESIDE) tests/hostile $(ARGS)
 
 clients: setup ## Run the Go, Java and Node clients and the README's commands (needs Go, Maven and Node)
 	$(BIN)/python tests/clients/run.py
