@@ -49,8 +49,8 @@ test-long: setup ## Run the rest of them: power cuts, kill -9, state machines, p
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
 	@$(PYTEST) $(BESIDE) -m "not slow" $(ARGS)
 
-hostile: setup ## Attack real servers: hostile clients, files and clocks; some minutes
-	@$(PYTEST) tests/hostile $(ARGS)
+hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="-n 0 -s" for the figures
+	@$(PYTEST) $(BESIDE) tests/hostile $(ARGS)
 
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
 	@$(PYTEST) tests/reference $(ARGS)
