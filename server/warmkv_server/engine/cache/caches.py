@@ -306,9 +306,7 @@ def leaves(caches: Sequence[Any]) -> Iterator[LayerCache]:
 
 def token_leaves(caches: Sequence[Any]) -> dict[int, TokenCache]:
     """Those of them that keep keys and values, by their number."""
-    return {
-        number: cast(TokenCache, leaf) for number, leaf in enumerate(leaves(caches)) if leaf.kind is not PartKind.STATE
-    }
+    return {number: cast(TokenCache, leaf) for number, leaf in enumerate(leaves(caches)) if leaf.kind != PartKind.STATE}
 
 
 def state_leaves(caches: Sequence[Any]) -> dict[int, StateCache]:

@@ -25,7 +25,7 @@ def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
         if isinstance(cache, CacheList):
             return LayerInfo("composite", members=tuple(describe(member) for member in cache.caches))
         number = next(leaf)
-        if cache.kind is PartKind.STATE:
+        if cache.kind == PartKind.STATE:
             return LayerInfo(PartKind.STATE.value)
         keys, values = cache_map.streams_of(number)
         return LayerInfo(keys.kind.value, keys.heads, keys.head_dim, values.head_dim, cache.window)
