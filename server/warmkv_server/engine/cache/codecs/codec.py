@@ -159,7 +159,7 @@ class CodecPlan:
         return self.default.group_size
 
     def fingerprint_fields(self) -> dict[str, str]:
-        """What the words depend on. Bits and group size alone mean affine quantisation; for others there are more fields."""
+        """What the words depend on. Bits and group size alone mean affine quantisation; for others there is more."""
         fields = {"kv_bits": str(self.bits), "kv_group_size": str(self.group_size)}
         if self.default.identity != (f"affine-{self.bits}-{self.group_size}" if self.bits else ""):
             fields["kv_codec"] = self.default.identity
