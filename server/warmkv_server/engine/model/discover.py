@@ -16,7 +16,6 @@ from warmkv_server.engine.cache.codecs.codec import (
     CodecPlan,
     Component,
     Stream,
-    codec_name,
     storable,
     stored_as,
 )
@@ -81,6 +80,6 @@ def _state_spec(name: str, array: mx.array) -> TensorSpec:
 def _token_spec(stack: Stack, component: Component, codecs: CodecPlan) -> TensorSpec:
     shape = (len(stack.streams), stack.heads, component.width)
     nbytes = math.prod(shape) * component.dtype.size
-    names = tuple(codec_name(codecs.of_stream(stream)) for stream in stack.streams)
+    names = tuple(codecs.of_stream(stream).identity for stream in stack.streams)
     coded = names if any(names) else ()
     return TensorSpec(stack.tensor(component), stack.kind, stored_as(component.dtype), shape, nbytes, coded)

@@ -22,7 +22,10 @@ class AffineCodec:
 
     bits: int = 4
     group_size: int = 64
-    identity = ""  # bits and group size say it all
+
+    @property
+    def identity(self) -> str:
+        return f"affine-{self.bits}-{self.group_size}"
 
     def components(self, head_dim: int, dtype: mx.Dtype) -> tuple[Component, ...]:
         if head_dim % self.group_size:

@@ -56,7 +56,7 @@ class Codec(Protocol):
 
     @property
     def identity(self) -> str:
-        """What words and their meaning depend on besides `bits` and `group_size`. Part of the fingerprint."""
+        """All that words and their meaning depend on; "" if values are stored as they are computed."""
 
     def components(self, head_dim: int, dtype: mx.Dtype, /) -> tuple[Component, ...]:
         """The words of a stream of this width, computed in this type.
@@ -159,21 +159,14 @@ class CodecPlan:
         return self.default.group_size
 
     def fingerprint_fields(self) -> dict[str, str]:
-        """What the words depend on. Where bits and group size say it all, they are all there is."""
+        """What the words depend on. Bits and group size alone mean affine quantisation; for others there is more."""
         fields = {"kv_bits": str(self.bits), "kv_group_size": str(self.group_size)}
-        if identity := self.default.identity:
-            fields["kv_codec"] = identity
+        if self.default.identity != (f"affine-{self.bits}-{self.group_size}" if self.bits else ""):
+            fields["kv_codec"] = self.default.identity
         if self.streams:
-            told = [(*stream, codec.bits, codec.group_size, codec.identity) for stream, codec in self.streams.items()]
+            told = [(*stream, codec.identity) for stream, codec in self.streams.items()]
             fields["kv_streams"] = xxhash.xxh3_128(repr(sorted(told)).encode()).hexdigest()
         return fields
-
-
-def codec_name(codec: Codec) -> str:
-    """What files say of the streams that it codes; empty for values as they are computed."""
-    if not codec.bits and not codec.identity:
-        return ""
-    return f"{codec.identity or 'affine'}-{codec.bits}-{codec.group_size}"
 
 
 def apart(coded: Coded) -> tuple[Words, Words]:
