@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
-from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds, ending_after
+from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds, ending_after, held_back
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.task import TAIL
 from warmkv_server.text.text import Text
@@ -195,6 +195,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
         (None, True, Ending.ANSWER, Ending.ANSWER),
         (None, True, Ending.TURN, Ending.RAW),
         (None, True, "", Ending.RAW),
+        (None, True, "strange [", Ending.RAW),
     ],
 )
 def test_what_a_context_ends_with(
@@ -345,3 +346,10 @@ def test_rendering_is_transformers_own(tmp_path: Path) -> None:
     )
     text = Text(variant(tmp_path, chat_template=template), 4096)
     assert text.tokenizer.decode(encoded(text, Chat((user("Hi"),)))) == "plainHi"
+
+
+@pytest.mark.parametrize("ending", ["held", "held [", "held [1]", 'held {"a": 1}', "strange", ""])
+def test_what_an_archive_from_elsewhere_says_of_its_ending_breaks_nothing(ending: str) -> None:
+    text = Text(built_in(), 4096)
+    assert held_back(ending) == ()
+    assert encoded(text, Chat((user("Hi"),)), held=[7], ending=ending)

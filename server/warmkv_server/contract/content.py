@@ -66,7 +66,9 @@ class Ending(StrEnum):
 
     @classmethod
     def of(cls, ending: str) -> Ending:
-        return cls(ending.partition(" ")[0] or cls.RAW)
+        """The word; raw where it is none, as an archive from elsewhere can have it."""
+        word = ending.partition(" ")[0]
+        return next((each for each in cls if each == word), cls.RAW)
 
 
 def role_before(ending: str) -> str:
@@ -75,10 +77,13 @@ def role_before(ending: str) -> str:
 
 
 def held_back(ending: str) -> tuple[Message, ...]:
-    """The messages that a context holds back: all that it was made of."""
+    """The messages that a context holds back: all that it was made of. None where they can't be read."""
     if Ending.of(ending) is not Ending.HELD:
         return ()
-    return tuple(Message(role, content) for role, content in json.loads(ending.partition(" ")[2]))
+    try:
+        return tuple(Message(str(role), str(content)) for role, content in json.loads(ending.partition(" ")[2]))
+    except (ValueError, TypeError):
+        return ()
 
 
 def ending_after(content: Content | None, *, answered: bool, previous: str, holds_back: bool = False) -> str:

@@ -61,7 +61,7 @@ async def _tried(source: TokenizerSource) -> tuple[dict[str, Any], list[str]]:
         await pool.ready()
         findings = await pool.probe()
         return findings, unusual(findings)
-    except InvalidField as refusal:
-        return {}, [f"the chat template can't be tried: {refusal}"]
+    except (InvalidField, RuntimeError) as error:
+        return {}, [f"the tokenizer and the chat template can't be tried: {error}"]
     finally:
         pool.stop()
