@@ -84,23 +84,3 @@ def held_back(ending: str) -> tuple[Message, ...]:
         return tuple(Message(str(role), str(content)) for role, content in json.loads(ending.partition(" ")[2]))
     except (ValueError, TypeError):
         return ()
-
-
-def ending_after(content: Content | None, *, answered: bool, previous: str, holds_back: bool = False) -> str:
-    """The ending to keep with a context once `content` (None: nothing) and perhaps an answer were put behind it.
-
-    Args:
-        holds_back: whether the template didn't write the messages yet.
-    """
-    if isinstance(content, Chat):
-        if answered:
-            return Ending.ANSWER
-        if holds_back:
-            messages = [(m.role, m.content) for m in (*held_back(previous), *content.messages)]
-            return f"{Ending.HELD} {json.dumps(messages, ensure_ascii=False)}"
-        return f"{Ending.TURN} {content.messages[-1].role}"
-    if content is None and Ending.of(previous) is Ending.ANSWER:
-        return Ending.ANSWER
-    if content is None and not answered:
-        return previous or Ending.RAW
-    return Ending.RAW
