@@ -161,8 +161,8 @@ async def _say_unusual(engine: Engine) -> None:
     try:
         for line in unusual(await engine.text.probe()):
             log.warning("%s: %s", engine.info.model_id, line)
-    except InvalidField as refusal:
-        log.warning("%s: the chat template can't be tried: %s", engine.info.model_id, refusal)
+    except (InvalidField, RuntimeError) as error:
+        log.warning("%s: the tokenizer and the chat template can't be tried: %s", engine.info.model_id, error)
 
 
 def _store_settings(settings: Settings, tenants: int) -> StoreSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
-from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds, ending_after
+from warmkv_server.agents.context import ending_after
+from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds, held_back
+from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.task import TAIL
 from warmkv_server.text.text import Text
@@ -32,7 +35,8 @@ def encoded(
 ) -> list[int]:
     """The new tokens alone."""
     new = text.encode(content, starts=not held, ending=ending, held=len(held), tail=tuple(held[-TAIL:]), answer=answer)
-    return new.tokens.tolist()
+    ids_: list[int] = new.tokens.tolist()
+    return ids_
 
 
 def behind(text: Text, held: Sequence[int], content: Content, ending: str, answer: bool) -> list[int]:
@@ -67,7 +71,7 @@ class Talk:
     def start(self, *messages: Message, answer: bool) -> list[int]:
         return encoded(self.text, Chat(messages), answer=answer)
 
-    def go_on(self, held: list[int], *messages: Message, ending: Ending, answer: bool) -> list[int]:
+    def go_on(self, held: list[int], *messages: Message, ending: str, answer: bool) -> list[int]:
         return behind(self.text, held, Chat(messages), ending, answer)
 
     def answered(self, messages: Sequence[Message], reply: str, *, finished: bool = True) -> list[int]:
@@ -195,6 +199,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
         (None, True, Ending.ANSWER, Ending.ANSWER),
         (None, True, Ending.TURN, Ending.RAW),
         (None, True, "", Ending.RAW),
+        (None, True, "strange [", Ending.RAW),
     ],
 )
 def test_what_a_context_ends_with(
@@ -306,7 +311,7 @@ def test_a_system_message_waits_for_the_user_whose_turn_it_is_written_in(styled:
 def test_every_message_is_in_the_tokens_or_refused_by_name(talk: Talk) -> None:
     """At the start and behind an answer, alone and with others, whatever the roles."""
     roles = ("system", "user", "assistant", "tool", "developer")
-    plans = [(role,) for role in roles] + [(role, "user") for role in roles]
+    plans: list[tuple[str, ...]] = [(role,) for role in roles] + [(role, "user") for role in roles]
     plans += [("system", "system", "user"), ("system", "user", "assistant", "system", "user"), ("user", "system")]
     first = talk.start(user("One?"), answer=True)
     asked = [*first, *talk.answered([user("One?")], "Two.")]
@@ -345,3 +350,21 @@ def test_rendering_is_transformers_own(tmp_path: Path) -> None:
     )
     text = Text(variant(tmp_path, chat_template=template), 4096)
     assert text.tokenizer.decode(encoded(text, Chat((user("Hi"),)))) == "plainHi"
+
+
+@pytest.mark.parametrize("ending", ["held", "held [", "held [1]", 'held {"a": 1}', "strange", ""])
+def test_what_an_archive_from_elsewhere_says_of_its_ending_breaks_nothing(ending: str) -> None:
+    text = Text(built_in(), 4096)
+    assert held_back(ending) == ()
+    assert encoded(text, Chat((user("Hi"),)), held=[7], ending=ending)
+
+
+def test_a_tokenizer_whose_class_nobody_has_is_what_its_file_says(tmp_path: Path) -> None:
+    plain = variant(tmp_path, special=["<|more|>"])
+    path = tmp_path / "tokenizer_config.json"
+    strange = {"tokenizer_class": "StrangeTokenizer", "auto_map": {"AutoTokenizer": ["strange.StrangeTokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | strange))
+    loaded = tokenizers.load(tmp_path)
+    for content in ("Hello, world!", "<|more|>", "Über 日本"):
+        assert ids(loaded, content) == ids(plain, content)
+    assert (loaded.eos_token_id, loaded.chat_template) == (plain.eos_token_id, plain.chat_template)

@@ -53,7 +53,9 @@ def task(content: Content, room: int | None = None) -> Task:
 
 
 def here(content: Content) -> list[int]:
-    return Text(built_in(), 4096).encode(content, starts=True, ending="", held=0, tail=(), answer=True).tokens.tolist()
+    new = Text(built_in(), 4096).encode(content, starts=True, ending="", held=0, tail=(), answer=True)
+    ids: list[int] = new.tokens.tolist()
+    return ids
 
 
 async def test_tokens_are_those_of_doing_it_here() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from warmkv_server.agents.types import AgentKey
-from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, ending_after
+from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, held_back
 from warmkv_server.contract.content import TokenIds as TokenContent
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
@@ -107,7 +108,7 @@ async def encode(
     Raises:
         InvalidField: if it can't be encoded, or messages of the context that wait for a user's would be lost behind it.
     """
-    if not isinstance(content, Chat) and (content is not None or answer) and Ending.of(ending) is Ending.HELD:
+    if not isinstance(content, Chat) and (content is not None or answer) and ending.startswith(Ending.HELD):
         raise InvalidField.of(
             "content",
             "the model's chat template writes the messages of this context with the user's message that follows; send "
@@ -128,6 +129,26 @@ async def encode(
     unlike = np.flatnonzero(kept[:length] != new.tokens[:length])
     alike = int(unlike[0]) if unlike.size else length
     return replace(new, tokens=new.tokens[alike:], replaced=new.replaced - alike)
+
+
+def ending_after(content: Content | None, *, answered: bool, previous: str, holds_back: bool = False) -> str:
+    """The ending to keep with a context once `content` (None: nothing) and perhaps an answer were put behind it.
+
+    Args:
+        holds_back: whether the template didn't write the messages yet.
+    """
+    if isinstance(content, Chat):
+        if answered:
+            return Ending.ANSWER
+        if holds_back:
+            messages = [(m.role, m.content) for m in (*held_back(previous), *content.messages)]
+            return f"{Ending.HELD} {json.dumps(messages, ensure_ascii=False)}"
+        return f"{Ending.TURN} {content.messages[-1].role}"
+    if content is None and previous == Ending.ANSWER:
+        return Ending.ANSWER
+    if content is None and not answered:
+        return previous or Ending.RAW
+    return Ending.RAW
 
 
 def _known(ids: npt.NDArray[np.int64], vocab_size: int) -> TokenIds:

@@ -66,7 +66,9 @@ class Ending(StrEnum):
 
     @classmethod
     def of(cls, ending: str) -> Ending:
-        return cls(ending.partition(" ")[0] or cls.RAW)
+        """The word; raw where it is none, as an archive from elsewhere can have it."""
+        word = ending.partition(" ")[0]
+        return next((each for each in cls if each == word), cls.RAW)
 
 
 def role_before(ending: str) -> str:
@@ -75,27 +77,10 @@ def role_before(ending: str) -> str:
 
 
 def held_back(ending: str) -> tuple[Message, ...]:
-    """The messages that a context holds back: all that it was made of."""
+    """The messages that a context holds back: all that it was made of. None where they can't be read."""
     if Ending.of(ending) is not Ending.HELD:
         return ()
-    return tuple(Message(role, content) for role, content in json.loads(ending.partition(" ")[2]))
-
-
-def ending_after(content: Content | None, *, answered: bool, previous: str, holds_back: bool = False) -> str:
-    """The ending to keep with a context once `content` (None: nothing) and perhaps an answer were put behind it.
-
-    Args:
-        holds_back: whether the template didn't write the messages yet.
-    """
-    if isinstance(content, Chat):
-        if answered:
-            return Ending.ANSWER
-        if holds_back:
-            messages = [(m.role, m.content) for m in (*held_back(previous), *content.messages)]
-            return f"{Ending.HELD} {json.dumps(messages, ensure_ascii=False)}"
-        return f"{Ending.TURN} {content.messages[-1].role}"
-    if content is None and Ending.of(previous) is Ending.ANSWER:
-        return Ending.ANSWER
-    if content is None and not answered:
-        return previous or Ending.RAW
-    return Ending.RAW
+    try:
+        return tuple(Message(str(role), str(content)) for role, content in json.loads(ending.partition(" ")[2]))
+    except (ValueError, TypeError):
+        return ()

@@ -9,7 +9,7 @@ from typing import Any
 
 from warmkv_server.config import Settings
 from warmkv_server.contract.fairness import Bound
-from warmkv_server.engine.cache.codec import Codec
+from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.errors import InvalidField
@@ -26,11 +26,10 @@ def check(settings: Settings) -> dict[str, Any]:
     """
     device.prepare()
     sources: list[TokenizerSource] = []
-    codec = Codec(settings.kv_bits, settings.kv_group_size)
     loaded = models.load(
         settings.model,
         adapter=settings.adapter,
-        codec=codec,
+        codecs=codecs_for(settings.kv_bits, settings.kv_group_size),
         context_limit=settings.context_limit,
         tokenizer_found=sources.append,
     )
@@ -61,7 +60,7 @@ async def _tried(source: TokenizerSource) -> tuple[dict[str, Any], list[str]]:
         await pool.ready()
         findings = await pool.probe()
         return findings, unusual(findings)
-    except InvalidField as refusal:
-        return {}, [f"the chat template can't be tried: {refusal}"]
+    except (InvalidField, RuntimeError) as error:
+        return {}, [f"the tokenizer and the chat template can't be tried: {error}"]
     finally:
         pool.stop()

@@ -20,13 +20,13 @@ _ANSWERED = (("user", "assistant"), ("system", "user", "assistant"))
 
 @dataclass(frozen=True)
 class FollowUp:
-    """
+    """Text for the tokenizer: `before + text` with the tokens of `before + closed` cut off is what comes next.
+
     Attributes:
-        before: text of the earlier conversation in front of `text`, or a stand-in for it, which decides how the
-            tokenizer cuts.
-        closed: the end of `before` that the template wrote behind the last message, and `text` is what it writes
-            when more follows.
-        text: what is to be put behind the context.
+        before: the end of the earlier conversation, or what stands for it: it decides how the first token is cut.
+        closed: what the template wrote behind it when nothing followed, and the context has. `text` begins with it, or
+            with what the template has there when more follows.
+        text: what it writes when the messages follow.
         replaces_last: whether the last token of the context gives way to it.
     """
 
@@ -68,7 +68,7 @@ def follow_up(
             opening = _alike_at_the_end(shape.gap, template.shape((), messages, answer).gap)
             closing = rest[: len(shape.gap) - opening]
         return FollowUp(shape.anchor + closing, "", rest.removeprefix(closing))
-    if last_token not in ends:
+    if last_token is None or last_token not in ends:
         return FollowUp(shape.anchor, "", rest)
     gap = rest[: len(shape.gap)]
     own = ends[last_token]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,18 @@ def load(
 def _by_itself(
     folder: Path, settings: dict[str, Any], eos_token_ids: Sequence[int] | None, defaults: dict[str, Any] | None
 ) -> TokenizerWrapper:
-    """mlx-lm's tokenizer of a folder, with no class but the general one."""
-    by_name = tokenizer_utils.AutoTokenizer
-    tokenizer_utils.AutoTokenizer = PreTrainedTokenizerFast
-    try:
-        settings = {name: value for name, value in settings.items() if name != "trust_remote_code"}
-        return tokenizer_utils.load(folder, settings, eos_token_ids=eos_token_ids, defaults=defaults)
-    finally:
-        tokenizer_utils.AutoTokenizer = by_name
+    """The tokenizer of a copy of the folder that names no class but the general one, and no model."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = {name: value for name, value in config.items() if name != "auto_map"}
+    with tempfile.TemporaryDirectory(prefix="warmkv-tokenizer-") as name:
+        staged = Path(name)
+        (staged / path.name).write_text(json.dumps(config | {"tokenizer_class": PreTrainedTokenizerFast.__name__}))
+        (staged / "config.json").write_text("{}")
+        for found in (*folder.glob("*.jinja"), folder / "tokenizer.json", folder / "special_tokens_map.json"):
+            if found.is_file():
+                (staged / found.name).symlink_to(found.resolve())
+        return tokenizer_utils.load(staged, settings, eos_token_ids=eos_token_ids, defaults=defaults)
 
 
 def _repair_decoder(tokenizer: TokenizerWrapper) -> None:

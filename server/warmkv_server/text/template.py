@@ -259,4 +259,6 @@ def _remedy(message: Message, merges: bool) -> str:
         return "send it together with the user's message that follows it"
     if message.role == _SYSTEM:
         return "put all that it says into one system message at the beginning, or into a user's message"
+    if message.role == "user":
+        return "send the messages in an order that the template takes, or send content.text"
     return "put what it says into a user's message, or send content.text"
