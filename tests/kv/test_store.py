@@ -219,6 +219,19 @@ async def test_a_copy_of_a_block_in_another_folder_is_left_alone_and_named(
     assert said.count(".append.") == 2
 
 
+async def test_a_file_of_a_kind_that_nobody_knows_is_left_alone_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A newer server, or one with another model, may know it."""
+    await (await Driver.open(tmp_path)).close()
+    name = f"{'0' * 32}.unheardof.{'1' * 32}.safetensors"
+    (tmp_path / "blocks" / "00" / name).write_bytes(b"whatever")
+    await (await Driver.open(tmp_path)).close()
+    assert block_names(tmp_path) == [name]
+    (said,) = [record.getMessage() for record in caplog.records if "left alone" in record.getMessage()]
+    assert name in said
+
+
 async def test_a_window_that_a_deleted_agent_left_goes_with_its_row_written(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path, LAYOUTS["small_window"])
     await driver.put("b", context(356))

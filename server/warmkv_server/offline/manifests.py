@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, entries, is_plain, read_file
+from warmkv_server.kv.catalog.builder import Builder, NotRebuildable
 from warmkv_server.kv.catalog.evidence import MANIFEST_LIMIT
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX, BadManifest, Manifest, decode, file_name
-from warmkv_server.kv.catalog.rebuild import Builder, NotRebuildable
 from warmkv_server.offline.directory import View, in_use
 from warmkv_server.offline.findings import Problem, Report, Trouble, name_of, short
 

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, PartKind, all_kinds
 
 ID_BYTES = 16
 EXTRA_KEY_BYTES = 512
@@ -65,9 +65,9 @@ class Name:
 
     @classmethod
     def parse(cls, text: str) -> Name | None:
-        """None if it isn't one. Whether anybody knows the kind is another question."""
+        """None if it isn't one, or of a kind that nobody knows."""
         found = _NAME.fullmatch(text)
-        return None if found is None else cls(found[1], PartKind(found[2]), found[3])
+        return cls(found[1], PartKind(found[2]), found[3]) if found is not None and found[2] in all_kinds() else None
 
     def __str__(self) -> str:
         return object_name(self.node, self.kind, self.digest)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from warmkv_server.contract.kv import Fallback, KVLayout, all_kinds
+from warmkv_server.contract.kv import Fallback, KVLayout
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
@@ -64,7 +64,7 @@ class _Sweep:
     Attributes:
         orphans: objects that are to go.
         spared: bytes of objects that no agent references, and that stay.
-        strange: objects of kinds that nobody knows; they are left alone.
+        strange: what has the name of no object; it is left alone.
     """
 
     orphans: list[str] = field(default_factory=list)
@@ -267,12 +267,11 @@ def _sweep(tier: BlockTier, index: Index, database: Database) -> _Sweep:
         del index.nodes[node.id]
     sweep.unreferenced = len(gone)
     known = {n.object_name(kind, part): (n, kind) for n in index.nodes.values() for kind, part in n.parts.items()}
-    spared, kinds = rows.read_spared(database), set(all_kinds())
+    spared = rows.read_spared(database)
     for name, nbytes in tier.list():
         if known.pop(name, None) is not None:
             continue
-        parsed = Name.parse(name)
-        if parsed is None or parsed.kind not in kinds:
+        if Name.parse(name) is None:
             sweep.strange.append(name)
         elif name in spared:
             sweep.spared += nbytes

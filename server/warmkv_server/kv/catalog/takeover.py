@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.kv import PartKind, all_kinds
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, block_files, quarantine
@@ -65,7 +65,12 @@ class TakeOver:
         for entry in list(block_files(self._data_dir)):  # all of them, before there are others
             path = Path(entry.path)
             found = _OLD_NAME.fullmatch(entry.name)
-            if found is None or path.parent.name != entry.name[:2] or not is_plain(entry):
+            if (
+                found is None
+                or found[2] not in all_kinds()
+                or path.parent.name != entry.name[:2]
+                or not is_plain(entry)
+            ):
                 continue
             digest = _digest(path)
             if digest is None:
