@@ -125,7 +125,7 @@ def test_content_is_needed(client: Client, agent: str, content: v1.Content | Non
 
 
 def test_a_chat_that_the_template_refuses(client: Client, agent: str) -> None:
-    for messages in (chat(("nobody", "x")), chat(("user", "x"), ("wizard", "y"))):
+    for wrong, messages in enumerate((chat(("nobody", "x")), chat(("user", "x"), ("wizard", "y")))):
         try:
             client.prime(agent, messages)
         except grpc.RpcError:
