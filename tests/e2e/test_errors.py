@@ -131,7 +131,7 @@ def test_a_chat_that_the_template_refuses(client: Client, agent: str) -> None:
         except grpc.RpcError:
             with refused(*INVALID) as refusals:
                 client.prime(agent, messages)
-            assert refusals[0].fields == ["content.chat.messages"]
+            assert refusals[0].fields == [f"content.chat.messages[{wrong}]"]
 
 
 @pytest.mark.parametrize("method", ["AgentService/Prime", "AgentService/Generate", "ServerService/CountTokens"])
