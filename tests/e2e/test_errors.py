@@ -125,13 +125,13 @@ def test_content_is_needed(client: Client, agent: str, content: v1.Content | Non
 
 
 def test_a_chat_that_the_template_refuses(client: Client, agent: str) -> None:
-    for messages in (chat(("nobody", "x")), chat(("user", "x"), ("wizard", "y"))):
+    for wrong, messages in enumerate((chat(("nobody", "x")), chat(("user", "x"), ("wizard", "y")))):
         try:
             client.prime(agent, messages)
         except grpc.RpcError:
             with refused(*INVALID) as refusals:
                 client.prime(agent, messages)
-            assert refusals[0].fields == ["content.chat.messages"]
+            assert refusals[0].fields == [f"content.chat.messages[{wrong}]"]
 
 
 @pytest.mark.parametrize("method", ["AgentService/Prime", "AgentService/Generate", "ServerService/CountTokens"])

@@ -343,6 +343,27 @@ def test_the_message_that_a_template_leaves_out_is_named(styled: Talk, roles: tu
     assert caught.value.violations[0].field == "content.chat.messages[0]"
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_message_that_a_template_leaves_out_for_what_it_says_is_named(starts: bool, tmp_path: Path) -> None:
+    template = """\
+{%- for m in messages -%}
+{%- if m.content.startswith('note:') -%}
+{%- elif m.content != 'secret' -%}{{- '<|' + m.role + '|>' + (m.content | tojson) + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}"""
+    text = Text(variant(tmp_path, chat_template=template), 4096)
+
+    def said(content: str) -> list[int]:
+        messages = Chat((user("Hi"), user(content)))
+        return encoded(text, messages, held=() if starts else (END,), ending="" if starts else Ending.ANSWER)
+
+    assert 'a "quoted" word' not in built_in().decode(said('a "quoted" word'))
+    for content in ("secret", "note: more of it"):
+        with pytest.raises(InvalidField, match="says this") as caught:
+            said(content)
+        assert caught.value.violations[0].field == "content.chat.messages[1]"
+
+
 def test_rendering_is_transformers_own(tmp_path: Path) -> None:
     """mlx-lm's wrapper would set `enable_thinking`, which templates tell from one that isn't set."""
     template = (

@@ -6,6 +6,7 @@ whose contents are marks that are looked for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -162,13 +163,14 @@ class Template:
         changed = [n for n, message in enumerate(messages) if message.content.strip() not in written]
         if not changed:
             return
-        # It escapes them, or leaves out a part, such as earlier reasoning: what stands around it tells.
+        # It escapes them, or leaves out a part, such as earlier reasoning: what stands around it and a word of it tell.
+        marks = {n: mark(len(shape.before) + n) for n in changed}
         around = list(messages)
-        for n in changed:
-            around[n] = Message(messages[n].role, f"{mark(n)} {messages[n].content} {mark(n)}")
-        written = self.write(shape, around, answer)
-        for n in changed:
-            if mark(n) not in written:
+        for n, sign in marks.items():
+            around[n] = Message(messages[n].role, f"{sign} {messages[n].content} {sign}")
+        marked = self.write(shape, around, answer)
+        for n, sign in marks.items():
+            if sign not in marked or not _has_of(messages[n].content, written):
                 raise InvalidField.of(
                     f"{_FIELD}[{max(0, n - skip)}]",
                     "the model's chat template writes nothing of a message that says this; reword it",
@@ -252,6 +254,12 @@ def _plain(message: Message, as_parts: bool) -> dict[str, Any]:
 def _is_data(content: str, written: str) -> bool:
     """Whether a list of parts was written as a list, which no template means to do."""
     return f"'text': '{content}'" in written or f'"text": "{content}"' in written
+
+
+def _has_of(content: str, written: str) -> bool:
+    """Whether the longest word or the last one of a content, if it has any, was written."""
+    words = re.findall(r"\w+", content)
+    return not words or max(words, key=len) in written or words[-1] in written
 
 
 def _remedy(message: Message, merges: bool) -> str:
