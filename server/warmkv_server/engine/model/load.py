@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from warmkv_server.engine.model import (
     rotations,
 )
 from warmkv_server.engine.model import tokenizer as tokenizers
+from warmkv_server.engine.model.calibration import TEXT, TOKENS, refined
 from warmkv_server.engine.model.checkpoint import Checkpoint
 from warmkv_server.engine.model.cpu_modules import exchange_modules
 from warmkv_server.engine.model.digests import digest_files, digest_json
@@ -123,7 +124,9 @@ def load(
     if on_cpu:
         exchange_modules(model, limit)
     runner = ModelRunner(model)
-    cache_map = _caches(runner, codecs, spec)
+    calibration = [token for token in tokenizer.encode(TEXT, add_special_tokens=False) if token < vocab_size]
+    cache_map = _caches(runner, codecs, calibration[: min(limit, TOKENS)], spec)
+    codecs = cache_map.codecs
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
@@ -162,9 +165,11 @@ def _sources(model: Any) -> list[Path]:
     return sorted(Path(str(sys.modules[name].__file__)) for name in names if name.startswith("mlx_lm."))
 
 
-def _caches(runner: ModelRunner, codecs: CodecPlan, spec: str) -> CacheMap:
+def _caches(runner: ModelRunner, codecs: CodecPlan, calibration: Sequence[int], spec: str) -> CacheMap:
     try:
-        return discover(runner, codecs)
+        found = discover(runner, codecs)
+        finer = refined(runner, codecs, calibration)
+        return found if finer is codecs else discover(runner, finer)
     except OperatorError:
         raise
     except (
