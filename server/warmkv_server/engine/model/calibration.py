@@ -39,9 +39,9 @@ def refined(runner: ModelRunner, codecs: CodecPlan, tokens: Sequence[int]) -> Co
     """The same plan, or a finer one, and then the log says so.
 
     Args:
-        tokens: of `TEXT`.
+        tokens: of `TEXT`; of fewer than three nothing is to be learned.
     """
-    if not codecs.bits:
+    if not codecs.bits or len(tokens) < 3:
         return codecs
     caches = kinds.empty_caches(runner.model, CodecPlan(AsComputed()))
     runner.probe(StepPlan.probe(tokens, wanted=Wanted.NOTHING), caches)
