@@ -67,7 +67,7 @@ async def serve(settings: Settings, text: Started) -> int:
             settings.host,
         )
     tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
-    port = server.bind(settings.host, settings.port, tls)
+    port = server.bind(settings.host, settings.port, tls, settings.health_port)
     metrics.watch_connections(port, connections)
     if settings.metrics_port is not None:
         metrics.expose(settings.host, settings.metrics_port)

@@ -89,6 +89,12 @@ class Settings(BaseSettings):
     insecure_bind: bool = Field(
         False, description="Listen on other addresses than this machine's own without TLS and without tokens."
     )
+    health_port: Port | None = Field(
+        None,
+        ge=1,
+        description="Port for gRPC's health service alone, on --host, with connections of its own: a probe is answered "
+        "there also while clients have all others. Default: health is served on --port only.",
+    )
     metrics_port: Port | None = Field(None, ge=1, description="Port for Prometheus, on --host. Default: no metrics.")
     drain_seconds: float = Field(
         30.0, ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -61,8 +62,9 @@ def start(arguments: Sequence[str], environment: Mapping[str, str], stderr: int)
     """Start `warmkv` with these arguments."""
     out, stdout = os.pipe()
     told, tell = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
     with tell:
-        order = json.dumps([list(arguments), dict(environment), str(Path.cwd())]).encode()
+        order = json.dumps([list(arguments), dict(environment), str(Path.cwd()), files]).encode()
         socket.send_fds(_first(), [order], [stdout, stderr, tell.fileno()])
     os.close(stdout)
     return Process(told, os.fdopen(out))
@@ -116,11 +118,12 @@ def _serve(control: socket.socket) -> None:
             os.close(descriptor)
         for end in (control, tell, *tells.values()):
             end.close()
-        arguments, environment, folder = json.loads(order)
+        arguments, environment, folder, files = json.loads(order)
         sys.argv[1:] = arguments
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
+        resource.setrlimit(resource.RLIMIT_NOFILE, tuple(files))
         return
 
 

@@ -37,9 +37,9 @@ def limited(files: int) -> Iterator[None]:
 
 
 def test_idle_connections_without_a_token_leave_the_store_its_files(tmp_path: Path) -> None:
-    tokens, port = tmp_path / "tokens", free_port()
+    tokens, port, probed = tmp_path / "tokens", free_port(), free_port()
     tokens.write_text("red a-token\n")
-    flags = ("--token-file", str(tokens), "--metrics-port", str(port))
+    flags = ("--token-file", str(tokens), "--metrics-port", str(port), "--health-port", str(probed))
 
     def metric(name: str) -> float:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
@@ -72,6 +72,12 @@ def test_idle_connections_without_a_token_leave_the_store_its_files(tmp_path: Pa
             with Client(server.address) as late, pytest.raises(grpc.RpcError) as caught:
                 late.health_of()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            # So does a probe, at the port that is there for it, and for nothing else.
+            with Client(f"127.0.0.1:{probed}", token="a-token") as probe:
+                assert probe.health_of() == "SERVING"
+                with pytest.raises(grpc.RpcError) as caught:
+                    probe.info()
+                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         await_that(lambda: metric("warmkv_connections") < most)
         with Client(server.address) as late:
             assert late.health_of() == "SERVING"

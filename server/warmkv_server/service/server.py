@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,7 +21,7 @@ from warmkv_server.service.auth import warn_if_open
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.health import Health
 from warmkv_server.service.listener import Listener, Options, make_server
-from warmkv_server.service.open_services import health_methods, reflection_methods
+from warmkv_server.service.open_services import Handlers, health_methods, reflection_methods
 from warmkv_server.service.server_servicer import ServerServicer
 
 _AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
@@ -40,6 +42,9 @@ _IDLE_MILLISECONDS = 600_000
 """After so long without a call a connection is closed: there are only so many, and clients make a new one unasked."""
 _STREAMS = 1024
 """Calls at once on one connection; clients let further ones wait."""
+
+_PROBES = 16
+"""Connections at once to the port for health; out of the store's reserve of descriptors."""
 
 _LEFT_SECONDS = 1.0
 
@@ -80,36 +85,38 @@ class GrpcServer:
 
     def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer, connections: int) -> None:
         self._health = Health()
-        self._methods = {
+        methods = {
             _AGENTS.full_name: endpoints.handlers(_AGENTS, agents),
             _SERVER.full_name: endpoints.handlers(_SERVER, server),
             **health_methods(self._health),
             **reflection_methods((_AGENTS, _SERVER)),
         }
-        self._options = _options(endpoints.message_bytes, connections)
+        self._message_bytes = endpoints.message_bytes
         self._address = ""
         self._credentials: grpc.ServerCredentials | None = None
-        self._listener = Listener(self._make, self._bind)
+        self._listener = Listener(partial(self._make, methods, connections), self._bind)
+        self._probed: Listener | None = None
         self.lost = self._listener.lost
 
-    def bind(self, host: str, port: int, tls: Tls | None) -> int:
-        """Take the port, 0 for a free one, and return it.
+    def bind(self, host: str, port: int, tls: Tls | None, health_port: int | None) -> int:
+        """Take the port, 0 for a free one, and return it; and one where health alone is served, if it is given.
 
         Raises:
-            OperatorError: if it can't be had, or the certificate is not good.
+            OperatorError: if one can't be had, or the certificate is not good.
         """
-        _probe(host, port)
         self._address = f"[{host}]" if ":" in host else host
         self._credentials = None if tls is None else _credentials(tls)
-        try:
-            return self._listener.bind(port)
-        except RuntimeError as error:
-            raise OperatorError(f"can't listen on {host}:{port}: {error}") from error
+        taken = _take(self._listener, host, port, "--port")
+        if health_port is not None:
+            self._probed = Listener(partial(self._make, health_methods(self._health), _PROBES), self._bind)
+            _take(self._probed, host, health_port, "--health-port")
+        return taken
 
     async def start(self) -> None:
         for service in (*_SERVICES, _STORAGE):
             self._health.set(service, "NOT_SERVING")
-        await self._listener.start()
+        for listener in self._listeners:
+            await listener.start()
 
     def announce(self) -> None:
         """Say SERVING."""
@@ -131,15 +138,19 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Refuse connections, and end the calls that are left after so many seconds. Nothing else runs any more."""
-        await self._listener.stop(grace)
+        await asyncio.gather(*(listener.stop(grace) for listener in self._listeners))
         # gRPC returns a moment before its handlers do; a loop that ends in between logs their tracebacks.
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if left:
             await asyncio.wait(left, timeout=_LEFT_SECONDS)
 
-    def _make(self) -> grpc.aio.Server:
-        server = make_server(self._options)
-        for service, methods in self._methods.items():
+    @property
+    def _listeners(self) -> list[Listener]:
+        return [self._listener, *([self._probed] if self._probed is not None else [])]
+
+    def _make(self, services: Mapping[str, Handlers], connections: int) -> grpc.aio.Server:
+        server = make_server(_options(self._message_bytes, connections))
+        for service, methods in services.items():
             server.add_registered_method_handlers(service, methods)
         return server
 
@@ -150,7 +161,16 @@ class GrpcServer:
         return server.add_secure_port(address, self._credentials)
 
 
-def _probe(host: str, port: int) -> None:
+def _take(listener: Listener, host: str, port: int, flag: str) -> int:
+    """Have it listen; returns the port."""
+    _probe(host, port, flag)
+    try:
+        return listener.bind(port)
+    except RuntimeError as error:
+        raise OperatorError(f"can't listen on {host}:{port}: {error}") from error
+
+
+def _probe(host: str, port: int, flag: str) -> None:
     """Find out why a port can't be had: gRPC says only that it can't."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -162,7 +182,8 @@ def _probe(host: str, port: int) -> None:
             probe.bind(address)
         except OSError as error:
             raise OperatorError(
-                f"can't listen on {host}:{port} ({error.strerror}); choose another --port, or --port 0 for a free one"
+                f"can't listen on {host}:{port} ({error.strerror}); choose another {flag}"
+                + (", or --port 0 for a free one" if flag == "--port" else "")
             ) from error
 
 
