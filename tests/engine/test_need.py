@@ -38,7 +38,7 @@ def within(engine: Engine, jobs: list[Job], factor: float) -> Iterator[None]:
 async def test_one_alone(name: str, bits: int, folder_of: FolderOf) -> None:
     job = job_of(prompt_of(3000), 4)
     async with running(folder_of(name), FAMILIES[name].group_size, prefill_chunk=CHUNK, kv_bits=bits) as engine:
-        with within(engine, [job], 2):
+        with within(engine, [job], 2.5):
             await outcome(engine.submit(job))
 
 

@@ -122,8 +122,11 @@ class AnswerText:
 
     def tokens_behind_stop(self) -> int:
         """How many of the last tokens lie wholly behind the matched stop string (held-back bytes delay the match)."""
+        whole = self._spelled(len(self._answer))
+        before = _alike(self._spelling.text(self._before), whole)
         keep = len(self._answer)
-        while keep > 1 and self._spelled(keep - 1) >= self._settled:
+        # A character that the first tokens leave unfinished is not alike: it belongs to the token that completes it.
+        while keep > 1 and _alike(self._spelled(keep - 1), whole) - before >= self._settled:
             keep -= 1
         return len(self._answer) - keep
 
@@ -174,12 +177,10 @@ class AnswerText:
             self._settled += len(self.matched_stop)
         return text
 
-    def _spelled(self, count: int) -> int:
-        """Whole characters that the first tokens spell: one that they leave unfinished belongs to the next token."""
-        before = self._spelling.text(self._before)
+    def _spelled(self, count: int) -> str:
+        """What the first tokens of the answer say behind the prompt, with the prompt's last words."""
         tokens = [token for token in self._answer[:count] if token not in self._silent]
-        written = self._spelling.text([*self._before, *tokens])
-        return len(written.rstrip(_BROKEN)) - _alike(before, written)
+        return self._spelling.text([*self._before, *tokens])
 
 
 def _alike(first: str, second: str) -> int:
