@@ -139,8 +139,9 @@ if __name__ == "__main__":
 
     with without_mlx():
         import warmkv_server.text.work
-    import warmkv_server.cli.main
-    import warmkv_server.kv.store  # noqa: F401
+    import warmkv_server.cli.main  # noqa: F401
+
+    assert "mlx" not in sys.modules, "a server that has MLX can't fork its process for text"
 
     _serve(socket.socket(fileno=int(sys.argv[1])))
     main()

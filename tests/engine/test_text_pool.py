@@ -44,8 +44,19 @@ async def pool(folder: Path = BUILT_IN / "tiny", waiting: int = 100) -> AsyncIte
 
 async def processes() -> list[int]:
     """The one that others are forked from, and those: at least two."""
-    await asyncio.to_thread(await_that, lambda: len(family(os.getpid())) >= 4)
-    return family(os.getpid())[1:]
+
+    def running() -> list[int]:
+        return [pid for pid in family(os.getpid())[1:] if b"warmkv_server.text.process" in _command(pid)]
+
+    await asyncio.to_thread(await_that, lambda: len(running()) >= 3)
+    return running()
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def task(content: Content, room: int | None = None) -> Task:
