@@ -111,6 +111,7 @@ def assistant(content: str) -> Message:
 )
 @example(system=None, turns=[("Hi", "the earlier answer")], last="the earlier answer", finished=True)
 @example(system="Be brief.", turns=[("-", "-a")], last="-", finished=False)
+@example(system=None, turns=[("", "Aa")], last="\r", finished=True)
 def test_follow_ups_have_the_tokens_of_the_whole_conversation(
     talk: Talk, system: str | None, turns: list[tuple[str, str]], last: str, finished: bool
 ) -> None:

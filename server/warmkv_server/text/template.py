@@ -6,6 +6,7 @@ whose contents are marks that are looked for.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,13 @@ class Template:
         parts, lost, written, error = self._forms(messages, answer)
         if error:
             return Shape(stand_in, error=error)
+        blank = frozenset(n for n, message in enumerate(messages) if not message.content)
+        if blank - parts:
+            # Nothing shows in which form it wants those; so they are tried with something to say.
+            said = [Message(message.role, mark(n)) for n, message in enumerate(messages)]
+            wanted = self._forms(said, answer)[0] & blank
+            with contextlib.suppress(Refused):
+                written, parts = self._render(messages, parts | wanted, answer), parts | wanted
         start = written.find(contents[len(before) - 1]) + len(contents[len(before) - 1]) if before else 0
         own = range(len(before), len(messages))
         behind = written[start:]
