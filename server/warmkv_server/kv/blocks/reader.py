@@ -101,12 +101,7 @@ def _read(block: Block, order: PartOrder, way: Callable[[Block, PartOrder], Tens
 
 
 def _read_large(block: Block, order: PartOrder, *, part: RecycledArrays) -> RecycledArrays:
-    first = block.read(0, _FIRST_READ)
-    start = blockfile.header_size(first, block.nbytes)
-    head = first[:start] if start <= len(first) else block.read(0, start)
-    parsed = blockfile.parse(head)
-    if start + parsed.payload != block.nbytes:
-        raise BadFile(Fallback.FORMAT, f"{block.nbytes} bytes instead of {start + parsed.payload}")
+    parsed, head = read_header(block)
     _expect(parsed, order)
     _fill(block, head, [blockfile.flat(view(part[spec.name])) for spec in order.specs], order.digest)
     return part
@@ -132,8 +127,8 @@ def _expect(parsed: blockfile.Parsed, order: PartOrder) -> None:
         raise BadFile(Fallback.FORMAT, "another version of the node than the index has")
 
 
-def read_header(block: Block, *, whole: bool = True) -> tuple[blockfile.Parsed, int]:
-    """What an object's header says, taken apart but not believed, and how many bytes the header has.
+def read_header(block: Block, *, whole: bool = True) -> tuple[blockfile.Parsed, bytes]:
+    """What an object's header says, taken apart but not believed, and the header itself.
 
     Args:
         whole: the payload has to be as long as the header says.
@@ -143,10 +138,11 @@ def read_header(block: Block, *, whole: bool = True) -> tuple[blockfile.Parsed, 
     """
     first = block.read(0, _FIRST_READ)
     start = blockfile.header_size(first, block.nbytes)
-    parsed = blockfile.parse(first[:start] if start <= len(first) else block.read(0, start))
+    head = first[:start] if start <= len(first) else block.read(0, start)
+    parsed = blockfile.parse(head)
     if whole and start + parsed.payload != block.nbytes:
         raise BadFile(Fallback.FORMAT, f"{block.nbytes} bytes instead of {start + parsed.payload}")
-    return parsed, start
+    return parsed, head
 
 
 def verify_block(block: Block) -> blockfile.Parsed:
