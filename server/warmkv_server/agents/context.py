@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from warmkv_server.agents.types import AgentKey
-from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, held_back
+from warmkv_server.contract.content import Chat, Content, Encoded, RawText
+from warmkv_server.contract.conversation import Ending, held_back
 from warmkv_server.contract.content import TokenIds as TokenContent
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
