@@ -30,6 +30,7 @@ from warmkv_server.agents.types import (
 )
 from warmkv_server.contract.content import Content, Encoded
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.model import Features
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store
@@ -136,6 +137,17 @@ class Agents:
         if key.agent_id:
             manage.require(self._tools, key)
         return await count(self.engine, self.store, key, content, append=not replace)
+
+    @property
+    def features(self) -> Features:
+        """What the model can do, as far as its chat template was tried."""
+        traits = self.engine.text.traits
+        return Features(
+            tool_format=traits.form.name if traits.form is not None else "",
+            reasoning_marks=traits.reasoning or (),
+            template_variables=traits.variables,
+            keeps_reasoning=traits.keeps_reasoning,
+        )
 
     @property
     def waiting(self) -> int:

@@ -35,7 +35,7 @@ async def prime(tools: Tools, request: PrimeRequest, codec: Codec[PrimeResult], 
                     lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
                     (lambda result: codec.outcome(identity, [result])) if identity is not None else None,
                 )
-                committed = await work.commit((), finished, sealed.request, _changes(request))
+                committed = await work.commit((), finished, sealed.request, _changes(request), context.kept)
         run.publish(sealed.result(committed.agent, committed.persisted))
         tools.tallies.add(work.key.tenant, work.cache)
 

@@ -101,6 +101,9 @@ class Setup:
         return len(self.variables) + sum(len(t.name) + len(t.description) + len(t.parameters) for t in self.tools)
 
 
+NO_SETUP = Setup()
+
+
 Content = RawText | TokenIds | Chat
 
 
@@ -113,11 +116,11 @@ class Encoded:
         replaced: how many of its last tokens give way to them.
         holds_back: whether the messages are not in them, and come with the next user's message.
         dated: whether the chat template looked at the clock.
-        thinks: whether they end within reasoning that the chat template has begun.
+        thinks: how many of the last ones begin reasoning that the answer goes on with.
     """
 
     tokens: npt.NDArray[np.int32]
     replaced: int = 0
     holds_back: bool = False
     dated: bool = False
-    thinks: bool = False
+    thinks: int = 0

@@ -61,14 +61,14 @@ class Conversation:
         variables: of the chat template, a JSON object as text; empty for none.
         clock: what the template takes for now, seconds since 1970; None while it hasn't looked.
         calls: of the last answer.
-        reasoning: first token and end of what is cut out when the next user's message comes; (0, 0) for nothing.
+        reasoning: first token and end of each part of the context that is cut out when the next user's message comes.
     """
 
     tools: tuple[Tool, ...] = ()
     variables: str = ""
     clock: float | None = None
     calls: tuple[MadeCall, ...] = ()
-    reasoning: tuple[int, int] = (0, 0)
+    reasoning: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, ending: str) -> Conversation:
@@ -80,12 +80,10 @@ class Conversation:
                 MadeCall(str(c["id"]), str(c["name"]), str(c["written"]), bool(c["answered"])) for c in told["calls"]
             )
             clock = told["clock"]
-            first, end = told["reasoning"]
-            return cls(
-                tools, str(told["variables"]), None if clock is None else float(clock), calls, (int(first), int(end))
-            )
+            reasoning = tuple((int(first), int(end)) for first, end in told["reasoning"])
+            return cls(tools, str(told["variables"]), None if clock is None else float(clock), calls, reasoning)
         except (KeyError, TypeError, ValueError):
-            return _NOTHING
+            return NOTHING_YET
 
     @property
     def waiting(self) -> tuple[MadeCall, ...]:
@@ -93,13 +91,13 @@ class Conversation:
         return tuple(call for call in self.calls if not call.answered)
 
 
-_NOTHING = Conversation()
+NOTHING_YET = Conversation()
 
 
 def kept(ending: str, conversation: Conversation) -> str:
     """The text of an ending with what the conversation was set up with."""
     word = _split(ending)[0]
-    if conversation == _NOTHING:
+    if conversation == NOTHING_YET:
         return word
     return f"{word}\n{json.dumps(asdict(conversation), ensure_ascii=False, separators=(',', ':'))}"
 

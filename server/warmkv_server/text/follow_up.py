@@ -122,9 +122,7 @@ def _calling(calls: Sequence[MadeCall]) -> list[str | Message]:
     made = [
         Call(call.written or call.id, call.name, f'{{"value": "{mark(_CALLS + n)}"}}') for n, call in enumerate(calls)
     ]
-    results = [
-        Message(_TOOL, "-", call_id=call.written or call.id, name=call.name) for call in calls if call.answered
-    ]
+    results = [Message(_TOOL, "-", call_id=call.written or call.id, name=call.name) for call in calls if call.answered]
     return [Message("assistant", "", calls=tuple(made)), *results]
 
 

@@ -44,7 +44,6 @@ class ToolFormat:
         return (*self.begins, *self.around)
 
 
-
 def _mlx(name: str, begin: str, end: str) -> ToolFormat:
     return ToolFormat(name, (begin,), end, parser=name)
 

@@ -25,29 +25,37 @@ class ValueScan:
         """Where what belongs to the value ends in the text."""
         while at < len(text) and not self.done:
             char = text[at]
+            if self._scalar and char in _SCALAR_ENDS:
+                self.done = True
+                return at
             if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
-                    self.done = self._depth == 0
-            elif self._scalar:
-                if char in _SCALAR_ENDS:
-                    self.done = True
-                    return at
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                self.done = self._depth <= 0
-            elif self._depth == 0:
-                self._scalar = True
+                self._string(char)
+            else:
+                self._outside(char)
             at += 1
         return at
+
+    def _string(self, char: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        elif char == '"':
+            self._in_string = False
+            self.done = self._depth == 0
+
+    def _outside(self, char: str) -> None:
+        if self._scalar:
+            return
+        if char == '"':
+            self._in_string = True
+        elif char in "{[":
+            self._depth += 1
+        elif char in "}]":
+            self._depth -= 1
+            self.done = self._depth <= 0
+        elif self._depth == 0:
+            self._scalar = True
 
 
 class CallScan:
@@ -152,7 +160,7 @@ class CallScan:
         if self._key in _ARGUMENTS and not self._streams:
             # As text in text, or nothing.
             self.broken = self.broken or not isinstance(value, str | None)
-            self._arguments.append(value or "{}")
+            self._arguments.append(str(value or "{}"))
             self._has_arguments = True
         elif self._key in _NAMES and isinstance(value, str) and not self.name:
             self.name = value

@@ -9,7 +9,7 @@ from warmkv_server.contract.content import Message
 from warmkv_server.contract.conversation import Ending
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
-from warmkv_server.text.template import Shape, Template, mark
+from warmkv_server.text.template import Shape, Template
 from warmkv_server.text.traits import Traits
 
 _SAMPLES = ("Hello, world!", " It's 2 o'clock.\n\tAnd  so on ", "Über 日本語 नमस्ते", "👩‍🚀🙂", "a\0b")

@@ -322,7 +322,9 @@ class MessageReader:
         self._take(at + len(form.end))
         try:
             found = PARSERS[form.parser](inside, [tool_as_told(tool) for tool in self._tools])
-            calls = [(str(each["name"]), _arguments_of(each)) for each in (found if isinstance(found, list) else [found])]
+            calls = [
+                (str(each["name"]), _arguments_of(each)) for each in (found if isinstance(found, list) else [found])
+            ]
         except Exception:  # whatever mlx-lm's parser raises of what isn't of its format
             calls = []
         if not calls:

@@ -1,4 +1,4 @@
-"""Having the model's chat template write: as transformers does it, with the clock and the variables of a conversation."""
+"""Having the model's chat template write: as transformers does it, with a conversation's own clock and variables."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 _CLOCK = "strftime_now"
 _GIVEN = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "namespace", "range", "dict")
-    + ("lipsum", "cycler", "joiner", "true", "false", "none", "True", "False", "None", _CLOCK)
-    + ("continue_final_message", "custom_tools", "builtin_tools", "available_tools", "functions")
+    (
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("raise_exception", "namespace", "range", "dict", "lipsum", "cycler", "joiner", _CLOCK),
+        *("true", "false", "none", "True", "False", "None"),
+        *("custom_tools", "builtin_tools", "available_tools", "functions"),
+    )
 )
 """Names in a template that are no variables of a request: what transformers gives it, and other names of the tools."""
 
@@ -78,7 +81,7 @@ class Renderer:
 
     def _now(self, form: str) -> str:
         self.dated = True
-        return datetime.fromtimestamp(self._clock).strftime(form)
+        return datetime.fromtimestamp(self._clock).astimezone().strftime(form)
 
 
 def tool_as_told(tool: Tool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jsonschema import Draft202012Validator, SchemaError
+from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]
 from referencing import Registry
 
 from warmkv_server.contract.content import Tool
@@ -42,7 +42,7 @@ def _wrong(schema: str) -> str | None:
     try:
         Draft202012Validator.check_schema(json.loads(schema or "{}"))
     except SchemaError as error:
-        return error.message[:200]
+        return str(error.message)[:200]
     except RecursionError:
         return "it is too deep"
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from warmkv_server import errors
-from warmkv_server.contract.content import Chat, Content, RawText, Setup
+from warmkv_server.contract.content import NO_SETUP, Chat, Content, RawText, Setup
 from warmkv_server.contract.conversation import MadeCall
 
 FORKS = sys.platform == "linux"
@@ -24,9 +24,9 @@ MEMORY_BYTES = 768 << 20
 
 HEADER = struct.Struct("!cBI")
 """Of a reply: its kind, whether the process ends itself behind it, and the length of what follows."""
-ANSWER = struct.Struct("=i???")
-"""Before the tokens of a reply: how many of the context's they replace, whether messages are held back, whether the chat
-template looked at the clock, and whether they end within reasoning."""
+ANSWER = struct.Struct("=i??B")
+"""Before the tokens of a reply: how many of the context's they replace, whether messages are held back, whether the
+chat template looked at the clock, and how many of the last tokens begin reasoning."""
 TOKENS, FINDINGS, REFUSAL, NO_MEMORY, BROKEN = b"T", b"F", b"R", b"M", b"B"
 
 LENGTH = struct.Struct("!Q")
@@ -78,7 +78,7 @@ class Task:
     tail: tuple[int, ...] = ()
     answer: bool = True
     room: int | None = None
-    setup: Setup = Setup()
+    setup: Setup = NO_SETUP
     calls: tuple[MadeCall, ...] = ()
     traits: Mapping[str, Any] | None = None
     arguments: tuple[tuple[str, str], ...] = ()

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from warmkv_server.contract.content import Message, Setup
+from warmkv_server.contract.content import NO_SETUP, Message, Setup
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.render import Renderer, message_as_told, tool_as_told
 
@@ -28,9 +28,6 @@ _SHAPES, _MOST_ROLES = 256, 4096
 _SETUPS = 16
 """Of conversations, whose shapes are remembered."""
 _SYSTEM = "system"
-
-
-NO_SETUP = Setup()
 
 
 class Refused(Exception):

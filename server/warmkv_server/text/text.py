@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, Setup, TokenIds
+from warmkv_server.contract.content import NO_SETUP, Chat, Content, Encoded, Message, RawText, Setup, TokenIds
 from warmkv_server.contract.conversation import MadeCall, held_back
 from warmkv_server.errors import ContextTooLong, InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
 from warmkv_server.text.probe import Findings, probe
 from warmkv_server.text.schemas import require_schemas
-from warmkv_server.text.template import NO_SETUP, Template, mark
+from warmkv_server.text.template import Template, mark
 from warmkv_server.text.token_bytes import most_bytes_per_token
 from warmkv_server.text.traits import Traits, traits_of
 
@@ -108,8 +108,16 @@ class Text:
                     new = self._beginning(template, messages, 0, 0, answer, room)
                 else:
                     new = self._behind(template, messages, ending, tail, answer, room, calls)
-                end = self.tokenizer.decode(new.tokens[-_TAIL:].tolist()) if answer and known.reasoning else ""
-                return replace(new, dated=template.renderer.dated, thinks=bool(end) and known.thinks(end))
+                begun = self._begun(new.tokens[-_TAIL:].tolist(), known) if answer and known.reasoning else 0
+                return replace(new, dated=template.renderer.dated, thinks=begun)
+
+    def _begun(self, tail: list[int], traits: Traits) -> int:
+        """How many of a prompt's last tokens begin reasoning."""
+        if not traits.thinks(self.tokenizer.decode(tail)):
+            return 0
+        assert traits.reasoning is not None
+        counts = range(1, len(tail) + 1)
+        return next((n for n in counts if traits.reasoning[0] in self.tokenizer.decode(tail[-n:])), len(tail))
 
     @cached_property
     def traits(self) -> Traits:
