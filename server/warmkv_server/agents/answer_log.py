@@ -11,7 +11,8 @@ from array import array
 from bisect import bisect_left
 
 from warmkv_server.agents.types import GenerateEvent, GenerateFinished, GenerateStarted, PrefillProgress
-from warmkv_server.contract.generation import CallArguments, CallNews, Delta, Logprobs
+from warmkv_server.contract.calls import CallArguments, CallNews
+from warmkv_server.contract.generation import Delta, Logprobs
 
 JOIN_BEHIND = 256
 """Deltas that a reader may be behind before those that it hasn't read are joined."""

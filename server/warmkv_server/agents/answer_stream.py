@@ -12,8 +12,9 @@ from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.compute import Computation
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import GenerateEvent, GenerateRequest, GenerateStarted, PrefillProgress
+from warmkv_server.contract.calls import CallFinished, CallStatus
 from warmkv_server.contract.conversation import Conversation
-from warmkv_server.contract.generation import CallFinished, CallStatus, Delta, Event, Finished, Progress, Started
+from warmkv_server.contract.generation import Delta, Event, Finished, Progress, Started
 from warmkv_server.contract.kv import BLOCK_TOKENS
 from warmkv_server.errors import WarmKVError
 from warmkv_server.text.reader import MessageReader, Pieces

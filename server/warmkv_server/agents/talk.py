@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import Chat, Content, Encoded, Message, Setup
 from warmkv_server.contract.conversation import Conversation, Ending, MadeCall, held_back, kept
-from warmkv_server.contract.generation import CallFinished
 from warmkv_server.errors import InvalidField, NoPendingCall, ToolsChanged
 from warmkv_server.kv.store import TokenIds
 

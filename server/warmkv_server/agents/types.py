@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import Content
-from warmkv_server.contract.generation import Answer, CallFinished, Delta, Finish
+from warmkv_server.contract.generation import Answer, Delta, Finish
 from warmkv_server.contract.kv import Fallback, Reuse, Source
 from warmkv_server.kv.store import AgentRecord
 

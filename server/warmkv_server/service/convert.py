@@ -29,20 +29,10 @@ from warmkv_server.agents.types import (
     Recorded,
     Timings,
 )
+from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
 from warmkv_server.contract.content import Call, Chat, Content, RawText, TokenIds, Tool
 from warmkv_server.contract.content import Message as ChatMessage
-from warmkv_server.contract.generation import (
-    Answer,
-    CallArguments,
-    CallFinished,
-    CallNews,
-    CallStarted,
-    CallStatus,
-    Delta,
-    Finish,
-    Logprobs,
-    Sampling,
-)
+from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.store import Tier
 from warmkv_server.service import limits

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
 from warmkv_server.contract.content import Call, Tool
-from warmkv_server.contract.generation import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
 from warmkv_server.text.formats import PARSERS, ToolFormat, header_of
 from warmkv_server.text.json_scan import SPACE, CallScan, ValueScan
 from warmkv_server.text.render import tool_as_told
