@@ -12,7 +12,9 @@ import pytest
 
 from tests.e2e.harness import WARMKV, Answer, Client, Server, chat, clean_environment, refused, serving
 from tests.engine.parrot import write_speaker
+from tests.engine.tokenizers import variant
 from warmkv import v1
+from warmkv_server.engine.model.load import BUILT_IN
 
 TEMPLATE = """\
 {%- if tools -%}<|system|>You may call:
@@ -49,7 +51,7 @@ SAYINGS = [
     ("<|assistant|>", *CALL),
     ("!1", '<tool_call>{"name": "wether", "arguments": {}}</tool_call>'),
     ("!2", '<tool_call>{"name": "weather", "arguments": {"place": 7}}</tool_call>'),
-    ("!3", "<tool_call>wea", "ther(Zürich)</tool", "_call>", " Sorry."),
+    ("!3", "<tool_call>wea", "ther(Zurich)</tool", "_call>", " Sorry."),
     (
         "!4",
         '<tool_call>{"name": "weather", "arguments": {"place": "Uri"}}</tool_call>\n',
@@ -151,7 +153,7 @@ def test_what_can_be_wrong_with_a_call(client: Client) -> None:
     assert (mismatch.call.arguments_json, mismatch.status) == ('{"place": 7}', v1.TOOL_CALL_STATUS_SCHEMA_MISMATCH)
     answer = say(client, "!3")
     (malformed,) = answer.finished.tool_calls
-    assert (malformed.status, malformed.raw) == (MALFORMED, "<tool_call>weather(Zürich)</tool_call>")
+    assert (malformed.status, malformed.raw) == (MALFORMED, "<tool_call>weather(Zurich)</tool_call>")
     assert answer.text == "Sorry."
     two = say(client, "!4")
     assert [(c.call.name, c.call.arguments_json, c.status) for c in two.finished.tool_calls] == [
@@ -218,10 +220,10 @@ def test_calls_wait_in_forks_and_archives_too(tmp_path: Path, folder: str) -> No
         (waiting,) = ask(client, "c", asked(user("And now?"))).finished.tool_calls
         server.terminate()
     archive = tmp_path / "c.tar"
-    run = [WARMKV, "agents", "export", "c", str(archive), "--data-dir", str(tmp_path / "data")]
+    run = [WARMKV, "agents", "export", "c", "-o", str(archive), "--data-dir", str(tmp_path / "data")]
     subprocess.run(run, check=True, env=clean_environment(), capture_output=True)
     other = tmp_path / "other"
-    run = [WARMKV, "agents", "import", str(archive), "--data-dir", str(other)]
+    run = [WARMKV, "agents", "import", str(archive), "--data-dir", str(other), "--model", folder]
     subprocess.run(run, check=True, env=clean_environment(), capture_output=True)
     with serving(other, "--model", folder) as (_, client):
         held = client.get("c").token_count
@@ -339,3 +341,73 @@ def test_a_retry_gets_the_calls_again(client: Client) -> None:
     assert second.finished == first.finished
     assert pieces(second) == pieces(first)
     assert json.loads(pieces(second)) == {"place": "Zürich </tool_call>"}
+
+
+def test_an_answer_goes_on_from_where_it_was_left_open(client: Client) -> None:
+    begun = asked(user("Weather?"), opened("It is warm and"), continue_last=True)
+    held = client.prime("open", begun).agent.token_count
+    whole = list(client.count(asked(user("Weather?"), opened("It is warm and"))).token_ids)
+    assert list(client.count(begun).token_ids) == whole[:held]
+    answer = ask(client, "open", None, max_tokens=4, ignore_eos=True)
+    assert answer.cache.prompt_tokens == held
+    appended = asked(opened("So"), continue_last=True)
+    ask(client, "other", asked(user("Weather?")), max_tokens=2)
+    assert client.extend("other", appended).agent.token_count > client.get("open").token_count - held
+
+
+def test_history_with_calls_costs_its_results_only_on_the_built_in_weights(tmp_path: Path) -> None:
+    """Calls that a client has from elsewhere, and results behind them, ten times."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    variant(folder, chat_template=TEMPLATE)
+    (folder / "model.safetensors").symlink_to(BUILT_IN / "tiny" / "model.safetensors")
+    with serving(tmp_path / "data", "--model", str(folder)) as (_, client):
+        client.prime("a", asked(user("Weather?"), tools=[WEATHER]))
+        for number in range(10):
+            made = v1.ToolCall(id=f"call{number}", name="weather", arguments_json='{"place": "Uri"}')
+            client.extend("a", asked(v1.ChatMessage(role="assistant", tool_calls=[made])))
+            held = client.get("a").token_count
+            told = asked(result(f"call{number}", f"{number} degrees"))
+            counted = client.count(told, agent_id="a")
+            answer = ask(client, "a", told, max_tokens=3, ignore_eos=True)
+            assert answer.cache.prefilled_tokens == counted.token_count - counted.replaced_tokens
+            assert answer.cache.prompt_tokens == held + counted.token_count - counted.replaced_tokens
+
+
+DATED = """\
+{%- if not today is defined -%}{%- set today = strftime_now('%d %b %Y') -%}{%- endif -%}
+<|system|>Today is {{ today }}.<|end|>
+{%- for m in messages -%}<|{{ m.role }}|>{{ m.content }}<|end|>{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
+_CLOCK = """
+import os, time
+real = time.time
+def shifted():
+    with open(os.environ["SHIFT"]) as file:
+        return real() + float(file.read())
+time.time = shifted
+"""
+
+
+def test_a_day_that_passes_changes_no_token(tmp_path: Path) -> None:
+    folder, python, shift = tmp_path / "model", tmp_path / "python", tmp_path / "shift"
+    write_speaker(folder, DATED, [("<|assistant|>", "Fine.")])
+    python.mkdir()
+    (python / "sitecustomize.py").write_text(_CLOCK)
+    shift.write_text("0")
+    environment = {"PYTHONPATH": str(python), "SHIFT": str(shift)}
+    question = asked(user("Which day is it?"))
+    with serving(tmp_path / "data", "--model", str(folder), environment=environment) as (_, client):
+        assert list(client.info().features.template_variables) == ["today"]
+        held = client.prime("a", question).agent
+        today = list(client.count(question).token_ids)
+        shift.write_text(str(86400 * 40))
+        assert list(client.count(question).token_ids) != today
+        again = client.prime("a", question)
+        assert again.cache.prefilled_tokens == 0
+        assert again.agent.revision == held.revision
+        other = asked(user("Which day is it?"))
+        other.chat.template_variables["today"] = "Sunday"
+        assert client.prime("a", other).cache.prefilled_tokens > 0
+        assert client.prime("a", question).cache.prefilled_tokens == 0  # it stays until another is given
