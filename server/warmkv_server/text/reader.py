@@ -100,18 +100,16 @@ class MessageReader:
     def _text(self, final: bool) -> bool:
         if self._bare and self._may_call and self._begins_bare():
             return True
+        if self._marks and self._may_think and (begun := self._begins_thought(self._marks[0], final)) is not None:
+            return begun
         form = self._form
-        marks = list(form.marks) if form is not None else []
-        if self._marks and self._may_think:
-            marks.append(self._marks[0])
+        marks = form.marks if form is not None else ()
         at, mark = _first(self._buffer, marks)
         if mark:
             self._tell_text(self._buffer[:at].rstrip(SPACE))
             self._buffer = self._buffer[at + len(mark) :]
             self._trims = True
-            if self._marks and mark == self._marks[0] and self._may_think:
-                self._step = self._reasoning
-            elif form is not None and mark in form.begins:
+            if form is not None and mark in form.begins:
                 self._begin(mark)
             else:
                 self._may_think = True
@@ -131,6 +129,15 @@ class MessageReader:
             self._may_think = False
             self._may_call = self._may_call and not self._bare
         self._pieces.text += text
+
+    def _begins_thought(self, mark: str, final: bool) -> bool | None:
+        """Whether a step may follow, where reasoning begins or may begin; None where it doesn't."""
+        stripped = self._buffer.lstrip(SPACE)
+        if stripped.startswith(mark):
+            self._buffer = stripped[len(mark) :]
+            self._step, self._trims = self._reasoning, True
+            return True
+        return False if mark.startswith(stripped) and not final else None
 
     def _begins_bare(self) -> bool:
         """Whether the answer itself may be a call: then that is what comes."""
