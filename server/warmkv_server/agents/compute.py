@@ -17,7 +17,7 @@ from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, Timings
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
-from warmkv_server.contract.kv import Reuse
+from warmkv_server.contract.kv import Reuse, inner_boundaries
 from warmkv_server.engine.engine import Engine
 from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, RequestOutcome, Store, TokenIds
 
@@ -117,9 +117,11 @@ class Computation:
         Returns when the engine is done with it, also after it was told to stop: then with Finish.CANCELLED.
         """
         tokens: list[int] = self.context.tokens.tolist()
-        # So that the same content again replays one token, also where state can't be cut. An answer stops there anyway.
-        before_last = answer is None and self.tools.engine.info.layout.has_state
-        snapshot_at = frozenset({len(tokens) - 1} if before_last else ())
+        snapshot_at: frozenset[int] = frozenset()
+        if self.tools.engine.info.layout.has_state:
+            snapshot_at = inner_boundaries(len(tokens))
+            if answer is None:  # So that the same content again replays one token; an answer stops there anyway.
+                snapshot_at |= {len(tokens) - 1}
         handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant))
         self.run.doing = Doing(Activity.QUEUED)
         try:
