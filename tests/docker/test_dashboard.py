@@ -24,9 +24,9 @@ def test_every_metric_of_the_dashboard_is_exposed() -> None:
 
 
 def test_the_image_starts_the_server_with_options_that_exist() -> None:
-    from warmkv_server.config import Settings
+    from warmkv_server import config
 
-    known = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
+    known = {option.flag for option in config.options()}
     used = {
         flag
         for name in ("Dockerfile", "compose.yaml")

@@ -17,9 +17,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from warmkv_server import config
 from warmkv_server.cli import data as operate
 from warmkv_server.cli.models import models
-from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError, ServerFailed
 from warmkv_server.platform.versions import version_of
 
@@ -43,18 +43,18 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def _flags(serve: Callable[..., None]) -> Callable[..., None]:
     """Give a command a flag for each setting, with the setting's help and default."""
     parameters = []
-    for name, field in Settings.model_fields.items():
-        is_switch = field.annotation is bool
-        default = None if field.default_factory is not None or field.default is None else str(field.default)
-        option = typer.Option(
-            f"--{name.replace('_', '-')}",
-            help=field.description,
-            show_default=default if default and not is_switch else False,
-            metavar=None if is_switch else name.rpartition("_")[2].upper(),
+    for option in config.options():
+        flag = typer.Option(
+            option.flag,
+            help=option.help,
+            show_default=option.default if option.default and not option.is_switch else False,
+            metavar=None if option.is_switch else option.name.rpartition("_")[2].upper(),
         )
-        kind: Any = bool | None if is_switch else str | None
-        annotation = Annotated[kind, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        kind: Any = bool | None if option.is_switch else str | None
+        annotation = Annotated[kind, flag]
+        parameters.append(
+            inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return serve
 
@@ -66,7 +66,7 @@ def serve(**flags: Any) -> None:
     # gRPC's own log tells operators nothing that isn't said better here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        settings = Settings.read({name: value for name, value in flags.items() if value is not None})
+        settings = config.read({name: value for name, value in flags.items() if value is not None})
         _log_to_stderr(settings.log_level)
         from warmkv_server.text.launch import Started
 

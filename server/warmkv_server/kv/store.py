@@ -11,8 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
+from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.contract.pressure import MemoryPressure
+from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
+from warmkv_server.kv.blocks.blockfile import VERSION
 from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.names import EXTRA_KEY_BYTES
@@ -31,14 +35,15 @@ from warmkv_server.kv.index.records import (
     Fingerprint,
     OutcomeOf,
     RequestOutcome,
-    StoreSettings,
     TokenIds,
+    Tuning,
     Unset,
 )
 from warmkv_server.kv.tasks.changes import Changes
 from warmkv_server.kv.tasks.collect import Collector
 from warmkv_server.kv.tasks.commit import Committer
 from warmkv_server.kv.tasks.core import Core
+from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.eviction import Eviction
 from warmkv_server.kv.tasks.loader import Loader
 from warmkv_server.kv.tasks.manifests import Manifests
@@ -58,10 +63,10 @@ __all__ = [
     "Lease",
     "RequestOutcome",
     "Store",
-    "StoreSettings",
     "StoreStats",
     "Tier",
     "TokenIds",
+    "Tuning",
     "Unset",
 ]
 
@@ -90,9 +95,15 @@ class Store:
     @classmethod
     async def open(
         cls,
-        settings: StoreSettings,
+        settings: Settings,
         layout: KVLayout,
         fingerprint: Fingerprint,
+        *,
+        tuning: Tuning | None = None,
+        tenants: Tenants | None = None,
+        pressure: MemoryPressure | None = None,
+        busy: Callable[[], bool] = lambda: False,
+        tell: Callable[[bool], object] = lambda _: None,
         files: Files | None = None,
         times: TimeSource | None = None,
         tier: BlockTier | None = None,
@@ -100,6 +111,12 @@ class Store:
         """Lock the directory, read the index, sweep what a crash left behind.
 
         Args:
+            tenants: that share the budgets. How many have something to lose is seen; this is for what can't be taken
+                back, RAM that holds what the disk refused.
+            pressure: where memory runs out; the store then lets go of RAM copies.
+            busy: whether somebody decodes: then large commits are written one file at a time, with pauses. Called from
+                several threads.
+            tell: called now, and at every change, with whether the disk has every agent's last commit.
             files: a stand-in for the disk, for tests.
             times: a stand-in for the machine's clocks, for tests.
             tier: where blocks are, if not in the data directory.
@@ -107,21 +124,25 @@ class Store:
         Raises:
             OperatorError: the directory is in use, can't be written, or was written by a newer version.
         """
-        files = files or Files(settings.durability, settings.headroom_bytes)
-        tier = tier or DiskTier(settings.data_dir, files, settings.quarantine_limit)
-        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, tier, times)
+        tuning = tuning or Tuning()
+        files = files or Files(settings.durability, settings.headroom_bytes, busy)
+        tier = tier or DiskTier(settings.data_dir, files, tuning.quarantine_limit(settings.disk_bytes))
+        opened = await asyncio.to_thread(open_directory, settings, tuning, layout, fingerprint, files, tier, times)
         journal = Journal(opened.database, opened.commits)
         core = Core(
             settings,
+            tuning,
+            tenants or Tenants(),
             layout,
             opened.fingerprint.digest,
             opened.index,
             journal,
-            Outcomes(journal, settings.outcome_bytes, opened.outcomes),
+            Outcomes(journal, tuning.outcome_bytes, opened.outcomes),
             files,
             tier,
             opened.clock,
             opened.foreign,
+            DiskState(tell),
         )
         core.quarantine_bytes, core.aside_bytes = opened.quarantine_bytes, opened.aside_bytes
         core.manifest_sizes = opened.manifests.sizes
@@ -129,6 +150,8 @@ class Store:
         store = cls(core, opened.lock)
         for agent in opened.manifests.stale:
             store._manifests.note(agent)
+        if pressure is not None:
+            pressure.listen(store.relieve)
         return store
 
     async def close(self) -> None:
@@ -172,18 +195,6 @@ class Store:
         at_work = [self._core.writes, self._core.journal.in_flight, *([self._core.reads] if reads else [])]
         return max(each.longest() for each in at_work)
 
-    def watch_disk(self, tell: Callable[[bool], None]) -> None:
-        """Have it told now, and at every change, whether the disk has every agent's last commit."""
-        self._core.disk.watch(tell)
-
-    def give_way(self, busy: Callable[[], bool]) -> None:
-        """Have large commits written one file at a time, with pauses, while `busy` says that somebody decodes.
-
-        Args:
-            busy: is called from several threads.
-        """
-        self._core.files.busy = busy
-
     # Looking
 
     @property
@@ -200,6 +211,11 @@ class Store:
     def fingerprint(self) -> str:
         """Digest of what the KV of the served model depends on besides the tokens, as this directory knows it."""
         return self._core.fingerprint
+
+    @property
+    def block_format(self) -> int:
+        """The version in which blocks are written."""
+        return VERSION
 
     def agent(self, tenant: str, agent_id: str) -> AgentRecord | None:
         agent = self._core.index.agents.get((tenant, agent_id))

@@ -10,6 +10,7 @@ from typing import Any
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.agents.types import GenerateFinished
+from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import InvalidField
 from warmkv_server.service import convert, limits, validate
@@ -24,7 +25,7 @@ _LARGEST_PAGE = 1000
 class AgentServicer:
     """The RPCs of AgentService. proto/warmkv/v1/agent_service.proto says what each promises."""
 
-    default_max_tokens: int
+    settings: Settings
     metrics: Metrics
 
     async def prime(self, request: pb.PrimeRequest, call: Call) -> pb.PrimeResponse:
@@ -41,7 +42,7 @@ class AgentServicer:
         info = call.agents.engine.info
         validate.generate(request, call.model)
         wanted = convert.generate_request(
-            request, call.key(request.agent_id), call.arrived, info.sampling_defaults, self.default_max_tokens
+            request, call.key(request.agent_id), call.arrived, info.sampling_defaults, self.settings.default_max_tokens
         )
         run = await call.agents.generate(wanted)
         with run.watch() as events:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from warmkv_server.contract.fairness import Tenants
 from warmkv_server.errors import AgentForbidden, OperatorError, TokenInvalid, TokenMissing
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Principal:
 class Open:
     """Lets everybody in, as one tenant."""
 
-    tenants = 1
+    def __init__(self) -> None:
+        self.tenants = Tenants()
 
     def identify(self, metadata: Metadata) -> Principal:  # noqa: ARG002
         return Principal()
@@ -52,11 +54,7 @@ class BearerTokens:
 
     def __init__(self, principals: dict[bytes, Principal]) -> None:
         self._principals = principals
-
-    @property
-    def tenants(self) -> int:
-        """How many there are."""
-        return len({principal.tenant for principal in self._principals.values()})
+        self.tenants = Tenants(len({principal.tenant for principal in principals.values()}))
 
     @classmethod
     def load(cls, path: Path) -> BearerTokens:

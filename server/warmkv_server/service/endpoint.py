@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
 from warmkv_server.agents.types import AgentKey
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import InvalidField, WarmKVError
 from warmkv_server.service import inbound
 from warmkv_server.service.auth import Auth, Metadata, Principal
@@ -70,16 +71,12 @@ Behaviour = Callable[[Any, Call], Awaitable[Message | None]]
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Makes gRPC handlers out of servicers.
-
-    Attributes:
-        message_bytes: the largest request that is read.
-    """
+    """Makes gRPC handlers out of servicers."""
 
     gate: Gate
     auth: Auth
     metrics: Metrics
-    message_bytes: int
+    settings: Settings
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Handlers of a service's methods; the servicer has a method in snake_case for each RPC."""
@@ -128,7 +125,7 @@ class Endpoints:
         principal = self.auth.identify(metadata)
         self.gate.check()
         request = await inbound.read(
-            context, kind, self.message_bytes, lambda data: refusal(data, kind, self.gate.text_bytes)
+            context, kind, self.settings.max_message_bytes, lambda data: refusal(data, kind, self.gate.text_bytes)
         )
         with self.gate.enter() as agents:
             _check_routing(request, metadata)

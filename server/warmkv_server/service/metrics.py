@@ -13,8 +13,10 @@ from prometheus_client.registry import Collector
 
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.types import GenerateFinished
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import descriptors
+from warmkv_server.service.gate import Gate
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _SCRAPE_SECONDS = 5.0
@@ -49,26 +51,28 @@ class Metrics:
     def answered(self, finished: GenerateFinished) -> None:
         self._first_token.labels(finished.cache.source).observe(finished.timings.first_token)
 
-    def expose(self, host: str, port: int) -> None:
-        """Serve /metrics over HTTP, on threads of its own.
+    def expose(self, settings: Settings, gate: Gate, served: int, connections: int) -> None:
+        """Serve /metrics over HTTP, on threads of its own, if the operator wants it. Called on the event loop.
+
+        Args:
+            gate: once it was open, engine, store and agents are looked at too.
+            served: the port of gRPC, whose connections are told too.
+            connections: that there can be.
 
         Raises:
             OperatorError: if the port can't be had.
         """
+        host, port = settings.host, settings.metrics_port
+        if port is None:
+            return
+        self.registry.register(_Gauges(asyncio.get_running_loop(), gate))
+        self.registry.register(_Connections(served, connections))
         try:
             self._http = start_http_server(port, host, self.registry)  # type: ignore[assignment]
         except OSError as error:
             raise OperatorError(
                 f"metrics can't be served on {host}:{port} ({error.strerror}); choose another --metrics-port"
             ) from error
-
-    def watch(self, agents: Agents) -> None:
-        """Also tell what agents, engine and store say of themselves. Called on the event loop they live on."""
-        self.registry.register(_Gauges(asyncio.get_running_loop(), agents))
-
-    def watch_connections(self, port: int, limit: int) -> None:
-        """Also tell how many connections there are, and how many there can be."""
-        self.registry.register(_Connections(port, limit))
 
     def close(self) -> None:
         if self._http is not None:
@@ -81,16 +85,17 @@ class Metrics:
 class _Gauges(Collector):
     """What engine, store and agents say of themselves, read on the event loop where they live."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, agents: Agents) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, gate: Gate) -> None:
         self._loop = loop
-        self._agents = agents
+        self._gate = gate
 
     def describe(self) -> Iterator[Metric]:
         return iter(())  # named only when collected: registering must not look
 
     def collect(self) -> Iterator[Metric]:
         async def look() -> list[Metric]:
-            return list(_families(self._agents))
+            agents = self._gate.agents
+            return [] if agents is None else list(_families(agents))
 
         yield from asyncio.run_coroutine_threadsafe(look(), self._loop).result(_SCRAPE_SECONDS)
 

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import grpc
 import grpc.aio
 
 from warmkv.v1 import agent_service_pb2, server_service_pb2
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.service import inbound
 from warmkv_server.service.agent_servicer import AgentServicer
@@ -65,14 +65,6 @@ def _options(message_bytes: int, connections: int) -> Options:
     )
 
 
-@dataclass(frozen=True)
-class Tls:
-    """Files in PEM form."""
-
-    certificate: Path
-    key: Path
-
-
 class GrpcServer:
     """Serves from `start` on; says NOT_SERVING until `announce`.
 
@@ -83,7 +75,16 @@ class GrpcServer:
         lost: done if it serves no more, though nobody has stopped it.
     """
 
-    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer, connections: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        endpoints: Endpoints,
+        agents: AgentServicer,
+        server: ServerServicer,
+        connections: int,
+    ) -> None:
+        self._settings = settings
+        self._announced, self._computing = False, True
         self._health = Health()
         methods = {
             _AGENTS.full_name: endpoints.handlers(_AGENTS, agents),
@@ -91,25 +92,23 @@ class GrpcServer:
             **health_methods(self._health),
             **reflection_methods((_AGENTS, _SERVER)),
         }
-        self._message_bytes = endpoints.message_bytes
-        self._address = ""
         self._credentials: grpc.ServerCredentials | None = None
         self._listener = Listener(partial(self._make, methods, connections), self._bind)
         self._probed: Listener | None = None
         self.lost = self._listener.lost
 
-    def bind(self, host: str, port: int, tls: Tls | None, health_port: int | None) -> int:
-        """Take the port, 0 for a free one, and return it; and one where health alone is served, if it is given.
+    def bind(self) -> int:
+        """Take the port, and the one where health alone is served, if there is to be one. Returns the first.
 
         Raises:
             OperatorError: if one can't be had, or the certificate is not good.
         """
-        self._address = f"[{host}]" if ":" in host else host
-        self._credentials = None if tls is None else _credentials(tls)
-        taken = _take(self._listener, host, port, "--port")
-        if health_port is not None:
+        host, cert, key = self._settings.host, self._settings.tls_cert, self._settings.tls_key
+        self._credentials = _credentials(cert, key) if cert is not None and key is not None else None
+        taken = _take(self._listener, host, self._settings.port, "--port")
+        if self._settings.health_port is not None:
             self._probed = Listener(partial(self._make, health_methods(self._health), _PROBES), self._bind)
-            _take(self._probed, host, health_port, "--health-port")
+            _take(self._probed, host, self._settings.health_port, "--health-port")
         return taken
 
     async def start(self) -> None:
@@ -119,18 +118,22 @@ class GrpcServer:
             await listener.start()
 
     def announce(self) -> None:
-        """Say SERVING."""
-        for service in _SERVICES:
-            self._health.set(service, "SERVING")
+        """Say SERVING, as long as the engine computes."""
+        self._announced = True
+        self._say_serving()
 
     def say_storage(self, taking: bool) -> None:
         """Say SERVING of the storage if the disk has all that is committed, else NOT_SERVING."""
         self._health.set(_STORAGE, "SERVING" if taking else "NOT_SERVING")
 
     def say_engine(self, running: bool) -> None:
-        """Say SERVING if the engine computes, else NOT_SERVING."""
+        """Say SERVING if the engine computes, else NOT_SERVING; before `announce` it is NOT_SERVING either way."""
+        self._computing = running
+        self._say_serving()
+
+    def _say_serving(self) -> None:
         for service in _SERVICES:
-            self._health.set(service, "SERVING" if running else "NOT_SERVING")
+            self._health.set(service, "SERVING" if self._announced and self._computing else "NOT_SERVING")
 
     def withdraw(self) -> None:
         """Say NOT_SERVING, for good."""
@@ -149,13 +152,14 @@ class GrpcServer:
         return [self._listener, *([self._probed] if self._probed is not None else [])]
 
     def _make(self, services: Mapping[str, Handlers], connections: int) -> grpc.aio.Server:
-        server = make_server(_options(self._message_bytes, connections))
+        server = make_server(_options(self._settings.max_message_bytes, connections))
         for service, methods in services.items():
             server.add_registered_method_handlers(service, methods)
         return server
 
     def _bind(self, server: grpc.aio.Server, port: int) -> int:
-        address = f"{self._address}:{port}"
+        host = self._settings.host
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if self._credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self._credentials)
@@ -187,13 +191,13 @@ def _probe(host: str, port: int, flag: str) -> None:
             ) from error
 
 
-def _credentials(tls: Tls) -> grpc.ServerCredentials:
+def _credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
-        pair = tls.key.read_bytes(), tls.certificate.read_bytes()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        pair = key.read_bytes(), certificate.read_bytes()
     except (OSError, ssl.SSLError) as error:
         raise OperatorError(
-            f"the TLS certificate {tls.certificate} and key {tls.key} can't be used: {error.strerror or error}"
+            f"the TLS certificate {certificate} and key {key} can't be used: {error.strerror or error}"
         ) from error
-    warn_if_open(tls.key, "the TLS key")
+    warn_if_open(key, "the TLS key")
     return grpc.ssl_server_credentials([pair])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, KVLayout
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
@@ -32,7 +33,7 @@ from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
 from warmkv_server.kv.index.index import Agent, AgentKey, Index
 from warmkv_server.kv.index.prefix import partly_kept
-from warmkv_server.kv.index.records import Fingerprint, StoreSettings
+from warmkv_server.kv.index.records import Fingerprint, Tuning
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class _Sweep:
 
 
 def open_directory(
-    settings: StoreSettings,
+    settings: Settings,
+    tuning: Tuning,
     layout: KVLayout,
     fingerprint: Fingerprint,
     files: Files,
@@ -87,17 +89,17 @@ def open_directory(
     Raises:
         OperatorError
     """
-    data_dir = settings.data_dir
+    data_dir, limit = settings.data_dir, tuning.quarantine_limit(settings.disk_bytes)
     make_folders(data_dir, files)
     lock = DirectoryLock(data_dir)
     try:
         tighten(data_dir, _is_own)
         signing.make_key(data_dir)
         small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
-        takeover = TakeOver(data_dir, files, settings.quarantine_limit)
+        takeover = TakeOver(data_dir, files, limit)
         from_1 = takeover.begin()
         checkpoint = min(CHECKPOINT_BYTES, small)
-        believed = open_index(data_dir, files, tier, checkpoint, settings.quarantine_limit, from_1)
+        believed = open_index(data_dir, files, tier, checkpoint, limit, from_1)
         database, index, evidence = believed.database, believed.index, believed.evidence
         try:
             takeover.finish()
@@ -107,7 +109,7 @@ def open_directory(
             _count_parts(index, layout, fingerprint.digest)
             sweep = _sweep(tier, index, database)
             # Before the files that only older manifests refer to are gone.
-            manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
+            manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, limit)
             tidied = _remove(tier, sweep.orphans)
             _remove_temporary(data_dir, files)
             clock = rows.read_clock(database, index, times)
@@ -124,7 +126,7 @@ def open_directory(
             commits = CommitLog(data_dir, files, small)
             commits.begin(database.number, _lines(manifests.stale, database.number))
             files.sync_folders([data_dir])
-            outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
+            outcomes = StoredOutcomes.read(database, tuning.outcome_bytes)
             kept = quarantined_bytes(data_dir)
             aside = sum(_sizes([*aside_files(data_dir), data_dir / models.FILE_NAME])) + sweep.spared
         except BaseException:

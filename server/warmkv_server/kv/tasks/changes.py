@@ -53,7 +53,7 @@ class Changes:
             raise AgentExists(f"agent {target_id!r} exists already; fork to another id, or delete it first")
         if not source.durable:
             raise StorageUnavailable(
-                f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.settings.retry_seconds
+                f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.tuning.retry_seconds
             )
         agent = _copy(source, target_id, core.index.new_incarnation(), core.clock.now())
         nodes = list(agent.all_nodes())
@@ -93,7 +93,7 @@ class Changes:
                 raise StorageUnavailable(
                     f"agent {agent_id!r} is in RAM only, because the disk refused it; free disk space, and it is "
                     "written by itself",
-                    retry_after=core.settings.retry_seconds,
+                    retry_after=core.tuning.retry_seconds,
                 )
             after = replace(agent)
             if not isinstance(pinned, Unset):
@@ -152,7 +152,7 @@ class Changes:
         except BaseException as error:
             undo()
             if isinstance(error, OSError):
-                raise StorageUnavailable(refusal, retry_after=self._core.settings.retry_seconds) from error
+                raise StorageUnavailable(refusal, retry_after=self._core.tuning.retry_seconds) from error
             raise
 
 

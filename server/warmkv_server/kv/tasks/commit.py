@@ -247,13 +247,13 @@ class Committer:
 
     def _bear(self, commit: Commit, refusal: OSError) -> None:
         """Go on in RAM, if it has room."""
-        hot, outcomes, settings = self._core.hot, self._core.outcomes, self._core.settings
+        hot, outcomes = self._core.hot, self._core.outcomes
         # It can't be taken from anybody, so each tenant has its share from the start.
-        alone = hot.unsaved_of(commit.tenant) > hot.limit // settings.tenants
+        alone = hot.unsaved_of(commit.tenant) > hot.limit // self._core.tenants.number
         if alone or hot.unsaved_bytes + outcomes.owed_bytes > hot.limit:
             raise MemoryBudget(
                 "the disk refuses writes, and what it refused before fills the memory budget; free disk space",
-                retry_after=settings.retry_seconds,
+                retry_after=self._core.tuning.retry_seconds,
             )
         log.warning("the last commit of agent %r stays in RAM: %s", commit.agent_id, refusal)
 

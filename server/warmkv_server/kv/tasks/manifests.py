@@ -144,7 +144,7 @@ class Manifests:
                 for first in range(0, len(keys), _BATCH):
                     await self._write_batch(keys[first : first + _BATCH])
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._core.settings.manifest_seconds):
+                    async with asyncio.timeout(self._core.tuning.manifest_seconds):
                         await self._hurry.wait()
                 self._hurry.clear()
         except OSError as error:
