@@ -22,21 +22,21 @@ from warmkv_server.platform import blas, descriptors
 from warmkv_server.platform.signals import StopSignals
 from warmkv_server.service.agent_servicer import AgentServicer
 from warmkv_server.service.auth import BearerTokens, Open
-from warmkv_server.service.codecs import codecs
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
+from warmkv_server.service.response_codecs import response_codecs
 from warmkv_server.service.server import GrpcServer
 from warmkv_server.service.server_servicer import ServerServicer
 from warmkv_server.shutdown import Shutdown
-from warmkv_server.text.launch import Started
+from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.probe import unusual
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
-async def serve(settings: Settings, text: Started) -> int:
+async def serve(settings: Settings, text: StartedProcess) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
@@ -85,7 +85,7 @@ async def serve(settings: Settings, text: Started) -> int:
             try:
                 await _unless_stopped(engine.text.ready(), signals.first)
                 await _unless_stopped(_say_unusual(engine), signals.first)
-                agents = Agents(engine, store, settings, codecs(), auth.tenants)
+                agents = Agents(engine, store, settings, response_codecs(), auth.tenants)
                 gate.open(agents, engine.text_bytes)
                 # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
                 gc.collect()

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
 from warmkv_server.agents.context import ending_after
-from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenIds, held_back
+from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenContent, held_back
 from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.task import TAIL
@@ -196,7 +196,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
         (Chat((user("Hi"),)), True, "", Ending.ANSWER),
         (Chat((user("Hi"),)), False, Ending.RAW, "turn user"),
         (RawText("Hi"), True, Ending.TURN, Ending.RAW),
-        (TokenIds((7,)), False, Ending.ANSWER, Ending.RAW),
+        (TokenContent((7,)), False, Ending.ANSWER, Ending.RAW),
         (None, True, Ending.ANSWER, Ending.ANSWER),
         (None, True, Ending.TURN, Ending.RAW),
         (None, True, "", Ending.RAW),
@@ -204,7 +204,7 @@ def test_a_template_that_drops_old_thoughts_keeps_those_of_the_context(thinking:
     ],
 )
 def test_what_a_context_ends_with(
-    content: Chat | RawText | TokenIds | None, answered: bool, previous: str, after: str
+    content: Chat | RawText | TokenContent | None, answered: bool, previous: str, after: str
 ) -> None:
     assert ending_after(content, answered=answered, previous=previous) == after
 
@@ -232,7 +232,7 @@ def test_a_tokenizer_without_a_beginning_adds_none(tmp_path: Path) -> None:
 def test_token_ids_are_taken_as_they_are() -> None:
     text = Text(built_in(), 4096)
     for starts in (True, False):
-        taken = encoded(text, TokenIds((0, 7, 4095)), held=() if starts else (1,), ending="raw")
+        taken = encoded(text, TokenContent((0, 7, 4095)), held=() if starts else (1,), ending="raw")
         assert taken == [0, 7, 4095]
 
 
@@ -240,7 +240,7 @@ def test_token_ids_are_taken_as_they_are() -> None:
 def test_a_token_id_outside_the_vocabulary_is_named(wrong: int) -> None:
     text = Text(built_in(), 4096)
     with pytest.raises(InvalidField, match=str(wrong)) as caught:
-        encoded(text, TokenIds((5, 6, wrong)))
+        encoded(text, TokenContent((5, 6, wrong)))
     (violation,) = caught.value.violations
     assert violation.field == "content.token_ids.ids[2]"
     assert "4095" in violation.description

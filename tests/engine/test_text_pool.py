@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.waiting import await_that
 from tests.engine.tokenizers import built_in, variant
 from tests.hostile.others import family
-from warmkv_server.contract.content import Chat, Content, Message, RawText, TokenIds
+from warmkv_server.contract.content import Chat, Content, Message, RawText, TokenContent
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.model.load import BUILT_IN
 from warmkv_server.errors import ContextTooLong, Draining, InvalidField, OperatorError, QueueFull
@@ -27,7 +27,7 @@ SLOW = """\
 {%- for a in range(99999) -%}{%- for b in range(99999) -%}{%- endfor -%}{%- endfor -%}
 {%- endif -%}{{ m.content }}{%- endfor -%}
 """
-WRONG = TokenIds((5, 4096))
+WRONG = TokenContent((5, 4096))
 LOOP = Chat((Message("user", "loop"),))
 
 

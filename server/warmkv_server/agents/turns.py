@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import IDLE, AgentKey, Doing
+from warmkv_server.agents.types import IDLE, Doing
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import QueueFull, WarmKVError
 
 

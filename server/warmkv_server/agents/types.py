@@ -11,14 +11,8 @@ from typing import Any, NamedTuple
 from warmkv_server.contract.content import Content
 from warmkv_server.contract.generation import Answer, Delta, Finish
 from warmkv_server.contract.kv import Fallback, Reuse, Source
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.store import AgentRecord
-
-
-class AgentKey(NamedTuple):
-    """One agent of one tenant. An empty agent_id names no agent: the request keeps nothing."""
-
-    tenant: str
-    agent_id: str
 
 
 @dataclass(frozen=True)

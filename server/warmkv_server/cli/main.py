@@ -68,9 +68,9 @@ def serve(**flags: Any) -> None:
     try:
         settings = config.read({name: value for name, value in flags.items() if value is not None})
         _log_to_stderr(settings.log_level)
-        from warmkv_server.text.launch import Started
+        from warmkv_server.text.launch import StartedProcess
 
-        text = Started.first()
+        text = StartedProcess.first()
         from warmkv_server.app import serve as run  # imports MLX, and not before the process above is there
 
         status = asyncio.run(run(settings, text))

@@ -16,7 +16,7 @@ class RawText:
 
 
 @dataclass(frozen=True)
-class TokenIds:
+class TokenContent:
     ids: tuple[int, ...]
 
 
@@ -31,7 +31,7 @@ class Chat:
     messages: tuple[Message, ...]
 
 
-Content = RawText | TokenIds | Chat
+Content = RawText | TokenContent | Chat
 
 
 @dataclass(frozen=True, eq=False)

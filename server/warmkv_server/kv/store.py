@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
@@ -61,6 +62,7 @@ __all__ = [
     "Evicted",
     "Fingerprint",
     "Lease",
+    "OutcomeOf",
     "RequestOutcome",
     "Store",
     "StoreStats",
@@ -218,13 +220,13 @@ class Store:
         return VERSION
 
     def agent(self, tenant: str, agent_id: str) -> AgentRecord | None:
-        agent = self._core.index.agents.get((tenant, agent_id))
+        agent = self._core.index.agents.get(AgentKey(tenant, agent_id))
         return None if agent is None else self._core.record(agent)
 
     def agents(self, tenant: str, after: str = "") -> Iterator[AgentRecord]:
         """A tenant's agents by agent_id, from the first one behind `after`."""
         for agent_id in self._core.index.names(tenant, after):
-            agent = self._core.index.agents.get((tenant, agent_id))
+            agent = self._core.index.agents.get(AgentKey(tenant, agent_id))
             if agent is not None:
                 yield self._core.record(agent)
 
@@ -286,7 +288,7 @@ class Store:
         if len(extra_key) > EXTRA_KEY_BYTES:
             raise ValueError(f"an extra key of {len(extra_key)} bytes; {EXTRA_KEY_BYTES} are the most")
         core = self._core
-        agent = core.index.agents.get((tenant, agent_id)) if agent_id else None
+        agent = core.index.agents.get(AgentKey(tenant, agent_id)) if agent_id else None
         found = self._matcher.match(agent, Under(core.root(tenant), extra_key), core.fingerprint, tokens[:limit])
         lease = Lease(
             tenant=tenant,

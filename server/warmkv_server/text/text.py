@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, TokenIds, held_back
+from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, TokenContent, held_back
 from warmkv_server.errors import ContextTooLong, InvalidField
 from warmkv_server.text.follow_up import follow_up
 from warmkv_server.text.probe import Findings, probe
@@ -75,7 +75,7 @@ class Text:
             case RawText(text):
                 ids = self._ids(text, "content.text", room)
                 return _encoded(self._bos + ids if starts and ids[: len(self._bos)] != self._bos else ids)
-            case TokenIds(ids):
+            case TokenContent(ids):
                 return _encoded(self._known(list(ids), "content.token_ids.ids"))
             case Chat(messages):
                 template = self._require_template()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, KVLayout
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
@@ -31,7 +32,7 @@ from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.index import Agent, Index
 from warmkv_server.kv.index.prefix import partly_kept
 from warmkv_server.kv.index.records import Fingerprint, Tuning
 
