@@ -49,14 +49,14 @@ class Tallies:
 
     def __init__(self) -> None:
         self.total = Tally()
-        self._by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
+        self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
     def add(self, tenant: str, cache: CacheReport) -> None:
-        for tally in (self.total, self._by_tenant[tenant]):
+        for tally in (self.total, self.by_tenant[tenant]):
             tally.add(cache)
 
     def of(self, tenant: str) -> Tally:
-        return self._by_tenant[tenant]
+        return self.by_tenant[tenant]
 
 
 @dataclass(frozen=True)
