@@ -26,8 +26,7 @@ from warmkv_server.agents.types import (
     Recorded,
     Timings,
 )
-from warmkv_server.contract.content import Chat, Content, RawText, TokenContent
-from warmkv_server.contract.content import Message as ChatMessage
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.names import AgentKey
