@@ -123,8 +123,9 @@ class Settings:
         ),
     ] = None
     metrics_port: Annotated[
-        Port | None, Field(ge=1, description="Port for Prometheus, on --host. Default: no metrics.")
+        Port | None, Field(ge=1, description="Port for Prometheus, on --metrics-host. Default: no metrics.")
     ] = None
+    metrics_host: Annotated[str | None, Field(description="Address for Prometheus. Default: --host.")] = None
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."),

@@ -75,7 +75,7 @@ class Metrics:
         Raises:
             OperatorError: if the port can't be had.
         """
-        host, port = settings.host, settings.metrics_port
+        host, port = settings.metrics_host or settings.host, settings.metrics_port
         if port is None:
             return
         self.registry.register(_Gauges(asyncio.get_running_loop(), gate, settings))
@@ -85,7 +85,8 @@ class Metrics:
             self._http = start_http_server(port, host, self.registry)  # type: ignore[assignment]
         except OSError as error:
             raise OperatorError(
-                f"metrics can't be served on {host}:{port} ({error.strerror}); choose another --metrics-port"
+                f"metrics can't be served on {host}:{port} ({error.strerror}); choose another --metrics-port, or "
+                "--metrics-host"
             ) from error
 
     def close(self) -> None:
