@@ -17,7 +17,7 @@ from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, CacheReport, Doing, Timings
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
-from warmkv_server.contract.kv import Reuse
+from warmkv_server.contract.kv import Reuse, inner_boundaries
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
 from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, OutcomeOf, RequestOutcome, Store, TokenIds
@@ -49,14 +49,14 @@ class Tallies:
 
     def __init__(self) -> None:
         self.total = Tally()
-        self._by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
+        self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
     def add(self, tenant: str, cache: CacheReport) -> None:
-        for tally in (self.total, self._by_tenant[tenant]):
+        for tally in (self.total, self.by_tenant[tenant]):
             tally.add(cache)
 
     def of(self, tenant: str) -> Tally:
-        return self._by_tenant[tenant]
+        return self.by_tenant[tenant]
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,11 @@ class Computation:
         Returns when the engine is done with it, also after it was told to stop: then with Finish.CANCELLED.
         """
         tokens: list[int] = self.context.tokens.tolist()
-        # So that the same content again replays one token, also where state can't be cut. An answer stops there anyway.
-        before_last = answer is None and self.tools.engine.info.layout.has_state
-        snapshot_at = frozenset({len(tokens) - 1} if before_last else ())
+        snapshot_at: frozenset[int] = frozenset()
+        if self.tools.engine.info.layout.has_state:
+            snapshot_at = inner_boundaries(len(tokens))
+            if answer is None:  # So that the same content again replays one token; an answer stops there anyway.
+                snapshot_at |= {len(tokens) - 1}
         handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant))
         self.run.doing = Doing(Activity.QUEUED)
         try:
