@@ -183,7 +183,7 @@ def test_a_data_directory(tmp_path: Path) -> None:
 
 def test_real_processes_say_the_same(tmp_path: Path) -> None:
     """What is found at each of the stages of a start."""
-    serve_on = ["serve", "--port", "0", "--data-dir", tmp_path / "data"]
+    serve_on: list[str | Path] = ["serve", "--port", "0", "--data-dir", tmp_path / "data"]
     assert_one_sentence(run_warmkv("serve", "--kv-bits", "5"), "--kv-bits")
     assert_one_sentence(run_warmkv(*serve_on, "--token-file", "/no/tokens"), "/no/tokens")
     assert_one_sentence(run_warmkv(*serve_on, "--context-limit", "1000000"), "--context-limit")
