@@ -60,7 +60,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Told:
+class Configured:
     """Settings, and who said so.
 
     Attributes:
@@ -88,7 +88,7 @@ def read(flags: Mapping[str, object], file: Path | None = None) -> Settings:
     return tell(flags, file).settings
 
 
-def tell(flags: Mapping[str, object], file: Path | None = None) -> Told:
+def tell(flags: Mapping[str, object], file: Path | None = None) -> Configured:
     """As `read`, with where each value came from.
 
     Args:
@@ -114,7 +114,7 @@ def tell(flags: Mapping[str, object], file: Path | None = None) -> Told:
             origins[name] = origin or (known[name].flag if layer is flags else known[name].variable)
     settings = _checked(values, known, origins)
     _check_together(settings)
-    return Told(settings, origins)
+    return Configured(settings, origins)
 
 
 def _checked(values: Mapping[str, Any], known: Mapping[str, Option], origins: Mapping[str, str]) -> Settings:

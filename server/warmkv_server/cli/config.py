@@ -51,7 +51,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def told_by(flags: dict[str, Any]) -> config.Told:
+def told_by(flags: dict[str, Any]) -> config.Configured:
     """The settings that a command with flags was given.
 
     Raises:
