@@ -13,7 +13,7 @@ from warmkv_server.agents.types import CacheReport, GenerateEvent, GenerateStart
 from warmkv_server.contract.generation import Delta, Logprobs
 from warmkv_server.contract.kv import Reuse
 
-STARTED = GenerateStarted("a", CacheReport.of(Reuse(), 10, 0))
+STARTED = GenerateStarted("a", CacheReport.of(Reuse(), 10))
 
 
 def delta(number: int, top: int = 0) -> Delta:

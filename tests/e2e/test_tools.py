@@ -103,7 +103,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Iterator[Cl
         yield client
 
 
-def ask(client: Client, agent: str, content: v1.Content, **fields: object) -> Answer:
+def ask(client: Client, agent: str, content: v1.Content | None, **fields: object) -> Answer:
     return client.generate(agent, content, **{"max_tokens": 32, "ignore_eos": False, **fields})
 
 
@@ -220,10 +220,10 @@ def test_calls_wait_in_forks_and_archives_too(tmp_path: Path, folder: str) -> No
         (waiting,) = ask(client, "c", asked(user("And now?"))).finished.tool_calls
         server.terminate()
     archive = tmp_path / "c.tar"
-    run = [WARMKV, "agents", "export", "c", "-o", str(archive), "--data-dir", str(tmp_path / "data")]
+    run = [str(WARMKV), "agents", "export", "c", "-o", str(archive), "--data-dir", str(tmp_path / "data")]
     subprocess.run(run, check=True, env=clean_environment(), capture_output=True)
     other = tmp_path / "other"
-    run = [WARMKV, "agents", "import", str(archive), "--data-dir", str(other), "--model", folder]
+    run = [str(WARMKV), "agents", "import", str(archive), "--data-dir", str(other), "--model", folder]
     subprocess.run(run, check=True, env=clean_environment(), capture_output=True)
     with serving(other, "--model", folder) as (_, client):
         held = client.get("c").token_count

@@ -12,7 +12,7 @@ from tests.engine.tokenizers import ids
 from tests.reference import sources
 from tests.reference.conftest import fetched
 from tests.reference.marks import Marked, marked
-from warmkv_server.contract.content import Call, Chat, Message, Setup, Tool
+from warmkv_server.contract.content import Call, Chat, ChatMessage, Setup, Tool
 from warmkv_server.contract.conversation import Ending, MadeCall
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.reader import MessageReader
@@ -23,11 +23,11 @@ from warmkv_server.text.text import Text
 TOOL = Tool("weather", "The weather.", '{"type": "object", "properties": {"place": {"type": "string"}}}')
 CALL = Call("warmkv001", "weather", '{"place": "Uri"}')
 MADE = MadeCall(CALL.id, CALL.name)
-QUESTION = Message("user", "What is the weather?")
-CALLS = Message("assistant", "", calls=(CALL,))
-RESULT = Message("tool", "It rains in Uri.", call_id=CALL.id, name=CALL.name)
-ANSWER = Message("assistant", "Rain, then.")
-THANKS = Message("user", "Thank you, and elsewhere?")
+QUESTION = ChatMessage("user", "What is the weather?")
+CALLS = ChatMessage("assistant", "", calls=(CALL,))
+RESULT = ChatMessage("tool", "It rains in Uri.", call_id=CALL.id, name=CALL.name)
+ANSWER = ChatMessage("assistant", "Rain, then.")
+THANKS = ChatMessage("user", "Thank you, and elsewhere?")
 OTHER_ENDS = ("<|call|>", "<|eom_id|>", "<|END_OF_TURN_TOKEN|>", "<|im_end|>")
 """Besides the one that closes an answer: what models' generation_config.json name, too."""
 
@@ -56,7 +56,9 @@ def test_results_behind_calls(tmp_path: Path) -> None:
     assert len(able) >= 35
 
 
-def go_on(text: Text, held: Sequence[int], message: Message, calls: Sequence[MadeCall] = ()) -> tuple[list[int], int]:
+def go_on(
+    text: Text, held: Sequence[int], message: ChatMessage, calls: Sequence[MadeCall] = ()
+) -> tuple[list[int], int]:
     """What a message behind an answer becomes, and how many tokens it replaces."""
     new = text.encode(
         Chat((message,)),
@@ -100,7 +102,7 @@ def two_rounds(name: str, made: Marked, text: Text) -> None:
         held = [*held[: len(held) - replaced], *new, *ids(made.tokenizer, reply.content), made.end]
 
 
-def render(made: Marked, text: Text, messages: Sequence[Message], answer: bool) -> str:
+def render(made: Marked, text: Text, messages: Sequence[ChatMessage], answer: bool) -> str:
     as_text = text.traits.arguments_as_text
     told = [message_as_told(message, as_parts=False, arguments_as_text=as_text) for message in messages]
     tools = [tool_as_told(TOOL)]

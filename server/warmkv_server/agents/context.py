@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from warmkv_server.agents import talk
-from warmkv_server.agents.types import AgentKey
-from warmkv_server.contract.content import NO_SETUP, Chat, Content, Encoded, RawText, Setup
-from warmkv_server.contract.content import TokenIds as TokenContent
+from warmkv_server.contract.content import NO_SETUP, Chat, Content, Encoded, RawText, Setup, TokenContent
 from warmkv_server.contract.conversation import NOTHING_YET, Conversation, Ending, MadeCall, held_back, holding, plain
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from warmkv_server.contract.calls import CallFinished
-from warmkv_server.contract.content import Chat, Content, Encoded, Message, Setup
+from warmkv_server.contract.content import Chat, ChatMessage, Content, Encoded, Setup
 from warmkv_server.contract.conversation import Conversation, Ending, MadeCall, held_back, kept
 from warmkv_server.errors import InvalidField, NoPendingCall, ToolsChanged
 from warmkv_server.kv.store import TokenIds
@@ -33,7 +33,7 @@ class Written:
         after: what goes on, but for the clock.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     setup: Setup
     before: tuple[MadeCall, ...]
     after: Conversation
@@ -117,8 +117,8 @@ def role_after(content: Chat) -> str:
 
 
 def _settled(
-    messages: Sequence[Message], calls: tuple[MadeCall, ...]
-) -> tuple[tuple[Message, ...], tuple[MadeCall, ...]]:
+    messages: Sequence[ChatMessage], calls: tuple[MadeCall, ...]
+) -> tuple[tuple[ChatMessage, ...], tuple[MadeCall, ...]]:
     """The messages, each result with the call that it is of, and the calls of the last answer behind them."""
     found = []
     for number, message in enumerate(messages):
@@ -135,7 +135,7 @@ def _settled(
     return tuple(found), calls
 
 
-def _call_of(message: Message, calls: Sequence[MadeCall], field: str) -> MadeCall | None:
+def _call_of(message: ChatMessage, calls: Sequence[MadeCall], field: str) -> MadeCall | None:
     """The call whose result a message is; None where nobody said so, and no call waits."""
     waiting = [call for call in calls if not call.answered]
     named = next((call for call in waiting if call.id == message.call_id), None)

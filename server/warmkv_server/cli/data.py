@@ -131,16 +131,16 @@ def gc(
     """
     from warmkv_server.offline import show
     from warmkv_server.offline.directory import take
-    from warmkv_server.offline.garbage import Choice, find_waste, full_digest, remove
+    from warmkv_server.offline.garbage import Selection, find_waste, full_digest, remove
 
     with _refusing():
         unused_for = None if agents_unused_for is None else show.seconds(agents_unused_for)
         with take(data_dir) as taken:
             digest = None if fingerprint is None else full_digest(taken, fingerprint)
-            choice = Choice(unused_for, digest, pinned_too, quarantine)
-            waste = find_waste(taken, choice)
+            selection = Selection(unused_for, digest, pinned_too, quarantine)
+            waste = find_waste(taken, selection)
             if not dry_run:
-                remove(taken, waste, choice)
+                remove(taken, waste, selection)
     if as_json:
         typer.echo(json.dumps(show.waste_json(waste, dry_run)))
     else:
@@ -229,7 +229,7 @@ def import_agent(
     agent keeps its revision, labels, ttl and pin; a request id it answered before is not known here. Unless the archive
     is trusted, its KV serves this agent and its forks alone.
     """
-    from warmkv_server.config import Settings
+    from warmkv_server import config
     from warmkv_server.offline import show
     from warmkv_server.offline.directory import is_new, look, make, take
     from warmkv_server.offline.importing import Specs, opened, require_same_model
@@ -247,7 +247,7 @@ def import_agent(
             if model is not None:
                 from warmkv_server.offline.model import load
 
-                fingerprint, specs, vocabulary = load(Settings.read({"model": model, **given}))
+                fingerprint, specs, vocabulary = load(config.read({"model": model, **given}))
                 ours = require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
                 make(data_dir)
             else:

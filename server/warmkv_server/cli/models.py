@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from warmkv_server.config import Settings
+from warmkv_server import config
 from warmkv_server.errors import OperatorError
 
 models = typer.Typer(help="Look at models before they are served.", no_args_is_help=True)
@@ -33,7 +33,7 @@ def check(
 
     given = {"model": model, "adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
     try:
-        found = look(Settings.read({name: value for name, value in given.items() if value is not None}))
+        found = look(config.read({name: value for name, value in given.items() if value is not None}))
     except OperatorError as error:
         if as_json:
             typer.echo(json.dumps({"model": model, "refused": str(error)}))

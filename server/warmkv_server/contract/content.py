@@ -14,7 +14,7 @@ class RawText:
 
 
 @dataclass(frozen=True)
-class TokenIds:
+class TokenContent:
     ids: tuple[int, ...]
 
 
@@ -45,7 +45,7 @@ class Tool:
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One turn.
 
     Attributes:
@@ -77,7 +77,7 @@ class Chat:
         continue_last: whether the last message goes on.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...] | None = None
     variables: str | None = None
     continue_last: bool = False
@@ -104,7 +104,7 @@ class Setup:
 NO_SETUP = Setup()
 
 
-Content = RawText | TokenIds | Chat
+Content = RawText | TokenContent | Chat
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from warmkv_server.contract.content import Call, Message, Tool
+from warmkv_server.contract.content import Call, ChatMessage, Tool
 
 
 class Ending(StrEnum):
@@ -112,7 +112,7 @@ def role_before(ending: str) -> str:
     return _split(ending)[0].partition(" ")[2] if Ending.of(ending) is Ending.TURN else ""
 
 
-def held_back(ending: str) -> tuple[Message, ...]:
+def held_back(ending: str) -> tuple[ChatMessage, ...]:
     """The messages that a context holds back: all that it was made of. None where they can't be read."""
     if Ending.of(ending) is not Ending.HELD:
         return ()
@@ -122,18 +122,18 @@ def held_back(ending: str) -> tuple[Message, ...]:
         return ()
 
 
-def holding(messages: Sequence[Message]) -> str:
+def holding(messages: Sequence[ChatMessage]) -> str:
     """The ending of a context that holds these messages back."""
     listed: list[list[Any]] = []
     for message in messages:
-        bare = Message(message.role, message.content)
+        bare = ChatMessage(message.role, message.content)
         more = {name: value for name, value in asdict(message).items() if value != getattr(bare, name)}
         listed.append([message.role, message.content, *([more] if more else [])])
     return f"{Ending.HELD} {json.dumps(listed, ensure_ascii=False)}"
 
 
-def _message(role: str, content: str, more: dict[str, Any] | None = None) -> Message:
-    message = Message(str(role), str(content))
+def _message(role: str, content: str, more: dict[str, Any] | None = None) -> ChatMessage:
+    message = ChatMessage(str(role), str(content))
     if more:
         calls = tuple(Call(str(c["id"]), str(c["name"]), str(c["arguments"])) for c in more.pop("calls", ()))
         message = replace(message, calls=calls, **{name: str(value) for name, value in more.items()})

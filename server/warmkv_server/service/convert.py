@@ -14,7 +14,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.agents.types import (
     Activity,
-    AgentKey,
     AgentView,
     CacheReport,
     EvictResult,
@@ -30,10 +29,10 @@ from warmkv_server.agents.types import (
     Timings,
 )
 from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
-from warmkv_server.contract.content import Call, Chat, Content, RawText, TokenIds, Tool
-from warmkv_server.contract.content import Message as ChatMessage
+from warmkv_server.contract.content import Call, Chat, ChatMessage, Content, RawText, TokenContent, Tool
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.store import Tier
 from warmkv_server.service import limits
 
@@ -84,7 +83,7 @@ def content(message: pb.Content) -> Content | None:
         case "text":
             return RawText(message.text)
         case "token_ids":
-            return TokenIds(tuple(message.token_ids.ids))
+            return TokenContent(tuple(message.token_ids.ids))
         case "chat":
             return chat(message.chat)
     return None

@@ -57,10 +57,10 @@ class _Field(NamedTuple):
     kind: Descriptor | None
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """Where in a message something is."""
 
-    within: _Place | None
+    within: _Position | None
     field: _Field
     number: int
 
@@ -113,7 +113,7 @@ class _Walk:
         self._entries: Counter[int] = Counter()
         self.found: list[Violation] = []
 
-    def message(self, at: int, end: int, fields: dict[int, _Field], place: _Place | None, depth: int) -> None:
+    def message(self, at: int, end: int, fields: dict[int, _Field], place: _Position | None, depth: int) -> None:
         """Look through the bytes of one message.
 
         Args:
@@ -137,7 +137,7 @@ class _Walk:
                 if length > end - at:
                     raise _Malformed
                 if field is not None and length:
-                    self._inside(at, at + length, _Place(place, field, number), depth)
+                    self._inside(at, at + length, _Position(place, field, number), depth)
                 at += length
             elif kind == _VARINT:
                 _, at = self._varint(at, end)
@@ -146,7 +146,7 @@ class _Walk:
             else:
                 raise MalformedMessage("the request's bytes have groups in them, which no field of it is")
 
-    def _count(self, field: _Field, place: _Place | None) -> int:
+    def _count(self, field: _Field, place: _Position | None) -> int:
         """Count an entry of a list, and return its number."""
         number = self._entries[id(field)]
         if number >= field.entries:
@@ -155,7 +155,7 @@ class _Walk:
         self._entries[id(field)] = number + 1
         return number
 
-    def _inside(self, at: int, end: int, place: _Place, depth: int) -> None:
+    def _inside(self, at: int, end: int, place: _Position, depth: int) -> None:
         field = place.field
         if field.kind is _IDS:
             # Each number ends with a byte whose highest bit is clear.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from warmkv_server.contract.content import Call, Message
+from warmkv_server.contract.content import Call, ChatMessage
 from warmkv_server.contract.conversation import Ending, MadeCall, role_before
 from warmkv_server.errors import Unsupported
 from warmkv_server.text.template import Shape, Template, mark
@@ -42,7 +42,7 @@ class FollowUp:
 
 def follow_up(
     template: Template,
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     ending: str,
     last_token: int | None,
     ends: Mapping[int, str],
@@ -89,11 +89,11 @@ def follow_up(
 
 
 def _behind(
-    template: Template, messages: Sequence[Message], ending: str, answer: bool, calls: Sequence[MadeCall]
+    template: Template, messages: Sequence[ChatMessage], ending: str, answer: bool, calls: Sequence[MadeCall]
 ) -> Shape:
     """The shape of these messages behind the earlier conversation that is most like this one and is written out."""
     role = role_before(ending)
-    before: list[tuple[str | Message, ...]] = list(_ANSWERED)
+    before: list[tuple[str | ChatMessage, ...]] = list(_ANSWERED)
     if Ending.of(ending) is not Ending.ANSWER and not role and messages[0].role == "assistant":
         before.insert(0, ("user",))
     elif role in ("user", "system"):
@@ -117,13 +117,15 @@ def _behind(
     )
 
 
-def _calling(calls: Sequence[MadeCall]) -> list[str | Message]:
+def _calling(calls: Sequence[MadeCall]) -> list[str | ChatMessage]:
     """Messages that stand for an answer that made these calls, and for the results that are there."""
     made = [
         Call(call.written or call.id, call.name, f'{{"value": "{mark(_CALLS + n)}"}}') for n, call in enumerate(calls)
     ]
-    results = [Message(_TOOL, "-", call_id=call.written or call.id, name=call.name) for call in calls if call.answered]
-    return [Message("assistant", "", calls=tuple(made)), *results]
+    results = [
+        ChatMessage(_TOOL, "-", call_id=call.written or call.id, name=call.name) for call in calls if call.answered
+    ]
+    return [ChatMessage("assistant", "", calls=tuple(made)), *results]
 
 
 def _alike(first: str, second: str) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from warmkv_server.contract.content import Chat, Encoded
 from warmkv_server.contract.fairness import Bound, FairLine
 from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
-from warmkv_server.text.launch import Launcher, Process, Started
+from warmkv_server.text.launch import Launcher, Process, StartedProcess
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
@@ -88,7 +88,7 @@ class TextPool:
         traits: of the chat template, as far as it was probed.
     """
 
-    def __init__(self, bound: Bound, first: Started | None = None) -> None:
+    def __init__(self, bound: Bound, first: StartedProcess | None = None) -> None:
         self._bound = bound
         self._launcher = Launcher(first)
         self._short: FairLine[_Job] = FairLine()

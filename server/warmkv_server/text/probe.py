@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from warmkv_server.contract.content import Message
+from warmkv_server.contract.content import ChatMessage
 from warmkv_server.contract.conversation import Ending
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
@@ -71,13 +71,13 @@ _NAMES = {
 
 
 def _of_template(template: Template, ends: Mapping[int, str], traits: Traits) -> dict[str, Any]:
-    user, answer, system = Message("user", "-"), Message("assistant", "-"), Message("system", "-")
+    user, answer, system = ChatMessage("user", "-"), ChatMessage("assistant", "-"), ChatMessage("system", "-")
     conversations = {
         "system": ([system, user], 0),
         "user": ([user], 0),
         "assistant": ([user, answer, user], 1),
-        "tool": ([user, answer, Message("tool", "-")], 2),
-        "developer": ([Message("developer", "-"), user], 0),
+        "tool": ([user, answer, ChatMessage("tool", "-")], 2),
+        "developer": ([ChatMessage("developer", "-"), user], 0),
     }
     roles = {
         role: _said(template.shape((), messages, answer=True), index)
@@ -102,7 +102,7 @@ def _of_template(template: Template, ends: Mapping[int, str], traits: Traits) ->
     }
 
 
-def _behind(template: Template, user: Message, ends: Mapping[int, str]) -> tuple[str, str]:
+def _behind(template: Template, user: ChatMessage, ends: Mapping[int, str]) -> tuple[str, str]:
     """What becomes of a message behind an answer, and what the template writes between the two."""
     try:
         found = follow_up(template, [user], Ending.ANSWER, None, ends, answer=True)

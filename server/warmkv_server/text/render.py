@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError, meta, nodes
 from transformers.utils import chat_template_utils
 
-from warmkv_server.contract.content import Message, Setup, Tool
+from warmkv_server.contract.content import ChatMessage, Setup, Tool
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper  # imports MLX
@@ -93,7 +93,7 @@ def tool_as_told(tool: Tool) -> dict[str, Any]:
     }
 
 
-def message_as_told(message: Message, *, as_parts: bool, arguments_as_text: bool) -> dict[str, Any]:
+def message_as_told(message: ChatMessage, *, as_parts: bool, arguments_as_text: bool) -> dict[str, Any]:
     """A message as templates take it."""
     content = [{"type": "text", "text": message.content}] if as_parts else message.content
     told: dict[str, Any] = {"role": message.role, "content": content}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from warmkv_server.contract.content import NO_SETUP, Message, Setup
+from warmkv_server.contract.content import NO_SETUP, ChatMessage, Setup
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.render import Renderer, message_as_told, tool_as_told
 
@@ -39,7 +39,7 @@ def mark(number: int) -> str:
     return f"warmkv-message-{number}-here"
 
 
-def anchor_of(message: Message) -> str:
+def anchor_of(message: ChatMessage) -> str:
     """A text in a message that stands for others, behind which nothing of it comes but marks."""
     return mark_in(message.calls[-1].arguments) if message.calls else message.content
 
@@ -66,7 +66,7 @@ class Shape:
         error: what it raises.
     """
 
-    before: tuple[Message, ...] = ()
+    before: tuple[ChatMessage, ...] = ()
     parts: frozenset[int] = frozenset()
     lost: tuple[int, ...] = ()
     gap: str = ""
@@ -83,7 +83,7 @@ class Shape:
         return anchor_of(self.before[-1])
 
 
-Roles = tuple[Message, ...]
+Roles = tuple[ChatMessage, ...]
 """Each message without what it says, but for whether it says anything."""
 _SAYS = "-"
 
@@ -122,18 +122,18 @@ class Template:
     def _with(self, setup: Setup, arguments_as_text: bool) -> Template:
         return Template(None, setup, self.renderer, arguments_as_text=arguments_as_text)
 
-    def shape(self, before: Sequence[str | Message], messages: Sequence[Message], answer: bool) -> Shape:
+    def shape(self, before: Sequence[str | ChatMessage], messages: Sequence[ChatMessage], answer: bool) -> Shape:
         """
         Args:
             before: the messages that stand for an earlier conversation, or their roles.
             answer: whether a generation prompt follows.
         """
-        earlier = tuple(Message(each, _SAYS) if isinstance(each, str) else each for each in before)
+        earlier = tuple(ChatMessage(each, _SAYS) if isinstance(each, str) else each for each in before)
         roles = tuple(replace(message, content=_SAYS if message.content.strip() else "") for message in messages)
         small = sum(message.characters for message in (*earlier, *roles)) <= _MOST_ROLES
         return (self._remembered if small else self._probe)(earlier, roles, answer)
 
-    def whole(self, messages: Sequence[Message], answer: bool, *, skip: int = 0) -> str:
+    def whole(self, messages: Sequence[ChatMessage], answer: bool, *, skip: int = 0) -> str:
         """What it writes for a conversation.
 
         Args:
@@ -148,7 +148,7 @@ class Template:
         self.require_contents(shape, messages, answer, written, skip=skip)
         return written
 
-    def write(self, shape: Shape, messages: Sequence[Message], answer: bool) -> str:
+    def write(self, shape: Shape, messages: Sequence[ChatMessage], answer: bool) -> str:
         """What it writes for messages behind those of the shape.
 
         Raises:
@@ -167,7 +167,7 @@ class Template:
             return ""
         return written.rpartition(shape.anchor)[2]
 
-    def require(self, shape: Shape, messages: Sequence[Message], *, skip: int = 0, merges: bool = False) -> None:
+    def require(self, shape: Shape, messages: Sequence[ChatMessage], *, skip: int = 0, merges: bool = False) -> None:
         """
         Args:
             skip: how many of the messages were sent before, and are not of this request.
@@ -197,7 +197,7 @@ class Template:
         raise InvalidField.of(f"{_FIELD}[{max(0, index - skip)}]", f"{why}; {_remedy(messages[index], merges)}")
 
     def require_contents(
-        self, shape: Shape, messages: Sequence[Message], answer: bool, written: str, *, skip: int = 0
+        self, shape: Shape, messages: Sequence[ChatMessage], answer: bool, written: str, *, skip: int = 0
     ) -> None:
         """
         Args:
@@ -249,7 +249,7 @@ class Template:
         forgets = any(n < len(before) for n in lost)
         return Shape(stand_in, parts, tuple(sorted(n - len(before) for n in lost if n >= len(before))), gap, forgets)
 
-    def _forms(self, messages: Sequence[Message], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
+    def _forms(self, messages: Sequence[ChatMessage], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
         """Which messages it wants as parts, which of them it leaves out then, what it writes, and its error."""
         parts: frozenset[int] = frozenset()
         best: tuple[frozenset[int], set[int], str, str] | None = None
@@ -272,7 +272,7 @@ class Template:
         assert best is not None
         return best
 
-    def _render(self, messages: Iterable[Message], parts: frozenset[int], answer: bool) -> str:
+    def _render(self, messages: Iterable[ChatMessage], parts: frozenset[int], answer: bool) -> str:
         try:
             told = [
                 message_as_told(m, as_parts=n in parts, arguments_as_text=self.arguments_as_text)
@@ -291,7 +291,7 @@ class Template:
         return written
 
 
-def _is_there(message: Message, written: str) -> bool:
+def _is_there(message: ChatMessage, written: str) -> bool:
     """Whether what a message says was written, and the names of the tools that it calls."""
     if message.calls and not all(call.name in written for call in message.calls):
         return False
@@ -311,7 +311,7 @@ def _has_of(content: str, written: str) -> bool:
     return not words or max(words, key=len) in written or words[-1] in written
 
 
-def _remedy(message: Message, merges: bool) -> str:
+def _remedy(message: ChatMessage, merges: bool) -> str:
     if merges:
         return "send it together with the user's message that follows it"
     if message.role == _SYSTEM:

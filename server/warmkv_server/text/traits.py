@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from warmkv_server.contract.content import Call, Message, Setup, Tool
+from warmkv_server.contract.content import Call, ChatMessage, Setup, Tool
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.formats import BY_NAME, FORMATS, REASONING, ToolFormat
 from warmkv_server.text.reader import MessageReader
@@ -27,7 +27,7 @@ _CALLS = (
 )
 _PLAIN_CALLS = (Call("warmkv001", "warmkv_first", '{"place": "Zurich"}'),)
 _ANSWER, _THOUGHT = mark(8), mark(9)
-_USER = Message("user", mark(7))
+_USER = ChatMessage("user", mark(7))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _written(template: Template) -> str:
 
 def _reasoning(template: Template) -> tuple[str, str] | None:
     """The marks that stand around reasoning, or that the template looks for."""
-    written = _said(template, [_USER, Message("assistant", _ANSWER, reasoning=_THOUGHT)])
+    written = _said(template, [_USER, ChatMessage("assistant", _ANSWER, reasoning=_THOUGHT)])
     behind = written.partition(_USER.content)[2]
     for begin, end in REASONING:
         before, thought, after = behind.partition(_THOUGHT)
@@ -121,11 +121,11 @@ def _reasoning(template: Template) -> tuple[str, str] | None:
 
 
 def _keeps(template: Template) -> bool:
-    conversation = [_USER, Message("assistant", _ANSWER, reasoning=_THOUGHT), Message("user", "-")]
+    conversation = [_USER, ChatMessage("assistant", _ANSWER, reasoning=_THOUGHT), ChatMessage("user", "-")]
     return _THOUGHT in _said(template, conversation)
 
 
-def _said(template: Template, messages: Sequence[Message]) -> str:
+def _said(template: Template, messages: Sequence[ChatMessage]) -> str:
     shape = template.shape((), messages, answer=False)
     if shape.error:
         return ""
@@ -139,7 +139,7 @@ def _answer(
     template: Template, calls: tuple[Call, ...], traits: Traits, ends: Mapping[int, str]
 ) -> tuple[str, bool] | None:
     """What the model has to write to make these calls, and whether that begins within reasoning; None if it can't."""
-    made = Message("assistant", "", calls=calls)
+    made = ChatMessage("assistant", "", calls=calls)
     try:
         prompt = template.write(template.shape((), [_USER], answer=True), [_USER], answer=True)
         written = template.write(template.shape((), [_USER, made], answer=False), [_USER, made], answer=False)
