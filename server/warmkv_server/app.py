@@ -31,7 +31,7 @@ from warmkv_server.service.server_servicer import ServerServicer
 from warmkv_server.service.tls import Certificate
 from warmkv_server.shutdown import Shutdown
 from warmkv_server.text.launch import StartedProcess
-from warmkv_server.text.probe import unusual
+from warmkv_server.text.probe import abilities, unusual
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
@@ -172,8 +172,11 @@ async def _loaded(settings: Settings, starting: Coroutine[Any, Any, Engine]) -> 
 async def _say_unusual(engine: Engine) -> None:
     """What clients may run into, of the model's tokenizer and chat template; `warmkv models check` says all of it."""
     try:
-        for line in unusual(await engine.text.probe()):
+        findings = await engine.text.probe()
+        for line in unusual(findings):
             log.warning("%s: %s", engine.info.model_id, line)
+        if said := abilities(findings):
+            log.info("%s: %s", engine.info.model_id, said)
     except (InvalidField, RuntimeError) as error:
         log.warning("%s: the tokenizer and the chat template can't be tried: %s", engine.info.model_id, error)
 

@@ -41,8 +41,8 @@ def test_what_a_template_does_is_found_out_and_said_at_start(tmp_path: Path) -> 
     assert template["two_systems"] == "not written, and so refused"
     assert template["closes_with"] == "<|close|>"
     assert (template["tools"], template["reasoning"], template["follow_up"]) == (
-        "not written",
-        "not written",
+        "not written, and so refused",
+        "none that is known",
         "written",
     )
     assert found["tokenizer"]["changes"] == {}
@@ -50,6 +50,7 @@ def test_what_a_template_does_is_found_out_and_said_at_start(tmp_path: Path) -> 
         log = server.log_text()
     assert found["unusual"]
     assert all(line in log for line in found["unusual"])
+    assert "tools: not written, and so refused; reasoning: none that is known" in log
     plain = run("models", "check", str(folder))
     assert all(line in plain.stdout for line in found["unusual"])
 

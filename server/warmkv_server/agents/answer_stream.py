@@ -92,7 +92,9 @@ class AnswerStream:
     def conversation(self) -> Conversation:
         """What goes on behind the answer."""
         dropped = None
-        if self._request.drops_reasoning and self._reading is not None:
+        if self._reading is None:
+            return replace(self._work.context.conversation, calls=())
+        if self._request.drops_reasoning:
             dropped = self._reading.dropped(len(self._work.context.tokens), self._work.context.thinks, self._kept)
         return talk.after_answer(self._work.context.conversation, self.calls, dropped)
 

@@ -9,12 +9,24 @@ import numpy.typing as npt
 
 from warmkv_server.agents import talk
 from warmkv_server.contract.content import NO_SETUP, Chat, Content, Encoded, RawText, Setup, TokenContent
-from warmkv_server.contract.conversation import NOTHING_YET, Conversation, Ending, MadeCall, held_back, holding, plain
+from warmkv_server.contract.conversation import (
+    NOTHING_YET,
+    Conversation,
+    Ending,
+    MadeCall,
+    held_back,
+    holding,
+    kept,
+    plain,
+)
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds
 from warmkv_server.text.task import TAIL, Task
+
+_MOST_KEPT = 900_000
+"""Characters of what is kept with an agent besides its tokens; calls of its next answer come on top."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Context:
     @property
     def kept(self) -> str:
         """What is kept with the agent of how it goes on."""
-        return talk.ending_of(self.ending, self.conversation)
+        return kept(self.ending, self.conversation)
 
     @property
     def incarnation(self) -> int | None:
@@ -94,7 +106,9 @@ async def assemble(
         )
     after = ending_after(content, answered=answer, previous=ending, holds_back=new.holds_back)
     context = Context(agent, tokens, after, conversation, new.thinks)
-    len(context.kept)  # refused now if it is too much
+    if len(context.kept) > _MOST_KEPT:
+        field = "content.chat.messages" if new.holds_back else "content.chat.tools"
+        raise InvalidField.of(field, f"are more than can be kept with an agent: {_MOST_KEPT} characters")
     return context
 
 
@@ -189,9 +203,9 @@ async def _tokens(
     new = await engine.text.encode(task, tenant)
     if not new.replaced:
         return new
-    kept = held[len(held) - new.replaced :]
-    length = min(len(kept), len(new.tokens))
-    unlike = np.flatnonzero(kept[:length] != new.tokens[:length])
+    gone = held[len(held) - new.replaced :]
+    length = min(len(gone), len(new.tokens))
+    unlike = np.flatnonzero(gone[:length] != new.tokens[:length])
     alike = int(unlike[0]) if unlike.size else length
     return replace(new, tokens=new.tokens[alike:], replaced=new.replaced - alike)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from warmkv_server.agents import talk
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, queued_since
@@ -12,6 +11,7 @@ from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
+from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
 from warmkv_server.errors import AgentDeleted
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
@@ -107,7 +107,7 @@ async def _keep(
     if request.ephemeral or not key.agent_id:
         return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)
     recorded = RecordedResult(result, write if request.identity is not None else None)
-    ending = talk.ending_of(work.context.ending, stream.conversation)
+    ending = kept(work.context.ending, stream.conversation)
     committed = await work.commit(completion, finished, recorded.outcome_of, {}, ending)
     return recorded.result(committed.agent, committed.persisted)
 

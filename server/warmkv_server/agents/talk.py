@@ -11,13 +11,11 @@ import numpy as np
 
 from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import Chat, ChatMessage, Content, Encoded, Setup
-from warmkv_server.contract.conversation import Conversation, Ending, MadeCall, held_back, kept
+from warmkv_server.contract.conversation import Conversation, Ending, MadeCall
 from warmkv_server.errors import InvalidField, NoPendingCall, ToolsChanged
 from warmkv_server.kv.store import TokenIds
 
 TOOL = "tool"
-_MOST_KEPT = 900_000
-"""Characters of what is kept with an agent besides its tokens; calls of its next answer come on top."""
 _CALLS_KEPT, _NAME_KEPT = 256, 128
 """Calls of an answer that may wait, and characters of their names and ids that are kept."""
 
@@ -94,21 +92,6 @@ def after_answer(
     )
     dropped = (*conversation.reasoning, reasoning) if reasoning is not None else conversation.reasoning
     return replace(conversation, calls=made, reasoning=dropped)
-
-
-def ending_of(ending: str, conversation: Conversation) -> str:
-    """What is kept with the agent.
-
-    Raises:
-        InvalidField: if it is too much.
-    """
-    text = kept(ending, conversation)
-    if len(text) > _MOST_KEPT:
-        field = "content.chat.messages" if held_back(ending) else "content.chat.tools"
-        raise InvalidField.of(
-            field, f"are too much to be kept with an agent: {len(text)} characters, of which {_MOST_KEPT} are the most"
-        )
-    return text
 
 
 def role_after(content: Chat) -> str:

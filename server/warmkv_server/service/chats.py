@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.errors import Unsupported
 from warmkv_server.service import convert, limits
-from warmkv_server.service.faults import Faults
+
+if TYPE_CHECKING:
+    from warmkv_server.service.validate import Faults  # which looks at chats with this
 
 _CHAT = "content.chat"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

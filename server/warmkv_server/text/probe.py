@@ -63,6 +63,16 @@ def unusual(findings: Findings) -> list[str]:
     return lines
 
 
+def abilities(findings: Findings) -> str:
+    """What the model can besides talking, in one line; empty without a chat template."""
+    template = findings["template"]
+    if template is None:
+        return ""
+    return (
+        f"tools: {template['tools']}; reasoning: {template['reasoning']}; template variables: {template['variables']}"
+    )
+
+
 _NAMES = {
     "system_alone": "a system message alone",
     "two_systems": "two system messages",
