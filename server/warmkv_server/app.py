@@ -7,13 +7,14 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Coroutine
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from warmkv_server.agents.agents import Agents, AgentSettings
 from warmkv_server.config import LOOPBACK, Settings
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.model import ModelInfo
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.engine import Engine, EngineSettings
 from warmkv_server.engine.steps.loop import SOON_SECONDS
@@ -38,11 +39,29 @@ log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
-async def serve(settings: Settings, text: Started) -> int:
+@dataclass(frozen=True)
+class Serving:
+    """What is served, once it is.
+
+    Attributes:
+        address: HOST:PORT.
+        agents: of all tenants.
+        stale: those whose KV this model can't use, by the reason.
+    """
+
+    address: str
+    settings: Settings
+    info: ModelInfo
+    agents: int
+    stale: Mapping[str, int]
+
+
+async def serve(settings: Settings, text: Started, tell: Callable[[Serving], None]) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
         text: the first process for text work.
+        tell: is called when calls are served.
 
     Returns:
         The exit status; see shutdown.py.
@@ -71,6 +90,7 @@ async def serve(settings: Settings, text: Started) -> int:
     metrics.watch_connections(port, connections)
     if settings.metrics_port is not None:
         metrics.expose(settings.host, settings.metrics_port)
+    await asyncio.to_thread(Store.probe, settings.data_dir)  # not only when the model is loaded
     await server.start()  # already now, so that health can say that the model is loading
     try:
         engine = await _unless_stopped(_load_engine(settings, auth.tenants, text), signals.first)
@@ -98,7 +118,8 @@ async def serve(settings: Settings, text: Started) -> int:
                 gc.freeze()
                 server.announce()
                 engine.watch = server.say_engine
-                print(f"listening on {settings.host}:{port}", flush=True)
+                agents_now = sum(store.stats().agents_by_tier.values())
+                tell(Serving(f"{settings.host}:{port}", settings, engine.info, agents_now, store.stale()))
 
                 stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
                 await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationEr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from warmkv_server.errors import OperatorError
+from warmkv_server.platform import places
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -36,7 +37,11 @@ class Settings(BaseSettings):
     context_limit: int | None = Field(None, ge=2, description="Most tokens of a context. Default: the model's own.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: Port = Field(50051, description="Port to listen on; 0 takes a free one.")
-    data_dir: Path = Field(Path("data"), description="Folder of the contexts; made if it is not there.")
+    data_dir: Path = Field(
+        default_factory=places.data_dir,
+        description="Folder of the contexts; made if it is not there. Default: where this platform keeps data, such as "
+        "~/.local/share/warmkv.",
+    )
     hot_bytes: Bytes = Field(
         default_factory=_quarter_of_memory,
         description="RAM for contexts at rest, pinned or not, such as 8GiB. Default: a quarter of the machine's.",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError
+from warmkv_server.platform import places
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +18,8 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults() -> None:
     settings = Settings.read({})
     assert (settings.model, settings.host, settings.port) == ("builtin:tiny", "127.0.0.1", 50051)
-    assert settings.data_dir == Path("data")
+    assert settings.data_dir == places.data_dir()
+    assert settings.data_dir.is_absolute()
     assert settings.hot_bytes > 1 << 20
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from warmkv_server.contract.kv import KVLayout, Reuse
@@ -20,7 +21,7 @@ from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
-from warmkv_server.kv.catalog.startup import open_directory
+from warmkv_server.kv.catalog.startup import make_folders, open_directory
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
@@ -131,6 +132,16 @@ class Store:
             store._manifests.note(agent)
         return store
 
+    @staticmethod
+    def probe(data_dir: Path) -> None:
+        """Find out early what `open` would refuse at once. Blocking.
+
+        Raises:
+            OperatorError: the directory can't be made or written, or another process has it.
+        """
+        make_folders(data_dir, Files(Durability.NONE))
+        DirectoryLock(data_dir).release()
+
     async def close(self) -> None:
         """Wait for what is in flight, then let go of the directory."""
         await self._upkeep.close()
@@ -227,6 +238,15 @@ class Store:
             StorageUnavailable: it can't be looked up.
         """
         return await self._core.outcomes.find(tenant, request_id)
+
+    def stale(self) -> dict[str, int]:
+        """Agents of other models or KV settings, by how those differ from what is served; "" where nobody knows."""
+        core = self._core
+        digests = Counter(a.fingerprint for a in core.index.agents.values() if a.fingerprint != core.fingerprint)
+        found: Counter[str] = Counter()
+        for digest, number in digests.items():
+            found[", ".join(core.foreign.differences(digest))] += number
+        return dict(found)
 
     def tiers(self, tenant: str) -> dict[str, int]:
         """A tenant's agents by tier."""

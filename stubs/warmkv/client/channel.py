@@ -30,7 +30,6 @@ that change something need a request_id, for a connection can break when the wor
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-    ("grpc.enable_retries", 1),
     ("grpc.max_receive_message_length", -1),
     # A long prefill says nothing for minutes; pings tell a slow server from a dead one, and proxies that it is used.
     ("grpc.keepalive_time_ms", 20_000),
@@ -52,7 +51,7 @@ class Target:
         token: of the server's token file.
         tls: with the roots that gRPC brings.
         tls_ca: with these roots, a file in PEM form.
-        options: of gRPC's channel, behind ours.
+        options: of gRPC's channel; they win over ours.
     """
 
     address: str
@@ -78,7 +77,7 @@ class Target:
         return grpc.aio.secure_channel(self.address, credentials, self._options())
 
     def _options(self) -> list[tuple[str, Any]]:
-        return [*OPTIONS, *self.options]
+        return [*self.options, *OPTIONS]  # of two of one name gRPC takes the first
 
     def _credentials(self) -> grpc.ChannelCredentials | None:
         """

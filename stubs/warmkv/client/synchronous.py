@@ -29,10 +29,10 @@ class Client:
         tls: speak TLS, with the roots that gRPC brings.
         tls_ca: speak TLS with the roots in this file (PEM).
         timeout: seconds for each call that names none; None for no limit. A long prefill takes minutes.
-        options: further ones of gRPC's channel.
+        options: of gRPC's channel; they win over ours.
 
-    Every method raises WarmKVError where its call fails. What may succeed later is tried again (SERVICE_CONFIG), and what
-    changes something has a request_id, so that it is done once.
+    Every method raises WarmKVError where its call fails. What may succeed later is tried again (SERVICE_CONFIG), and
+    what changes something has a request_id, so that it is done once.
 
     Attributes:
         agent_service, server_service: the generated stubs on the same channel, for what isn't here.
