@@ -105,6 +105,7 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged, on stderr.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

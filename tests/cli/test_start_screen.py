@@ -1,4 +1,4 @@
-"""What `warmkv serve` says when it serves, on a terminal and in its log."""
+"""What `warmkv serve` says when it serves, on a terminal and in its log, and where it keeps contexts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_data_is_kept_where_the_platform_has_it(tmp_path: Path) -> None:
     """And not in the working directory, where it used to be: what is there still is said."""
     make(tmp_path / "data")
     environment = clean_environment() | {"XDG_DATA_HOME": str(tmp_path / "share")}
-    command = [WARMKV, "serve", "--port", "0"]
+    command = [str(WARMKV), "serve", "--port", "0"]
     with (tmp_path / "log").open("w") as stderr:
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
@@ -67,7 +67,7 @@ def test_data_is_kept_where_the_platform_has_it(tmp_path: Path) -> None:
 
 def test_a_data_directory_that_cannot_be_had_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    command = [WARMKV, "serve", "--port", "0", "--data-dir", tmp_path / "file"]
+    command = [str(WARMKV), "serve", "--port", "0", "--data-dir", str(tmp_path / "file")]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "loading" not in done.stderr

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -45,11 +45,9 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 _AT_ONCE = (("grpc.enable_retries", 0),)
 """A person hears at once that there is no server; the chat waits for one by its own means."""
 
-Rest = ParamSpec("Rest")
 
-
-def on_server(command: Callable[Concatenate[Client, Rest], None]) -> Callable[..., None]:
-    """Make a command of a function that wants a client: it gets the options that say of which server."""
+def on_server(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function whose first argument is a client: it gets the options that say of which server."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -64,7 +62,7 @@ def on_server(command: Callable[Concatenate[Client, Rest], None]) -> Callable[..
         [*(each.replace(kind=keyword) for each in own), *theirs]
     )
     run.__annotations__ = {}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -25,6 +23,7 @@ from warmkv_server.cli.running import ps, top
 from warmkv_server.cli.start_screen import show
 from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError, ServerFailed
+from warmkv_server.platform.logs import log_to_stderr
 from warmkv_server.platform.versions import version_of
 
 app = typer.Typer(
@@ -81,7 +80,7 @@ def serve(**flags: Any) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         settings = Settings.read({name: value for name, value in flags.items() if value is not None})
-        _log_to_stderr(settings.log_level)
+        log_to_stderr(settings.log_level, settings.log_format)
         from warmkv_server.text.launch import Started
 
         text = Started.first()
@@ -136,14 +135,6 @@ for _command in (chat, ps, top, health):
     app.command()(_command)
 for _name, _group in {"agents": agents, "store": store, "models": models}.items():
     app.add_typer(_group, name=_name)
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for noisy in ("httpx", "huggingface_hub", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _refuse(sentence: str, status: int = 2) -> NoReturn:

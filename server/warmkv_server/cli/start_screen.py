@@ -29,8 +29,10 @@ def show(serving: Serving) -> None:
     if sys.stdout.isatty():
         _draw(rows)
     else:
+        about = ""
         for topic, said in rows:
-            log.info("%s: %s", topic, said)
+            about = topic or about
+            log.info("%s: %s", about, said)
     print(f"listening on {serving.address}", flush=True)
 
 
