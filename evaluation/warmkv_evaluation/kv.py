@@ -19,6 +19,7 @@ from warmkv_evaluation.statistics import Floats, interval
 from warmkv_evaluation.windows import cut
 from warmkv_server.contract.generation import Job
 from warmkv_server.contract.kv import Reuse
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
@@ -27,7 +28,7 @@ from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.model.step_plan import StepPlan
 from warmkv_server.engine.steps.batch import run_chunk
 from warmkv_server.engine.steps.sequence import Sequence as Running
-from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
+from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store
 from warmkv_server.text.text import Text
 
 CHUNK = 256
@@ -97,7 +98,7 @@ async def _score(loaded: models.LoadedModel, texts: list[list[int]], context: in
     """Log-probabilities, one array (scored, vocabulary) a window, and the bytes read back."""
     found, bytes_loaded = [], 0
     with tempfile.TemporaryDirectory(prefix="warmkv-eval-") as folder:
-        settings = StoreSettings(Path(folder), durability=Durability.NONE)
+        settings = Settings(data_dir=Path(folder), durability=Durability.NONE)
         fields = {**loaded.info.fingerprint_fields, **loaded.cache_map.codecs.fingerprint_fields()}
         store = await Store.open(settings, loaded.cache_map.layout, Fingerprint(fields))
         try:

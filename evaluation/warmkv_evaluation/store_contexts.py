@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from warmkv_server.contract.kv import Growth, KVLayout, PartKind, policy_of
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.arrays import stored_shape
-from warmkv_server.kv.store import Commit, Committed, Durability, Fingerprint, Store, StoreSettings, TokenIds
+from warmkv_server.kv.store import Commit, Committed, Durability, Fingerprint, Store, TokenIds
 
 TENANT = "measured"
 HOT_BYTES = 1 << 40  # nothing is evicted unless a measurement asks for it
@@ -22,10 +22,17 @@ Noise = np.random.Generator
 
 
 @asynccontextmanager
-async def opened(data_dir: Path, layout: KVLayout, **settings: Any) -> AsyncIterator[Store]:
+async def opened(
+    data_dir: Path,
+    layout: KVLayout,
+    *,
+    hot_bytes: int = HOT_BYTES,
+    durability: Durability = Durability.FULL,
+    busy: Callable[[], bool] = lambda: False,
+) -> AsyncIterator[Store]:
     """A store of its own in an empty folder, as durable as a server's unless told otherwise."""
-    chosen = StoreSettings(data_dir, **{"hot_bytes": HOT_BYTES, "durability": Durability.FULL, **settings})
-    store = await Store.open(chosen, layout, Fingerprint({"contents": "noise"}))
+    settings = Settings(data_dir=data_dir, hot_bytes=hot_bytes, durability=durability)
+    store = await Store.open(settings, layout, Fingerprint({"contents": "noise"}), busy=busy)
     try:
         yield store
     finally:

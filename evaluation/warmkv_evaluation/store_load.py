@@ -31,7 +31,7 @@ from warmkv_server.contract.kv import PartKind, Reuse
 from warmkv_server.engine.cache.caches import empty_caches
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks import blockfile
-from warmkv_server.kv.store import Store, StoreSettings, TokenIds
+from warmkv_server.kv.store import Store, TokenIds, Tuning
 
 AGENT, OTHER = "loaded", "other"
 PRIMED_AT_ONCE = 4096
@@ -98,7 +98,7 @@ async def measure(
         await store.settled()
         found = []
         specs = blockfile.ordered(layout.of_kind(PartKind.APPEND))
-        with Readers(files, specs, StoreSettings(data_dir).io_threads) as readers:
+        with Readers(files, specs, Tuning.io_threads) as readers:
             for drop in dropped:
                 seconds = await _interleaved(store, loaded, other, readers, repeats, drop)
                 found.append(LoadTimes(shape.name, tokens, readers.threads, drop, len(files), readers.nbytes, seconds))

@@ -14,7 +14,8 @@ from warmkv_evaluation.store_contexts import TENANT, noise, opened, tokens_of
 from warmkv_evaluation.store_shapes import Shape
 from warmkv_server.contract.generation import Answer, Delta, Finished, Job
 from warmkv_server.contract.kv import Growth, Reuse
-from warmkv_server.engine.engine import Engine, EngineSettings
+from warmkv_server.contract.settings import Settings
+from warmkv_server.engine.engine import Engine
 from warmkv_server.kv.store import Commit, Store
 
 PROMPT_TOKENS = 256
@@ -52,10 +53,9 @@ async def measure(model: str, shape: Shape, data_dir: Path, *, tokens: int, roun
     alone: list[float] = []
     saving: list[float] = []
     seconds: list[float] = []
-    engine = await Engine.start(EngineSettings(model=model))
+    engine = await Engine.start(Settings(model=model))
     try:
-        async with opened(data_dir, layout) as store:
-            store.give_way(lambda: engine.stats().decoding > 0)
+        async with opened(data_dir, layout, busy=lambda: engine.decoding) as store:
             for number in range(-1, rounds):
                 before, during, taken = await _round(engine, store, growth, number)
                 if number >= 0:  # the first round warms up

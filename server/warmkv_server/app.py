@@ -11,28 +11,27 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from warmkv_server.agents.agents import Agents, AgentSettings
-from warmkv_server.config import LOOPBACK, Settings
-from warmkv_server.contract.fairness import Bound
+from warmkv_server.agents.agents import Agents
 from warmkv_server.contract.model import ModelInfo
-from warmkv_server.engine.cache.codecs.choose import codecs_for
-from warmkv_server.engine.engine import Engine, EngineSettings
+from warmkv_server.contract.pressure import MemoryPressure
+from warmkv_server.contract.settings import LOOPBACK, Settings
+from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.steps.loop import SOON_SECONDS
-from warmkv_server.errors import InvalidField, ServerFailed
-from warmkv_server.kv.blocks.blockfile import VERSION as BLOCK_FORMAT
-from warmkv_server.kv.store import Durability, Fingerprint, Store, StoreSettings
-from warmkv_server.platform import blas, descriptors
-from warmkv_server.platform.signals import StopSignals
+from warmkv_server.errors import InvalidField, OperatorError, ServerFailed
+from warmkv_server.kv.store import Fingerprint, Store
+from warmkv_server.platform import blas, descriptors, memory
+from warmkv_server.platform.signals import StopSignals, on_hangup
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.auth import BearerTokens, Open
-from warmkv_server.service.codecs import codecs
+from warmkv_server.service.auth import Auth, BearerTokens, Open
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
-from warmkv_server.service.server import GrpcServer, Tls
-from warmkv_server.service.server_servicer import Facts, ServerServicer
+from warmkv_server.service.response_codecs import response_codecs
+from warmkv_server.service.server import GrpcServer
+from warmkv_server.service.server_servicer import ServerServicer
+from warmkv_server.service.tls import Certificate
 from warmkv_server.shutdown import Shutdown
-from warmkv_server.text.launch import Started
+from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.probe import unusual
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class Serving:
     stale: Mapping[str, int]
 
 
-async def serve(settings: Settings, text: Started, tell: Callable[[Serving], None]) -> int:
+async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Serving], None]) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
@@ -70,54 +69,54 @@ async def serve(settings: Settings, text: Started, tell: Callable[[Serving], Non
         OperatorError: if the server can't be started as it was asked to.
         ServerFailed: if it can't go on, though nobody told it to stop.
     """
-    signals = StopSignals()
+    signals, pressure = StopSignals(), MemoryPressure()
     gate, metrics = Gate(), Metrics()
-    auth = BearerTokens.load(settings.token_file) if settings.token_file is not None else Open()
+    auth = BearerTokens(settings.token_file) if settings.token_file is not None else Open()
+    certificate = Certificate.of(settings)
+    lock = await Store.take(settings)
     server = GrpcServer(
-        Endpoints(gate, auth, metrics, settings.max_message_bytes),
-        AgentServicer(settings.default_max_tokens, metrics),
-        ServerServicer(_facts(settings, auth.tenants)),
+        settings,
+        Endpoints(gate, auth, metrics, settings),
+        AgentServicer(settings, metrics),
+        ServerServicer(settings, auth.tenants),
         connections := descriptors.for_connections(),
+        certificate,
     )
+    _reload_on_hangup(auth, certificate)
+    _warn_of_budgets(settings)
     if settings.token_file is not None and settings.tls_cert is None and settings.host not in LOOPBACK:
         log.warning(
             "tokens and conversations cross the network of --host %s in clear: give --tls-cert and --tls-key, unless "
             "something in front of this server encrypts them",
             settings.host,
         )
-    tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
-    port = server.bind(settings.host, settings.port, tls, settings.health_port)
-    metrics.watch_connections(port, connections)
-    if settings.metrics_port is not None:
-        metrics.expose(settings.host, settings.metrics_port)
-    await asyncio.to_thread(Store.probe, settings.data_dir)  # not only when the model is loaded
+    port = server.bind()
+    metrics.expose(settings, gate, port, connections)
     await server.start()  # already now, so that health can say that the model is loading
     try:
-        engine = await _unless_stopped(_load_engine(settings, auth.tenants, text), signals.first)
+        starting = Engine.start(settings, text, tenants=auth.tenants, pressure=pressure, tell=server.say_engine)
+        engine = await _unless_stopped(_loaded(settings, starting), signals.first)
         try:
-            fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
-            layout = replace(engine.info.layout, vocabulary=engine.info.vocab_size)
-            store = await Store.open(_store_settings(settings, auth.tenants), layout, fingerprint)
-            shutdown = Shutdown(store, signals, settings.drain_seconds)
+            store = await Store.open(
+                settings,
+                replace(engine.info.layout, vocabulary=engine.info.vocab_size),
+                Fingerprint.of_model(engine.info.fingerprint_fields),
+                lock=lock,
+                tenants=auth.tenants,
+                pressure=pressure,
+                busy=lambda: engine.decoding,
+                tell=server.say_storage,
+            )
+            shutdown = Shutdown(store, signals, settings)
             try:
                 await _unless_stopped(engine.text.ready(), signals.first)
                 await _unless_stopped(_say_unusual(engine), signals.first)
-                engine.relieve = store.relieve
-                store.give_way(lambda: engine.decoding)
-                agent_settings = AgentSettings(
-                    waiting=Bound(settings.max_queue, auth.tenants),
-                    loaded_bytes=settings.inflight_bytes,
-                    synced=settings.durability != "none",
-                )
-                agents = Agents(engine, store, store.fingerprint, agent_settings, codecs())
-                metrics.watch(agents)
-                store.watch_disk(server.say_storage)
+                agents = Agents(engine, store, settings, response_codecs(), auth.tenants)
                 gate.open(agents, engine.text_bytes)
                 # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
                 gc.collect()
                 gc.freeze()
                 server.announce()
-                engine.watch = server.say_engine
                 agents_now = sum(store.stats().agents_by_tier.values())
                 tell(Serving(f"{settings.host}:{port}", settings, engine.info, agents_now, store.stale()))
 
@@ -148,7 +147,35 @@ async def serve(settings: Settings, text: Started, tell: Callable[[Serving], Non
     return status
 
 
-async def _load_engine(settings: Settings, tenants: int, text: Started) -> Engine:
+def _reload_on_hangup(auth: Auth, certificate: Certificate | None) -> None:
+    """Where there are files of tokens or a certificate, SIGHUP has them read again; a bad one changes nothing."""
+    files = [each for each in (auth, certificate) if isinstance(each, BearerTokens | Certificate)]
+
+    def reload() -> None:
+        for each in files:
+            try:
+                log.info("SIGHUP: read again %s", each.reload())
+            except OperatorError as error:
+                log.error("SIGHUP changed nothing: %s", error)
+
+    if files:
+        on_hangup(reload)
+
+
+def _warn_of_budgets(settings: Settings) -> None:
+    memory_bytes = memory.usable_bytes()
+    budgets = settings.hot_bytes + 2 * settings.inflight_bytes
+    if budgets > memory_bytes:
+        log.warning(
+            "--hot-bytes and twice --inflight-bytes are %d bytes together, and this machine, or the container, has %d: "
+            "with full budgets the system ends the server; give less, and leave room for the model",
+            budgets,
+            memory_bytes,
+        )
+
+
+async def _loaded(settings: Settings, starting: Coroutine[Any, Any, Engine]) -> Engine:
+    """The engine with its model, and what the log says of that."""
     if blas.is_reference():
         log.warning(
             "no fast BLAS was found: this CPU computes tens of times slower than it could; "
@@ -156,22 +183,7 @@ async def _load_engine(settings: Settings, tenants: int, text: Started) -> Engin
         )
     log.info("loading %s", settings.model)
     began = time.perf_counter()
-    engine = await Engine.start(
-        EngineSettings(
-            model=settings.model,
-            adapter=settings.adapter,
-            codecs=codecs_for(settings.kv_bits, settings.kv_group_size),
-            context_limit=settings.context_limit,
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            tenants=tenants,
-            inflight_bytes=settings.inflight_bytes,
-            prefill_chunk=settings.prefill_chunk,
-            max_decode_gap_ms=settings.max_decode_gap_ms,
-            speculate_tokens=settings.speculate_tokens,
-        ),
-        text,
-    )
+    engine = await starting
     where = f"{engine.info.device}, {engine.info.blas}" if engine.info.blas else engine.info.device
     log.info("loaded %s in %.1f seconds (%s)", engine.info.model_id, time.perf_counter() - began, where)
     return engine
@@ -184,28 +196,6 @@ async def _say_unusual(engine: Engine) -> None:
             log.warning("%s: %s", engine.info.model_id, line)
     except (InvalidField, RuntimeError) as error:
         log.warning("%s: the tokenizer and the chat template can't be tried: %s", engine.info.model_id, error)
-
-
-def _store_settings(settings: Settings, tenants: int) -> StoreSettings:
-    return StoreSettings(
-        data_dir=settings.data_dir,
-        hot_bytes=settings.hot_bytes,
-        disk_bytes=settings.disk_bytes,
-        durability=Durability(settings.durability),
-        load_timeout=settings.load_seconds,
-        tenants=tenants,
-    )
-
-
-def _facts(settings: Settings, tenants: int) -> Facts:
-    return Facts(
-        hot_bytes=settings.hot_bytes,
-        disk_bytes=settings.disk_bytes,
-        durability=Durability(settings.durability),
-        default_max_tokens=settings.default_max_tokens,
-        block_format=str(BLOCK_FORMAT),
-        tenants=tenants,
-    )
 
 
 async def _unless_stopped(loading: Coroutine[Any, Any, Loaded], stop: asyncio.Future[None]) -> Loaded:

@@ -1,138 +1,206 @@
-"""Every setting of the server, its default and its limits, in one place.
+"""Reading the settings: a flag of `warmkv serve` wins over the environment (`WARMKV_` and the setting's name in
+capitals), which wins over a TOML file (`--config`), which wins over the default.
 
-A flag of `warmkv serve` wins over the environment (`WARMKV_` and the setting's name in capitals), which wins over the
-default.
+What can be set, and the limits of each value, is declared in `contract/settings.py`.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Any, get_type_hints
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import ValidationError, create_model
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
+from warmkv_server.contract.settings import LOOPBACK, Settings
 from warmkv_server.errors import OperatorError
-from warmkv_server.platform import places
+from warmkv_server.platform import memory, places
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+FILE_VARIABLE = "WARMKV_CONFIG"
+"""Names the file, where no flag does."""
+_PREFIX = "WARMKV_"
+_OTHER_VARIABLES = (FILE_VARIABLE, "WARMKV_BLAS", "WARMKV_TARGET", "WARMKV_TOKEN", "WARMKV_TLS_CA")
+_KUBERNETES = re.compile(r"(\w+_)?SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
+"""What it sets beside a service that is called warmkv, behind the prefix."""
+_LIKE = 0.75
+"""How like a setting's name another has to be to be meant as one, 1 for the same. A variable that is less like one may
+be somebody else's."""
 
-Bytes = Annotated[ByteSize, Field(ge=0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+_HINTS = get_type_hints(Settings, include_extras=True)
+_TYPES = get_type_hints(Settings)
 
 
-def _quarter_of_memory() -> ByteSize:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return TypeAdapter(ByteSize).validate_python(memory // 4)
+@dataclass(frozen=True)
+class Option:
+    """One setting, as an operator meets it.
+
+    Attributes:
+        default: "" if there is none, or if the help text says what it is.
+    """
+
+    name: str
+    help: str
+    default: str
+    is_switch: bool
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        return f"{_PREFIX}{self.name.upper()}"
 
 
-class Settings(BaseSettings):
-    """What an operator can set. Descriptions are the help texts of `warmkv serve`."""
+@dataclass(frozen=True)
+class Configured:
+    """Settings, and who said so.
 
-    model_config = SettingsConfigDict(env_prefix="WARMKV_", extra="forbid", frozen=True)
+    Attributes:
+        origins: of each setting by name, such as "--port" or "the default".
+    """
 
-    model: str = Field("builtin:tiny", description="builtin:tiny, random:SHAPE, a folder, or ORG/NAME[@REV] of a hub.")
-    adapter: str | None = Field(None, description="Folder of a LoRA adapter to put on the model.")
-    context_limit: int | None = Field(None, ge=2, description="Most tokens of a context. Default: the model's own.")
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: Port = Field(50051, description="Port to listen on; 0 takes a free one.")
-    data_dir: Path = Field(
-        default_factory=places.data_dir,
-        description="Folder of the contexts; made if it is not there. Default: where this platform keeps data, such as "
-        "~/.local/share/warmkv.",
-    )
-    hot_bytes: Bytes = Field(
-        default_factory=_quarter_of_memory,
-        description="RAM for contexts at rest, pinned or not, such as 8GiB. Default: a quarter of the machine's.",
-    )
-    disk_bytes: Bytes = Field(ByteSize(0), description="Limit of the data folder, such as 100GiB; 0 for none.")
-    inflight_bytes: Bytes = Field(
-        default_factory=_quarter_of_memory,
-        description="RAM for requests at work, what computing them takes included, and as much for contexts that are "
-        "loaded next. Default: a quarter of the machine's.",
-    )
-    kv_bits: Annotated[Literal[0, 4, 8], BeforeValidator(int)] = Field(
-        4, description="Bits of a K or V value: 4, 8, or 0 to keep them as computed."
-    )
-    kv_group_size: Annotated[Literal[32, 64, 128], BeforeValidator(int)] = Field(
-        64, description="K or V values that share a scale."
-    )
-    durability: Literal["full", "fsync", "none"] = Field(
-        "full",
-        description="What a commit waits for: full is safe from a power cut; so is fsync, but on macOS from a crash of "
-        "the system only; none waits for nothing, and no answer says persisted.",
-    )
-    max_batch: int = Field(32, ge=1, description="Requests computed at once.")
-    max_queue: int = Field(
-        256,
-        ge=1,
-        description="Requests that wait for the engine, as many that wait for memory, and as many for their agent's "
-        "turn. Where that is full, a tenant that has less than its equal share is still let in.",
-    )
-    prefill_chunk: int = Field(
-        0, ge=0, multiple_of=256, description="Tokens of one prefill step; 0 takes what suits the device."
-    )
-    max_decode_gap_ms: int = Field(
-        200, ge=1, description="Milliseconds that another's prefill may hold up answers that are streaming."
-    )
-    speculate_tokens: int = Field(
-        0,
-        ge=0,
-        le=64,
-        description="Most tokens guessed from the context and checked in one step of an answer that is computed alone; "
-        "0 for none.",
-    )
-    default_max_tokens: int = Field(256, ge=1, description="Length of an answer where the request names none.")
-    max_message_bytes: ByteSize = Field(ByteSize(16 << 20), ge=1024, description="Largest request that is read.")
-    load_seconds: float = Field(30.0, gt=0, description="Longest wait for blocks from disk before computing them anew.")
-    tls_cert: Path | None = Field(None, description="Certificate chain in PEM form; needs --tls-key.")
-    tls_key: Path | None = Field(None, description="The certificate's key in PEM form.")
-    token_file: Path | None = Field(
-        None, description="Who may call: a line for each token, TENANT TOKEN [AGENT_PREFIX]. Default: everybody."
-    )
-    insecure_bind: bool = Field(
-        False, description="Listen on other addresses than this machine's own without TLS and without tokens."
-    )
-    health_port: Port | None = Field(
-        None,
-        ge=1,
-        description="Port for gRPC's health service alone, on --host, with connections of its own: a probe is answered "
-        "there also while clients have all others. Default: health is served on --port only.",
-    )
-    metrics_port: Port | None = Field(None, ge=1, description="Port for Prometheus, on --host. Default: no metrics.")
-    drain_seconds: float = Field(
-        30.0, ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged, on stderr.")
-    log_format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
+    settings: Settings
+    origins: Mapping[str, str]
 
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key need each other")
-        open_to_all = self.tls_cert is None and self.token_file is None
-        if self.host not in LOOPBACK and open_to_all and not self.insecure_bind:
-            raise ValueError(
-                f"--host {self.host} would serve other machines with neither TLS nor tokens: "
-                "give --tls-cert and --tls-key, or --token-file, or say --insecure-bind"
+
+def options() -> Iterator[Option]:
+    """Every setting, in the order of its declaration."""
+    for field in fields(Settings):
+        is_told = field.default is None or field.name in {**_of_this_machine(), **_of_this_platform()}
+        text = FieldInfo.from_annotation(_HINTS[field.name]).description or ""
+        yield Option(field.name, text, "" if is_told else str(field.default), _TYPES[field.name] is bool)
+
+
+def read(flags: Mapping[str, object], file: Path | None = None) -> Settings:
+    """Settings from flags (those given), the environment, the file and this machine.
+
+    Raises:
+        OperatorError: naming the first setting that is wrong.
+    """
+    return tell(flags, file).settings
+
+
+def tell(flags: Mapping[str, object], file: Path | None = None) -> Configured:
+    """As `read`, with where each value came from.
+
+    Args:
+        file: in TOML; None for the one that the environment names, if it names one.
+
+    Raises:
+        OperatorError
+    """
+    known = {option.name: option for option in options()}
+    _refuse_misspelt(known)
+    if file is None and os.environ.get(FILE_VARIABLE):
+        file = Path(os.environ[FILE_VARIABLE])
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(known, "the default")
+    for origin, layer in (
+        ("a quarter of the memory here", _of_this_machine()),
+        ("where this platform has data", _of_this_platform()),
+        (str(file), _of_file(file, known) if file is not None else {}),
+        ("", EnvSettingsSource(_Checked)()),
+        ("", flags),
+    ):
+        for name, value in layer.items():
+            values[name] = value
+            origins[name] = origin or (known[name].flag if layer is flags else known[name].variable)
+    settings = _checked(values, known, origins)
+    _check_together(settings)
+    return Configured(settings, origins)
+
+
+def _checked(values: Mapping[str, Any], known: Mapping[str, Option], origins: Mapping[str, str]) -> Settings:
+    try:
+        found = _Checked(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = known[str(first["loc"][0])]
+        message = first["msg"].removeprefix("Value error, ")
+        origin = origins[wrong.name]
+        said = "" if origin in (wrong.flag, wrong.variable) else f" as {origin} has it"
+        raise OperatorError(
+            f"{wrong.flag} ({wrong.variable}) can't be {first['input']!r}{said}: {message[0].lower()}{message[1:]}"
+        ) from None
+    return Settings(**{name: getattr(found, name) for name in known})
+
+
+def _check_together(settings: Settings) -> None:
+    """What no setting is wrong in by itself."""
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise OperatorError("--tls-cert and --tls-key need each other")
+    open_to_all = settings.tls_cert is None and settings.token_file is None
+    if settings.host not in LOOPBACK and open_to_all and not settings.insecure_bind:
+        raise OperatorError(
+            f"--host {settings.host} would serve other machines with neither TLS nor tokens: "
+            "give --tls-cert and --tls-key, or --token-file, or say --insecure-bind"
+        )
+
+
+def _refuse_misspelt(known: Mapping[str, Option]) -> None:
+    variables = {option.variable for option in known.values()} | {*_OTHER_VARIABLES}
+    for name in os.environ:
+        if not name.startswith(_PREFIX) or name in variables or _KUBERNETES.fullmatch(name.removeprefix(_PREFIX)):
+            continue
+        if meant := _like(name, variables):
+            raise OperatorError(f"the environment has {name}, which sets nothing: {meant} is meant, or it has to go")
+
+
+def _like(name: str, names: set[str]) -> str:
+    """What a misspelt name stands for; "" if nobody can tell. Where all begin with a prefix, that likens nothing."""
+    by_rest = {each.removeprefix(_PREFIX): each for each in names}
+    found = get_close_matches(name.removeprefix(_PREFIX), by_rest, n=1, cutoff=_LIKE)
+    return by_rest[found[0]] if found else ""
+
+
+def _of_this_machine() -> dict[str, Any]:
+    """Defaults that follow from the machine."""
+    quarter = memory.usable_bytes() // 4
+    return {"hot_bytes": quarter, "inflight_bytes": quarter}
+
+
+def _of_this_platform() -> dict[str, Any]:
+    return {"data_dir": places.data_dir()}
+
+
+def _of_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
+    """
+    Raises:
+        OperatorError: it can't be read, or has what is no setting.
+    """
+    try:
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OperatorError(f"the settings in {path} can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"the settings in {path} are not TOML: {error}") from error
+    found: dict[str, Any] = {}
+    for key, value in told.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            meant = _like(name, {*known})
+            raise OperatorError(
+                f"{path} has {key!r}, which is no setting"
+                + (f": {meant!r} is meant" if meant else "; `warmkv config show` lists them")
             )
-        return self
+        if name in found:
+            raise OperatorError(f"{path} has {name!r} twice, once as {key!r}; take one out")
+        found[name] = value
+    return found
 
-    @classmethod
-    def read(cls, flags: dict[str, object]) -> Settings:
-        """Settings from flags (those given) and the environment.
 
-        Raises:
-            OperatorError: naming the first setting that is wrong.
-        """
-        try:
-            return cls(**flags)  # type: ignore[arg-type]
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"][:1])
-            message = first["msg"].removeprefix("Value error, ")
-            if not name:
-                raise OperatorError(message) from None
-            flag = f"--{name.replace('_', '-')} (WARMKV_{name.upper()})"
-            raise OperatorError(f"{flag} can't be {first['input']!r}: {message[0].lower()}{message[1:]}") from None
+class _Base(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid")
+
+
+_FIELDS: dict[str, Any] = {field.name: (_HINTS[field.name], field.default) for field in fields(Settings)}
+_Checked = create_model("_Checked", __base__=_Base, **_FIELDS)
+"""`Settings`, as the library reads and checks them."""

@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from warmkv_server.agents.agents import Agents
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import Draining
 from warmkv_server.kv.store import Store
 from warmkv_server.platform.signals import StopSignals, first_of
@@ -38,16 +39,14 @@ _NAMES = 20
 
 
 class Shutdown:
-    """
-    Args:
-        drain_seconds: from the first signal on, for requests to end by themselves and then for a disk that refuses.
-    """
+    """`--drain-seconds` are from the first signal on, for requests to end by themselves and then for a disk that
+    refuses."""
 
-    def __init__(self, store: Store, signals: StopSignals, drain_seconds: float) -> None:
+    def __init__(self, store: Store, signals: StopSignals, settings: Settings) -> None:
         self._store = store
         self._signals = signals
-        self._seconds = drain_seconds
-        self._patience = min(max(drain_seconds, _LEAST_DEAD_SECONDS), _DEAD_SECONDS)
+        self._seconds = settings.drain_seconds
+        self._patience = min(max(self._seconds, _LEAST_DEAD_SECONDS), _DEAD_SECONDS)
 
     async def drain(self, agents: Agents, gate: Gate) -> int:
         """The first signal has come, and nobody is let in any more: end what is at work. Returns the exit status."""

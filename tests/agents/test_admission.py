@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmkv_server.agents.admission import Admission
-from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.fairness import Bound, Tenants
 from warmkv_server.errors import QueueFull
 
 
 class Scene:
     def __init__(self, budget: int, max_waiting: int = 100, tenants: int = 1) -> None:
-        self.admission = Admission(budget, Bound(max_waiting, tenants))
+        self.admission = Admission(budget, Bound(max_waiting, Tenants(tenants)))
         self.inside: list[int] = []
         self._leave: dict[int, asyncio.Event] = {}
         self._next = 0

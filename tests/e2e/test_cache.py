@@ -148,6 +148,25 @@ def test_caches_that_cannot_be_cut_everywhere_answer_the_same_tokens_too(tmp_pat
         assert on.cache.fallback_reason == reason  # a recurrent state can't go back by one token
 
 
+@pytest.mark.parametrize("shape", ["gemma3", "hybrid"])
+def test_an_edit_inside_a_long_turn_costs_what_lies_behind_a_boundary_before_it(tmp_path: Path, shape: str) -> None:
+    """Also after a restart, and after the context has grown by another turn."""
+    content = some_tokens(3300)
+    edited = token_ids([*content[:2100], 7, 8, 9])
+
+    def again(client: Client) -> v1.CacheReport:
+        return client.generate("a", edited, context_mode=v1.CONTEXT_MODE_REPLACE, ephemeral=True).cache
+
+    with serving(tmp_path / "data", "--model", f"random:{shape}") as (server, client):
+        client.prime("a", token_ids(content))
+        client.extend("a", token_ids(some_tokens(300, 1)))
+        assert again(client).cached_tokens == 2048
+        server.kill()
+    with serving(tmp_path / "data", "--model", f"random:{shape}") as (_, client):
+        cache = again(client)
+        assert (cache.source, cache.cached_tokens) == (v1.CACHE_SOURCE_WARM, 2048)
+
+
 def test_a_corrupt_file_costs_a_prefill_and_says_so(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as (server, client):
         client.prime("a", token_ids(some_tokens(600)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +15,12 @@ import pytest
 from tests.engine.spans import compute
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Logprobs
 from warmkv_server.contract.kv import Growth, Reuse, Span
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.attention_shapes import AttentionShapes
 from warmkv_server.engine.cache.caches import empty_caches
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
-from warmkv_server.engine.engine import Engine, EngineSettings, Handle
+from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.model import load as model
 
 CHUNK = 32
@@ -33,11 +34,19 @@ TOLERANCE = 1e-2
 quantised word. Two tokens whose logits are closer than twice as much may change places."""
 
 
+_SET = {each.name for each in fields(Settings)}
+
+
 @asynccontextmanager
-async def running(folder: Path | str, group_size: int = 64, kv_bits: int = 4, **settings: Any) -> AsyncIterator[Engine]:
-    """An engine on this model, stopped at the end."""
-    chosen = EngineSettings(model=str(folder), codecs=codecs_for(kv_bits, group_size), prefill_chunk=CHUNK)
-    engine = await Engine.start(EngineSettings(**{**vars(chosen), **settings}))
+async def running(folder: Path | str, group_size: int = 64, **changes: Any) -> AsyncIterator[Engine]:
+    """An engine on this model, stopped at the end.
+
+    Args:
+        changes: of settings, or of what else an engine is started with.
+    """
+    chosen: dict[str, Any] = {"model": str(folder), "kv_group_size": group_size, "prefill_chunk": CHUNK}
+    chosen |= {name: changes.pop(name) for name in _SET & changes.keys()}
+    engine = await Engine.start(Settings(**chosen), **changes)
     try:
         yield engine
     finally:

@@ -12,8 +12,9 @@ import numpy as np
 from tests.engine.runs import Outcome, after, outcome
 from warmkv_server.contract.generation import Answer, Job
 from warmkv_server.contract.kv import Reuse
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.engine import Engine
-from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store, StoreSettings
+from warmkv_server.kv.store import Commit, Durability, Fingerprint, Store
 
 
 @dataclass
@@ -50,7 +51,7 @@ async def kept(engine: Engine, folder: Path) -> AsyncIterator[Kept]:
     """The store in this folder, as a server with this engine opens it."""
     layout = replace(engine.info.layout, vocabulary=engine.info.vocab_size)
     fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
-    store = await Store.open(StoreSettings(folder, durability=Durability.NONE), layout, fingerprint)
+    store = await Store.open(Settings(data_dir=folder, durability=Durability.NONE), layout, fingerprint)
     try:
         yield Kept(engine, store)
     finally:

@@ -12,8 +12,10 @@ import pytest
 from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES
 from tests.engine.runs import job_of, outcome, outcomes, prompt_of, running
+from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.generation import EngineStats, Finish, Job
-from warmkv_server.engine.engine import Engine, EngineSettings, Handle
+from warmkv_server.contract.settings import Settings
+from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.steps.schedule import together
 from warmkv_server.errors import Draining, MemoryBudget, OperatorError, QueueFull
 
@@ -95,7 +97,7 @@ async def test_tenants_take_turns(folder_of: FolderOf) -> None:
 
 
 async def test_a_full_engine_takes_jobs_of_a_tenant_that_has_less_than_its_share(folder_of: FolderOf) -> None:
-    async with running(folder_of("llama"), max_batch=1, max_queue=3, tenants=2) as engine:
+    async with running(folder_of("llama"), max_batch=1, max_queue=3, tenants=Tenants(2)) as engine:
 
         def submit(tenant: str) -> Handle:
             return engine.submit(replace(job_of(prompt_of(200), 2), tenant=tenant))
@@ -165,7 +167,7 @@ async def test_limits_of_memory_are_as_before_once_it_has_stopped(folder_of: Fol
         assert kept_at_most() == before
         assert mx.get_cache_memory() == 0
     with pytest.raises(OperatorError):
-        await Engine.start(EngineSettings(model="builtin:none", inflight_bytes=8_000_000))
+        await Engine.start(Settings(model="builtin:none", inflight_bytes=8_000_000))
     assert kept_at_most() == before
 
 
@@ -173,7 +175,7 @@ async def test_limits_of_memory_are_as_before_once_it_has_stopped(folder_of: Fol
 async def test_a_model_that_cannot_be_served_leaves_no_thread(spec: str) -> None:
     before = mlx_threads()
     with pytest.raises(OperatorError):
-        await Engine.start(EngineSettings(model=spec))
+        await Engine.start(Settings(model=spec))
     assert mlx_threads() == before
 
 

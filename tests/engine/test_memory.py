@@ -27,6 +27,7 @@ from tests.engine.runs import (
 )
 from tests.engine.spans import grown, needed
 from warmkv_server.contract.generation import Answer, Delta, Finish, Job, Progress, Sampling, Started
+from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.engine.cache.codecs.codec import join
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.steps.running_set import ran_out
@@ -113,14 +114,15 @@ async def check_idle(engine: Engine) -> None:
 async def test_a_sequence_goes_on_from_what_it_had(name: str, folder_of: FolderOf) -> None:
     """In the middle of its prefill, of its answer (behind words that were gathered), and of the end."""
     solo = Solo(folder_of(name))
-    async with scarce(folder_of(name)) as (engine, device):
+    pressure = MemoryPressure()
+    async with scarce(folder_of(name), pressure=pressure) as (engine, device):
         relieved = 0
 
         def relieve() -> None:
             nonlocal relieved
             relieved += 1
 
-        engine.relieve = relieve
+        pressure.listen(relieve)
         for kind, good_calls in ((prefilling, 2), (decoding, 0), (decoding, 1), (decoding, 70)):
             device.fail(1, kind, good_calls)
             count = good_calls + 10
@@ -210,13 +212,13 @@ async def test_what_fails_again_is_refused_and_nothing_else(
 
 async def test_cancelling_one_that_waits_for_its_second_try_keeps_what_has_its_words(folder_of: FolderOf) -> None:
     """It waits behind one that runs: tokens whose words are lost are not kept, those that have them are."""
-    async with scarce(folder_of("llama")) as (engine, device):
+    pressure, out = MemoryPressure(), asyncio.Event()
+    pressure.listen(out.set)
+    async with scarce(folder_of("llama"), pressure=pressure) as (engine, device):
         beside = engine.submit(job_of(prompt_of(400), 3000))
         async for event in beside:
             if isinstance(event, Delta):
                 break
-        out = asyncio.Event()
-        engine.relieve = out.set
         device.fail(1, decoding, after_calls=150)
         handle = engine.submit(job_of(prompt_of(40), 3000))
         await out.wait()

@@ -77,9 +77,8 @@ async def test_it_ends_what_is_in_flight_and_begins_anew(
     where, name, error = PLACES[place]
     monkeypatch.setattr(where, name, mine.around(getattr(where, name), error))
     solo = Solo(folder_of("llama"))
-    async with running(folder_of("llama"), max_batch=3) as engine:
-        said: list[bool] = []
-        engine.watch = said.append
+    said: list[bool] = []
+    async with running(folder_of("llama"), max_batch=3, tell=said.append) as engine:
         await outcome(engine.submit(job_of(prompt_of(10), 5)))
         counted = engine.stats()
         handles = [await begun(engine.submit(job_of(prompt_of(40 + n), 3000, top_logprobs=1))) for n in range(2)]
@@ -104,9 +103,8 @@ async def test_a_second_failure_soon_is_the_last(
     mine: Mine, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Schedule, "pick", mine.around(Schedule.pick, ZeroDivisionError()))
-    async with running(folder_of("llama")) as engine:
-        said: list[bool] = []
-        engine.watch = said.append
+    said: list[bool] = []
+    async with running(folder_of("llama"), tell=said.append) as engine:
         for _ in range(2):
             handle = await begun(engine.submit(job_of(prompt_of(40), 3000)))
             mine.arm()

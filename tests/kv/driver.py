@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 
 from tests.kv import words
+from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.kv import KVLayout, Reuse
-from warmkv_server.kv.blocks.files import Files
-from warmkv_server.kv.blocks.tier import BlockTier
-from warmkv_server.kv.catalog.clock import TimeSource
+from warmkv_server.contract.settings import Settings
 from warmkv_server.kv.store import (
     Commit,
     Committed,
     Durability,
     Fingerprint,
     Store,
-    StoreSettings,
     TokenIds,
+    Tuning,
 )
 
 TENANT = "t"
@@ -30,11 +29,28 @@ FINGERPRINT = Fingerprint({"weights": "w1", "kv_bits": "4"})
 OTHER_MODEL = Fingerprint({"weights": "w2", "kv_bits": "4"})
 
 
-def settings(data_dir: Path, **changes: Any) -> StoreSettings:
-    base = StoreSettings(
-        data_dir=data_dir, hot_bytes=64 << 20, durability=Durability.NONE, headroom_bytes=0, retry_seconds=0.05
-    )
-    return dataclasses.replace(base, **changes)
+_SET = {field.name for field in dataclasses.fields(Settings)}
+_TUNABLE = {field.name for field in dataclasses.fields(Tuning)}
+
+
+async def open_store(
+    data_dir: Path, layout: KVLayout, fingerprint: Fingerprint = FINGERPRINT, tenants: int = 1, **changes: Any
+) -> Store:
+    """A small store that does all at once.
+
+    Args:
+        changes: of settings, of what is tuned, or of what else a store is opened with.
+    """
+    chosen: dict[str, Any] = {
+        "data_dir": data_dir,
+        "hot_bytes": 64 << 20,
+        "durability": Durability.NONE,
+        "headroom_bytes": 0,
+    }
+    chosen |= {name: changes.pop(name) for name in _SET & changes.keys()}
+    tuned = {"retry_seconds": 0.05, **{name: changes.pop(name) for name in _TUNABLE & changes.keys()}}
+    settings, tuning = Settings(**chosen), Tuning(**tuned)
+    return await Store.open(settings, layout, fingerprint, tuning=tuning, tenants=Tenants(tenants), **changes)
 
 
 async def eventually(condition: Callable[[], object]) -> None:
@@ -58,12 +74,9 @@ class Driver:
         data_dir: Path,
         layout: KVLayout = words.LAYOUTS["append"],
         fingerprint: Fingerprint = FINGERPRINT,
-        files: Files | None = None,
-        times: TimeSource | None = None,
-        tier: BlockTier | None = None,
         **changes: Any,
     ) -> Driver:
-        return cls(await Store.open(settings(data_dir, **changes), layout, fingerprint, files, times, tier), layout)
+        return cls(await open_store(data_dir, layout, fingerprint, **changes), layout)
 
     async def close(self) -> None:
         await self.store.close()

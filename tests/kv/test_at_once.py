@@ -119,7 +119,7 @@ class SlowQuarantine(Files):
 async def test_what_takes_the_place_of_a_bad_file_is_not_put_away_with_it(tmp_path: Path) -> None:
     """Not even where the agent that had the bad one is gone, and another makes the same block anew."""
     files = SlowQuarantine()
-    driver = await Driver.open(tmp_path, files=files, load_timeout=0.05)
+    driver = await Driver.open(tmp_path, files=files, load_seconds=0.05)
     first, second = context([1] * 256), context([2] * 256)
     await driver.put("first", first)
     await driver.put("second", second)

@@ -28,7 +28,7 @@ async def test_a_read_that_returns_when_its_agent_is_gone_changes_no_books(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """Also where another agent has made the same blocks anew meanwhile: their files are good."""
-    driver = await Driver.open(tmp_path, LAYOUTS["everything"], load_timeout=0.05)
+    driver = await Driver.open(tmp_path, LAYOUTS["everything"], load_seconds=0.05)
     await driver.put("a", TOKENS)
     await driver.put("b", context([1] * 300))
     await driver.store.evict(TENANT, "a")

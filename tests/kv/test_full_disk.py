@@ -61,8 +61,7 @@ async def test_a_commit_that_the_disk_refuses_stays_usable_and_is_written_later(
 
 async def test_whoever_watches_is_told_when_the_disk_begins_to_refuse_and_when_it_ends(tmp_path: Path) -> None:
     files, told = RefusingFiles(), list[bool]()
-    driver = await Driver.open(tmp_path, files=files)
-    driver.store.watch_disk(told.append)
+    driver = await Driver.open(tmp_path, files=files, tell=told.append)
     await driver.put("a", context(300))
     assert told == [True]
     files.refusal = errno.ENOSPC

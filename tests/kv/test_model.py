@@ -84,7 +84,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.index_refuses = self.refused = False
         self.agents = {agent: replace(known) for agent, known in self.durable.items()}
         changes: dict[str, Any] = {"hot_bytes": 400_000, "retry_seconds": 3600.0}
-        opening = Driver.open(self.data, self.layout, self.fingerprint, self.files, tier=self.tier(), **changes)
+        opening = Driver.open(self.data, self.layout, self.fingerprint, files=self.files, tier=self.tier(), **changes)
         self.driver = self.run(opening)
 
     @initialize(small=st.sampled_from([0, reader.SMALL_BYTES]))

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ class CountingFiles(Files):
         meet: how many writers wait for each other, once, before they write.
     """
 
-    def __init__(self, meet: int = 1) -> None:
-        super().__init__(Durability.NONE)
+    def __init__(self, meet: int = 1, busy: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(Durability.NONE, busy=busy)
         self.most = 0
         self._now = 0
         self.meet = meet
@@ -59,9 +59,8 @@ async def test_files_of_a_commit_are_written_several_at_once(tmp_path: Path) -> 
 
 
 async def test_while_somebody_decodes_large_commits_go_one_by_one_and_a_turn_goes_at_once(tmp_path: Path) -> None:
-    files = CountingFiles()
+    files = CountingFiles(busy=lambda: True)
     driver = await Driver.open(tmp_path, files=files, io_threads=4)
-    driver.store.give_way(lambda: True)
     await driver.put("a", context(256 * 8))
     assert files.most == 1
     files.meet = 3
@@ -75,7 +74,7 @@ class OneAtATime(Files):
     always one."""
 
     def __init__(self) -> None:
-        super().__init__(Durability.NONE)
+        super().__init__(Durability.NONE, busy=lambda: True)
         self.waiting = threading.Semaphore(0)
         self.let_go = threading.Semaphore(0)
         self.large = threading.Event()
@@ -93,7 +92,6 @@ class OneAtATime(Files):
 async def test_a_large_commit_goes_on_beside_steady_small_ones(tmp_path: Path) -> None:
     files = OneAtATime()
     driver = await Driver.open(tmp_path, files=files, io_threads=4)
-    driver.store.give_way(lambda: True)
     small = asyncio.create_task(driver.put("0", context([0] * 10)))
     await asyncio.to_thread(files.waiting.acquire, timeout=WAIT_SECONDS)
     large = asyncio.create_task(driver.put("large", context([1000] * 256 * 8)))
@@ -133,9 +131,8 @@ def test_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 async def test_two_large_commits_share_the_one_writer(tmp_path: Path) -> None:
-    files = CountingFiles()
+    files = CountingFiles(busy=lambda: True)
     driver = await Driver.open(tmp_path, files=files, io_threads=4)
-    driver.store.give_way(lambda: True)
     async with asyncio.TaskGroup() as commits:
         for number in range(3):
             commits.create_task(driver.put(str(number), context([number] * 256 * 6)))
@@ -144,8 +141,6 @@ async def test_two_large_commits_share_the_one_writer(tmp_path: Path) -> None:
 
 
 async def test_a_commit_hurries_when_nobody_decodes_any_more(tmp_path: Path) -> None:
-    files = CountingFiles()
-    driver = await Driver.open(tmp_path, files=files, io_threads=4)
     asked = 0
 
     def busy() -> bool:
@@ -155,7 +150,8 @@ async def test_a_commit_hurries_when_nobody_decodes_any_more(tmp_path: Path) -> 
             files.meet = 4
         return asked <= 4
 
-    driver.store.give_way(busy)
+    files = CountingFiles(busy=busy)
+    driver = await Driver.open(tmp_path, files=files, io_threads=4)
     await driver.put("a", context(256 * 12))
     assert files.most == 4
     await driver.close()

@@ -17,11 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="all prompts, of up to 4,000 tokens")
 
 
-@pytest.fixture(scope="session")
-def whole(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--whole"))
-
-
 def fetched(fetch: Callable[[], Found]) -> Found:
     """What is fetched; the test is left out where no index can be reached."""
     try:

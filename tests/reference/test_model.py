@@ -65,19 +65,29 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield both
 
 
-def prompts(tokenizer: Any, whole: bool) -> list[list[int]]:
-    """Of 10 to 4,000 tokens: pieces of what is written here."""
+def prompts(tokenizer: Any, lengths: list[int]) -> list[list[int]]:
+    """Of so many tokens: pieces of what is written here."""
     root = Path(__file__).parents[2]
     book = "\n".join(path.read_text() for path in sorted([root / "README.md", *(root / "docs").glob("*.md")]))
     ids = tokenizer.encode(book, add_special_tokens=False)
-    chance = random.Random(7)
-    lengths = [round(10 * 400 ** (n / 99)) for n in range(100)] if whole else [10, 17, 33, 64, 120, 200, 257, 300]
+    chance = random.Random(lengths[0])
     return [ids[(start := chance.randrange(len(ids) - length)) : start + length] for length in lengths]
 
 
-def test_greedy_tokens_are_mlx_lms(reference: Reference, served: tuple[Server, Client], whole: bool) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A hundred prompts of 10 to 4,000 tokens, a tenth of them in each test; or a few short ones."""
+    if "lengths" in metafunc.fixturenames:
+        all_lengths = [round(10 * 400 ** (n / 99)) for n in range(100)]
+        parts = [all_lengths[n::10] for n in range(10)]
+        few = [10, 17, 33, 64, 120, 200, 257, 300]
+        metafunc.parametrize(
+            "lengths", parts if metafunc.config.getoption("--whole") else [few], ids=lambda each: f"to-{each[-1]}"
+        )
+
+
+def test_greedy_tokens_are_mlx_lms(reference: Reference, served: tuple[Server, Client], lengths: list[int]) -> None:
     _, client = served
-    asked = prompts(reference.tokenizer, whole)
+    asked = prompts(reference.tokenizer, lengths)
     expected = [reference.answer(prompt) for prompt in asked]
 
     def answered(prompt: list[int]) -> list[int]:

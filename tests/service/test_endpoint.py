@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.harness import refusal_of
 from warmkv import v1
 from warmkv.v1 import server_service_pb2
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import NotDurable
 from warmkv_server.service.auth import Open
 from warmkv_server.service.endpoint import Call, Endpoints
@@ -46,7 +47,7 @@ async def serving(behave: Behaviour) -> AsyncIterator[tuple[Any, Gate, Metrics]]
     agents: Any = object()  # no behaviour here looks at it
     gate.open(agents)
     server = grpc.aio.server()
-    endpoints = Endpoints(gate, Open(), metrics, message_bytes=100)
+    endpoints = Endpoints(gate, Open(), metrics, Settings(max_message_bytes=100))
     server.add_registered_method_handlers(SERVICE.full_name, endpoints.handlers(SERVICE, Servicer(behave)))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,11 +12,10 @@ from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
-from warmkv_server.agents.idempotency import Codecs, Requests
+from warmkv_server.agents.idempotency import Requests, ResponseCodecs
 from warmkv_server.agents.run import Events, Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import (
-    AgentKey,
     AgentPage,
     AgentView,
     EvictResult,
@@ -29,48 +27,39 @@ from warmkv_server.agents.types import (
     Recorded,
 )
 from warmkv_server.contract.content import Content, Encoded
-from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.fairness import Bound, Tenants
+from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.settings import Settings
+from warmkv_server.contract.store import Durability
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store
 
-Event = TypeVar("Event")
+EventT = TypeVar("EventT")
 
 _LOOKED_AT = 2_000
 """Agents that one page of a filtered list looks at, so that the event loop is never held up for long."""
-
-
-@dataclass(frozen=True)
-class AgentSettings:
-    """What the operator sets.
-
-    Attributes:
-        waiting: bound on the requests that wait for their agent's turn, and on those that wait for memory.
-        loaded_bytes: KV of held contexts in RAM for requests that are loading, waiting for the engine, or running.
-        synced: whether commits wait for the disk; if not, none is called persisted.
-    """
-
-    waiting: Bound
-    loaded_bytes: int
-    synced: bool
 
 
 class Agents:
     """All agents of the server, of all tenants. Used from one event loop.
 
     Args:
-        fingerprint: digest of all that the KV depends on besides the tokens.
         codecs: how answers are kept for retries.
+        tenants: that share the queues.
     """
 
-    def __init__(self, engine: Engine, store: Store, fingerprint: str, settings: AgentSettings, codecs: Codecs) -> None:
+    def __init__(
+        self, engine: Engine, store: Store, settings: Settings, codecs: ResponseCodecs, tenants: Tenants | None = None
+    ) -> None:
         self.engine = engine
         self.store = store
-        self.fingerprint = fingerprint
         self.tallies = Tallies()
-        self._turns = Turns(settings.waiting)
-        self._admission = Admission(settings.loaded_bytes, settings.waiting)
-        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, settings.synced)
+        waiting = Bound(settings.max_queue, tenants or Tenants())
+        self._turns = Turns(waiting)
+        self._admission = Admission(settings.inflight_bytes, waiting)
+        synced = settings.durability is not Durability.NONE
+        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, synced)
         self._codecs = codecs
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
@@ -154,9 +143,9 @@ class Agents:
             run.stop(reason)
 
     def _begin(
-        self, name: str, work: Callable[[Run[Event]], Awaitable[None]], events: Events[Event] | None = None
-    ) -> Run[Event]:
-        run: Run[Event] = Run(name, events)
+        self, name: str, work: Callable[[Run[EventT]], Awaitable[None]], events: Events[EventT] | None = None
+    ) -> Run[EventT]:
+        run: Run[EventT] = Run(name, events)
         self._runs.add(run)
         run.when_over(lambda: self._runs.discard(run))
         run.start(work)

@@ -15,13 +15,12 @@ from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
-from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, Timings
+from warmkv_server.agents.types import Activity, CacheReport, Doing, Timings
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
-from warmkv_server.contract.kv import Reuse
+from warmkv_server.contract.kv import Reuse, inner_boundaries
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
-from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, RequestOutcome, Store, TokenIds
-
-Seal = Callable[[AgentRecord, bool], RequestOutcome]
+from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, OutcomeOf, RequestOutcome, Store, TokenIds
 
 
 @dataclass
@@ -60,18 +59,18 @@ class Tallies:
 
     def __init__(self) -> None:
         self.total = Tally()
-        self._by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
+        self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
     def add(self, tenant: str, cache: CacheReport, first_token: float = 0.0) -> None:
         """
         Args:
             first_token: seconds to it; 0 if there was none.
         """
-        for tally in (self.total, self._by_tenant[tenant]):
+        for tally in (self.total, self.by_tenant[tenant]):
             tally.add(cache, first_token)
 
     def of(self, tenant: str) -> Tally:
-        return self._by_tenant[tenant]
+        return self.by_tenant[tenant]
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,11 @@ class Computation:
         Returns when the engine is done with it, also after it was told to stop: then with Finish.CANCELLED.
         """
         tokens: list[int] = self.context.tokens.tolist()
-        # So that the same content again replays one token, also where state can't be cut. An answer stops there anyway.
-        before_last = answer is None and self.tools.engine.info.layout.has_state
-        snapshot_at = frozenset({len(tokens) - 1} if before_last else ())
+        snapshot_at: frozenset[int] = frozenset()
+        if self.tools.engine.info.layout.has_state:
+            snapshot_at = inner_boundaries(len(tokens))
+            if answer is None:  # So that the same content again replays one token; an answer stops there anyway.
+                snapshot_at |= {len(tokens) - 1}
         handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant))
         self.run.doing = Doing(Activity.QUEUED)
         try:
@@ -151,7 +152,7 @@ class Computation:
         self,
         completion: tuple[int, ...],
         finished: Finished | None,
-        seal: Seal | None,
+        outcome_of: OutcomeOf | None,
         changes: Mapping[str, Any],
     ) -> Committed:
         """Make it the agent's context. Nothing interrupts this.
@@ -159,16 +160,16 @@ class Computation:
         Args:
             completion: tokens of the answer, behind the prompt.
             finished: what the engine computed; None if everything was there.
-            seal: makes the record of a request that has an id, when everything but the transaction is done.
+            outcome_of: makes the record of a request that has an id, when everything but the transaction is done.
             changes: of `pinned`, `ttl`, `labels`.
         """
         tokens: TokenIds = np.concatenate([self.context.tokens, np.asarray(completion, np.int32)])
         began = time.perf_counter()
 
         def timed(agent: AgentRecord, persisted: bool) -> RequestOutcome:
-            assert seal is not None
+            assert outcome_of is not None
             self.timings.commit = time.perf_counter() - began
-            return seal(agent, persisted and self.tools.synced)
+            return outcome_of(agent, persisted and self.tools.synced)
 
         with self.run.uninterrupted():
             committed = await self.tools.store.commit(
@@ -182,11 +183,11 @@ class Computation:
                     lease=self.lease,
                     ending=self.context.ending,
                     keep_boundaries=frozenset({len(self.context.tokens) - 1, len(tokens)}),
-                    request=timed if seal is not None else None,
+                    request=timed if outcome_of is not None else None,
                     **changes,
                 )
             )
-        if seal is None:
+        if outcome_of is None:
             self.timings.commit = committed.seconds
         return replace(committed, persisted=committed.persisted and self.tools.synced)
 

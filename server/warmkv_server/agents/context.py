@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from warmkv_server.agents.types import AgentKey
-from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, held_back
-from warmkv_server.contract.content import TokenIds as TokenContent
+from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, TokenContent, held_back
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
 from warmkv_server.kv.store import AgentRecord, Store, TokenIds

@@ -9,7 +9,7 @@ from dataclasses import replace
 from warmkv_server.agents.answer_log import AnswerEvents, AnswerLog
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
-from warmkv_server.agents.idempotency import Codec, Sealed
+from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import (
     AgentView,
@@ -28,7 +28,7 @@ from warmkv_server.kv.store import AgentRecord, RequestOutcome
 async def generate(
     tools: Tools,
     request: GenerateRequest,
-    codec: Codec[GenerateEvent],
+    codec: ResponseCodec[GenerateEvent],
     events: AnswerEvents,
     run: Run[GenerateEvent],
 ) -> None:
@@ -139,7 +139,7 @@ def _without_answer(finished: Finished) -> Finish:
 async def _keep(
     work: Computation,
     request: GenerateRequest,
-    codec: Codec[GenerateEvent],
+    codec: ResponseCodec[GenerateEvent],
     stream: AnswerStream,
     finished: Finished | None,
 ) -> GenerateFinished:
@@ -168,9 +168,9 @@ async def _keep(
 
     if request.ephemeral or not key.agent_id:
         return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)
-    sealed = Sealed(result, write if request.identity is not None else None)
-    committed = await work.commit(completion, finished, sealed.request, {})
-    return sealed.result(committed.agent, committed.persisted)
+    recorded = RecordedResult(result, write if request.identity is not None else None)
+    committed = await work.commit(completion, finished, recorded.outcome_of, {})
+    return recorded.result(committed.agent, committed.persisted)
 
 
 def _fitting(answer: Answer, room: int) -> Answer | None:

@@ -10,15 +10,9 @@ from typing import Any, NamedTuple
 
 from warmkv_server.contract.content import Content
 from warmkv_server.contract.generation import Answer, Delta, Finish
-from warmkv_server.contract.kv import Fallback, Reuse, Source
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, Reuse, Source
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.store import AgentRecord
-
-
-class AgentKey(NamedTuple):
-    """One agent of one tenant. An empty agent_id names no agent: the request keeps nothing."""
-
-    tenant: str
-    agent_id: str
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,12 @@ class CacheReport:
 
     @classmethod
     def of(cls, reuse: Reuse, prompt_tokens: int) -> CacheReport:
+        source = reuse.source
+        # The one token that all contexts begin with, say, saves nothing worth a name.
+        if source is Source.SHARED and reuse.shared_tokens < min(BLOCK_TOKENS, prompt_tokens / 4):
+            source = Source.COLD
         return cls(
-            reuse.source,
+            source,
             prompt_tokens,
             reuse.hot_tokens,
             reuse.warm_tokens,

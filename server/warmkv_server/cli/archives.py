@@ -96,7 +96,7 @@ def import_agent(
     agent keeps its revision, labels, ttl and pin; a request id it answered before is not known here. Unless the archive
     is trusted, its KV serves this agent and its forks alone.
     """
-    from warmkv_server.config import Settings
+    from warmkv_server import config
     from warmkv_server.offline.directory import is_new, look, make, take
     from warmkv_server.offline.importing import Specs, opened, require_same_model
     from warmkv_server.offline.importing import import_agent as take_in
@@ -113,7 +113,7 @@ def import_agent(
             if model is not None:
                 from warmkv_server.offline.model import load
 
-                fingerprint, specs, vocabulary = load(Settings.read({"model": model, **given}))
+                fingerprint, specs, vocabulary = load(config.read({"model": model, **given}))
                 ours = require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
                 make(data_dir)
             else:

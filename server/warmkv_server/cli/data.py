@@ -133,17 +133,17 @@ def gc(
     """
     from warmkv_server.offline import show
     from warmkv_server.offline.directory import take
-    from warmkv_server.offline.garbage import Choice, find_waste, full_digest, remove
+    from warmkv_server.offline.garbage import Selection, find_waste, full_digest, remove
     from warmkv_server.offline.words import seconds
 
     with refusing():
         unused_for = None if agents_unused_for is None else seconds(agents_unused_for)
         with take(data_dir) as taken:
             digest = None if fingerprint is None else full_digest(taken, fingerprint)
-            choice = Choice(unused_for, digest, pinned_too, quarantine)
-            waste = find_waste(taken, choice)
+            selection = Selection(unused_for, digest, pinned_too, quarantine)
+            waste = find_waste(taken, selection)
             if not dry_run:
-                remove(taken, waste, choice)
+                remove(taken, waste, selection)
     if as_json:
         typer.echo(json.dumps(show.waste_json(waste, dry_run)))
     else:

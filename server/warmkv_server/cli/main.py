@@ -1,5 +1,5 @@
 """The command line: `warmkv serve`, `doctor`; `chat`, `agents`, `ps`, `top` and `health`, which ask a server that runs;
-`store` and `models`, which look at files; `eval`; and `bench` where the benchmark is installed.
+`store`, `models` and `config`, which look at files; `eval`; and `bench` where the benchmark is installed.
 
 Says what an operator did wrong in one sentence on stderr, and exits with status 2; with 1 where it is nobody's fault.
 """
@@ -7,21 +7,20 @@ Says what an operator did wrong in one sentence on stderr, and exits with status
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
-from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from warmkv_server.cli.agents import agents
 from warmkv_server.cli.chat.command import chat
+from warmkv_server.cli.config import settings as config
+from warmkv_server.cli.config import told_by, with_flags
 from warmkv_server.cli.data import DataDir, store
 from warmkv_server.cli.health import health
 from warmkv_server.cli.models import models
 from warmkv_server.cli.running import ps, top
 from warmkv_server.cli.start_screen import show
-from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError, ServerFailed
 from warmkv_server.platform.logs import log_to_stderr
 from warmkv_server.platform.versions import version_of
@@ -53,37 +52,18 @@ def _warmkv(
     """A gRPC model server on MLX that keeps every agent's KV cache: hot in RAM, warm on disk."""
 
 
-def _flags(serve: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting, with the setting's help and default."""
-    parameters = []
-    for name, field in Settings.model_fields.items():
-        is_switch = field.annotation is bool
-        default = None if field.default_factory is not None or field.default is None else str(field.default)
-        option = typer.Option(
-            f"--{name.replace('_', '-')}",
-            help=field.description,
-            show_default=default if default and not is_switch else False,
-            metavar=None if is_switch else name.rpartition("_")[2].upper(),
-        )
-        kind: Any = bool | None if is_switch else str | None
-        annotation = Annotated[kind, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return serve
-
-
 @app.command()
-@_flags
+@with_flags
 def serve(**flags: Any) -> None:
     """Serve a model. Each option can also be set in the environment, such as WARMKV_PORT for --port."""
     # gRPC's own log tells operators nothing that isn't said better here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        settings = Settings.read({name: value for name, value in flags.items() if value is not None})
+        settings = told_by(flags).settings
         log_to_stderr(settings.log_level, settings.log_format)
-        from warmkv_server.text.launch import Started
+        from warmkv_server.text.launch import StartedProcess
 
-        text = Started.first()
+        text = StartedProcess.first()
         from warmkv_server.app import serve as run  # imports MLX, and not before the process above is there
 
         status = asyncio.run(run(settings, text, show))
@@ -133,7 +113,7 @@ def version() -> None:
 
 for _command in (chat, ps, top, health):
     app.command()(_command)
-for _name, _group in {"agents": agents, "store": store, "models": models}.items():
+for _name, _group in {"agents": agents, "store": store, "models": models, "config": config}.items():
     app.add_typer(_group, name=_name)
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from warmkv_server import config
 from warmkv_server.cli.connection import Json, refusing
-from warmkv_server.config import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.offline import words
 
@@ -37,7 +37,7 @@ def check(
 
     given = {"model": model, "adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
     try:
-        found = look(Settings.read({name: value for name, value in given.items() if value is not None}))
+        found = look(config.read({name: value for name, value in given.items() if value is not None}))
     except OperatorError as error:
         if as_json:
             typer.echo(json.dumps({"model": model, "refused": str(error)}))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from warmkv_server.cli.connection import DEFAULT_TARGET
-from warmkv_server.config import LOOPBACK, Settings
+from warmkv_server.contract.settings import LOOPBACK, Settings
 from warmkv_server.offline.words import size
 from warmkv_server.platform import places
 
@@ -48,11 +48,11 @@ def facts(serving: Serving) -> Iterator[tuple[str, str]]:
     yield "", f"{size(settings.inflight_bytes)} for requests at work"
     yield "disk", _disk(serving)
     yield "data", f"{settings.data_dir.absolute()}, {_agents(serving)}"
-    if "data_dir" not in settings.model_fields_set and (earlier := places.earlier_data_dir()) is not None:
+    if settings.data_dir == places.data_dir() and (earlier := places.earlier_data_dir()) is not None:
         yield "", f"there are contexts in ./{earlier}, too: to go on with those, serve with --data-dir {earlier}"
     yield "access", access(settings)
     if settings.metrics_port is not None:
-        yield "metrics", f"http://{_in_url(settings.host)}:{settings.metrics_port}/metrics"
+        yield "metrics", f"http://{_in_url(settings.metrics_host or settings.host)}:{settings.metrics_port}/metrics"
     yield "next", _next(serving)
 
 

@@ -16,22 +16,22 @@ class RawText:
 
 
 @dataclass(frozen=True)
-class TokenIds:
+class TokenContent:
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     role: str
     content: str
 
 
 @dataclass(frozen=True)
 class Chat:
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
 
 
-Content = RawText | TokenIds | Chat
+Content = RawText | TokenContent | Chat
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,11 @@ def role_before(ending: str) -> str:
     return ending.partition(" ")[2] if Ending.of(ending) is Ending.TURN else ""
 
 
-def held_back(ending: str) -> tuple[Message, ...]:
+def held_back(ending: str) -> tuple[ChatMessage, ...]:
     """The messages that a context holds back: all that it was made of. None where they can't be read."""
     if Ending.of(ending) is not Ending.HELD:
         return ()
     try:
-        return tuple(Message(str(role), str(content)) for role, content in json.loads(ending.partition(" ")[2]))
+        return tuple(ChatMessage(str(role), str(content)) for role, content in json.loads(ending.partition(" ")[2]))
     except (ValueError, TypeError):
         return ()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+
+
+@dataclass
+class Tenants:
+    """How many tenants share the server: one object, for all who divide something among them."""
+
+    number: int = 1
 
 
 @dataclass(frozen=True)
@@ -15,16 +22,16 @@ class Bound:
 
     Attributes:
         most: of all tenants together.
-        tenants: that the server knows. A full queue still takes from those that hold less than their equal share of
-            it, so that it never holds more than twice as many.
+        tenants: A full queue still takes from those that hold less than their equal share of it, so that it never holds
+            more than twice as many.
     """
 
     most: int
-    tenants: int = 1
+    tenants: Tenants = field(default_factory=Tenants)
 
     def refuses(self, waiting: int, own: int) -> bool:
         """Whether one more may not wait, where so many do, and so many of the same tenant."""
-        return waiting >= self.most and own >= max(1, self.most // self.tenants)
+        return waiting >= self.most and own >= max(1, self.most // self.tenants.number)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,9 @@ BLOCK_TOKENS = 256
 TOKEN_AXIS = 2
 """The axis of a tensor of kind APPEND or WINDOW along which tokens run: (streams, kv_heads, tokens, width)."""
 
+STRIDES = (2_048, 8_192, 32_768, 131_072)
+"""Where a long turn can be taken up again inside, by models whose KV can't be cut at any token."""
+
 Tensors = Mapping[str, mx.array]
 """Evaluated arrays by name, of dtypes that numpy has (16-bit brain floats travel as uint16)."""
 
@@ -288,6 +291,21 @@ class Growth:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+
+def inner_boundaries(length: int) -> frozenset[int]:
+    """Lengths before `length` at which a context is kept so that an edit inside a long turn doesn't cost all of it.
+
+    The last two multiples of each stride: an edit d tokens before the end finds one at most twice the next larger
+    stride before the end, or there is no more than that to compute anyway. Each is among those of every shorter context
+    that reaches it, so a context that grows never wants one that was let go of.
+    """
+    return frozenset(boundary for stride in STRIDES for boundary in _last_multiples(stride, length - 1) if boundary > 0)
+
+
+def _last_multiples(stride: int, most: int) -> tuple[int, int]:
+    last = most - most % stride
+    return last - stride, last
 
 
 class Source(StrEnum):

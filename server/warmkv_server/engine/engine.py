@@ -10,10 +10,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 
-from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.fairness import Bound, Tenants
 from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Started
+from warmkv_server.contract.pressure import MemoryPressure
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
@@ -21,47 +22,16 @@ from warmkv_server.engine.model.load import ModelInfo
 from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
-from warmkv_server.engine.steps.running_set import Message
+from warmkv_server.engine.steps.running_set import EventTo
 from warmkv_server.engine.steps.schedule import together
 from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
-from warmkv_server.text.launch import Started as StartedText
+from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.pool import TextPool
 
 log = logging.getLogger(__name__)
 
 _RELIEF_SECONDS = 1.0
 """Longest wait for others to let go of memory, before trying again without."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What the operator sets.
-
-    Attributes:
-        model: as `--model` takes it.
-        adapter: folder of a LoRA adapter.
-        codecs: how the KV is stored.
-        context_limit: positions to serve; None for all that the model has.
-        max_batch: sequences running at once.
-        max_queue: sequences waiting for their turn beyond those.
-        tenants: that share the engine. Where it is full, one that holds less than its equal share isn't refused.
-        inflight_bytes: bytes that running sequences take, with all that is computed for them.
-        prefill_chunk: tokens of one prefill step, a multiple of the block size; 0 takes what suits the device.
-        max_decode_gap_ms: milliseconds that another's prefill may hold up those who decode, besides one step.
-        speculate_tokens: most tokens guessed and checked in one step of a sequence that decodes alone; 0 for none.
-    """
-
-    model: str = "builtin:tiny"
-    adapter: str | None = None
-    codecs: CodecPlan = field(default_factory=codecs_for)
-    context_limit: int | None = None
-    max_batch: int = 32
-    max_queue: int = 256
-    tenants: int = 1
-    inflight_bytes: int = 8 << 30
-    prefill_chunk: int = 0
-    max_decode_gap_ms: int = 200
-    speculate_tokens: int = 0
 
 
 class Handle:
@@ -130,52 +100,68 @@ class Handle:
 class Engine:
     """Owns the MLX thread. Made by `start`; used from one event loop."""
 
-    def __init__(self, settings: EngineSettings, text: StartedText | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        text: StartedProcess | None,
+        tenants: Tenants,
+        codecs: CodecPlan,
+        pressure: MemoryPressure,
+        tell: Callable[[bool], object],
+    ) -> None:
         self._settings = settings
         self._asyncio = asyncio.get_running_loop()
         self._handles: dict[int, Handle] = {}
         self._idents = itertools.count()
-        self._bound = Bound(settings.max_batch + settings.max_queue, settings.tenants)
+        self._bound = Bound(settings.max_batch + settings.max_queue, tenants)
+        self._pressure = pressure
+        self._tell = tell
         self._stopping = False
         self._delivery = Delivery(self._asyncio, self._deliver)
-        self.text = TextPool(Bound(settings.max_queue, settings.tenants), text)
+        self.text = TextPool(Bound(settings.max_queue, tenants), text)
         self._loop = StepLoop(
             lambda: model.load(
                 settings.model,
                 adapter=settings.adapter,
-                codecs=settings.codecs,
+                codecs=codecs,
                 context_limit=settings.context_limit,
                 tokenizer_found=self.text.found,
             ),
             self._delivery.send,
             self._relieve_from_thread,
             self._tell_from_thread,
-            max_batch=settings.max_batch,
-            prefill_chunk=settings.prefill_chunk,
-            max_decode_gap=settings.max_decode_gap_ms / 1000,
-            speculate_tokens=settings.speculate_tokens,
-            inflight_bytes=settings.inflight_bytes,
+            settings,
         )
-        self.relieve: Callable[[], object] = _nothing
-        """Called on the event loop when memory has run out: to let go of what can be spared."""
-        self.watch: Callable[[bool], object] = _nothing
-        """Called on the event loop with False when the engine has failed, and with True when it runs again."""
         self.lost: asyncio.Future[str] = self._asyncio.create_future()
         """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
         self.needs: MemoryNeeds
 
     @classmethod
-    async def start(cls, settings: EngineSettings, text: StartedText | None = None) -> Engine:
+    async def start(
+        cls,
+        settings: Settings,
+        text: StartedProcess | None = None,
+        *,
+        tenants: Tenants | None = None,
+        codecs: CodecPlan | None = None,
+        pressure: MemoryPressure | None = None,
+        tell: Callable[[bool], object] = lambda _: None,
+    ) -> Engine:
         """Start the MLX thread and load the model on it. `text.ready` says when content can be tokenised.
 
         Args:
             text: the first process for text work; None to start one when it is needed.
+            tenants: that share the engine. Where it is full, one that holds less than its equal share isn't refused.
+            codecs: how the KV is stored, if not as the settings say.
+            pressure: relieved when memory has run out.
+            tell: called on the event loop with False when the engine has failed, and with True when it runs again.
 
         Raises:
             OperatorError: if the model can't be served.
         """
-        engine = cls(settings, text)
+        codecs = codecs or codecs_for(settings.kv_bits, settings.kv_group_size)
+        engine = cls(settings, text, tenants or Tenants(), codecs, pressure or MemoryPressure(), tell)
         engine._loop.start()
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:
@@ -260,7 +246,7 @@ class Engine:
 
         def relieve() -> None:
             try:
-                self.relieve()
+                self._pressure.relieve()
             finally:
                 relieved.set()
 
@@ -272,9 +258,9 @@ class Engine:
             self.lost.set_result(news.error_id)
             while self._handles:  # those that were sent since
                 self._handles.popitem()[1].fail(EngineError(news.error_id))
-        self.watch(not isinstance(news, Failed))
+        self._tell(not isinstance(news, Failed))
 
-    def _deliver(self, messages: list[Message]) -> None:
+    def _deliver(self, messages: list[EventTo]) -> None:
         for ident, event in messages:
             try:
                 self._push(ident, event)
@@ -291,7 +277,3 @@ class Engine:
         handle.push(event)
         if handle.phase == "done":
             del self._handles[ident]
-
-
-def _nothing(_: bool = True) -> None:
-    """Spares nothing, tells nobody."""

@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.contract.fairness import Tenants
+from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, Reuse, all_kinds, policy_of
+from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.pressure import MemoryPressure
+from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
+from warmkv_server.errors import OperatorError
+from warmkv_server.kv.blocks.blockfile import VERSION
 from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.blocks.names import EXTRA_KEY_BYTES
@@ -21,7 +26,7 @@ from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
-from warmkv_server.kv.catalog.startup import make_folders, open_directory
+from warmkv_server.kv.catalog.startup import open_directory, take_directory
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
@@ -32,14 +37,15 @@ from warmkv_server.kv.index.records import (
     Fingerprint,
     OutcomeOf,
     RequestOutcome,
-    StoreSettings,
     TokenIds,
+    Tuning,
     Unset,
 )
 from warmkv_server.kv.tasks.changes import Changes
 from warmkv_server.kv.tasks.collect import Collector
 from warmkv_server.kv.tasks.commit import Committer
 from warmkv_server.kv.tasks.core import Core
+from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.eviction import Eviction
 from warmkv_server.kv.tasks.loader import Loader
 from warmkv_server.kv.tasks.manifests import Manifests
@@ -57,12 +63,13 @@ __all__ = [
     "Evicted",
     "Fingerprint",
     "Lease",
+    "OutcomeOf",
     "RequestOutcome",
     "Store",
-    "StoreSettings",
     "StoreStats",
     "Tier",
     "TokenIds",
+    "Tuning",
     "Unset",
 ]
 
@@ -89,11 +96,27 @@ class Store:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
+    async def take(cls, settings: Settings) -> DirectoryLock:
+        """Make the data directory if there is none, and lock it: what `open` does first, before there is a model.
+
+        Raises:
+            OperatorError: it is in use, or can't be written.
+        """
+        return await asyncio.to_thread(take_directory, settings.data_dir, Files(settings.durability))
+
+    @classmethod
     async def open(
         cls,
-        settings: StoreSettings,
+        settings: Settings,
         layout: KVLayout,
         fingerprint: Fingerprint,
+        *,
+        lock: DirectoryLock | None = None,
+        tuning: Tuning | None = None,
+        tenants: Tenants | None = None,
+        pressure: MemoryPressure | None = None,
+        busy: Callable[[], bool] = lambda: False,
+        tell: Callable[[bool], object] = lambda _: None,
         files: Files | None = None,
         times: TimeSource | None = None,
         tier: BlockTier | None = None,
@@ -101,46 +124,54 @@ class Store:
         """Lock the directory, read the index, sweep what a crash left behind.
 
         Args:
+            lock: of the directory, from `take`; None to take it now.
+            tenants: that share the budgets. How many have something to lose is seen; this is for what can't be taken
+                back, RAM that holds what the disk refused.
+            pressure: where memory runs out; the store then lets go of RAM copies.
+            busy: whether somebody decodes: then large commits are written one file at a time, with pauses. Called from
+                several threads.
+            tell: called now, and at every change, with whether the disk has every agent's last commit.
             files: a stand-in for the disk, for tests.
             times: a stand-in for the machine's clocks, for tests.
             tier: where blocks are, if not in the data directory.
 
         Raises:
-            OperatorError: the directory is in use, can't be written, or was written by a newer version.
+            OperatorError: the directory is in use, can't be written, or was written by a newer version; or the quota
+                is too small for one block.
         """
-        files = files or Files(settings.durability, settings.headroom_bytes)
-        tier = tier or DiskTier(settings.data_dir, files, settings.quarantine_limit)
-        opened = await asyncio.to_thread(open_directory, settings, layout, fingerprint, files, tier, times)
+        _require_room(settings.disk_bytes, layout)
+        tuning = tuning or Tuning()
+        files = files or Files(settings.durability, settings.headroom_bytes, busy)
+        tier = tier or DiskTier(settings.data_dir, files, tuning.quarantine_limit(settings.disk_bytes))
+        lock = lock or await cls.take(settings)
+        opened = await asyncio.to_thread(
+            open_directory, lock, settings, tuning, layout, fingerprint, files, tier, times
+        )
         journal = Journal(opened.database, opened.commits)
         core = Core(
             settings,
+            tuning,
+            tenants or Tenants(),
             layout,
             opened.fingerprint.digest,
             opened.index,
             journal,
-            Outcomes(journal, settings.outcome_bytes, opened.outcomes),
+            Outcomes(journal, tuning.outcome_bytes, opened.outcomes),
             files,
             tier,
             opened.clock,
             opened.foreign,
+            DiskState(tell),
         )
         core.quarantine_bytes, core.aside_bytes = opened.quarantine_bytes, opened.aside_bytes
         core.manifest_sizes = opened.manifests.sizes
         core.manifest_bytes = sum(core.manifest_sizes.values())
-        store = cls(core, opened.lock)
+        store = cls(core, lock)
         for agent in opened.manifests.stale:
             store._manifests.note(agent)
+        if pressure is not None:
+            pressure.listen(store.relieve)
         return store
-
-    @staticmethod
-    def probe(data_dir: Path) -> None:
-        """Find out early what `open` would refuse at once. Blocking.
-
-        Raises:
-            OperatorError: the directory can't be made or written, or another process has it.
-        """
-        make_folders(data_dir, Files(Durability.NONE))
-        DirectoryLock(data_dir).release()
 
     async def close(self) -> None:
         """Wait for what is in flight, then let go of the directory."""
@@ -149,7 +180,7 @@ class Store:
         await self.settled()
         await self._manifests.close()
         await self._core.journal.close()
-        self._core.shutdown()
+        await asyncio.to_thread(self._core.shutdown)  # a read that nobody waits for may be at work
         self._lock.release()
 
     async def settled(self) -> None:
@@ -183,18 +214,6 @@ class Store:
         at_work = [self._core.writes, self._core.journal.in_flight, *([self._core.reads] if reads else [])]
         return max(each.longest() for each in at_work)
 
-    def watch_disk(self, tell: Callable[[bool], None]) -> None:
-        """Have it told now, and at every change, whether the disk has every agent's last commit."""
-        self._core.disk.watch(tell)
-
-    def give_way(self, busy: Callable[[], bool]) -> None:
-        """Have large commits written one file at a time, with pauses, while `busy` says that somebody decodes.
-
-        Args:
-            busy: is called from several threads.
-        """
-        self._core.files.busy = busy
-
     # Looking
 
     @property
@@ -212,14 +231,19 @@ class Store:
         """Digest of what the KV of the served model depends on besides the tokens, as this directory knows it."""
         return self._core.fingerprint
 
+    @property
+    def block_format(self) -> int:
+        """The version in which blocks are written."""
+        return VERSION
+
     def agent(self, tenant: str, agent_id: str) -> AgentRecord | None:
-        agent = self._core.index.agents.get((tenant, agent_id))
+        agent = self._core.index.agents.get(AgentKey(tenant, agent_id))
         return None if agent is None else self._core.record(agent)
 
     def agents(self, tenant: str, after: str = "") -> Iterator[AgentRecord]:
         """A tenant's agents by agent_id, from the first one behind `after`."""
         for agent_id in self._core.index.names(tenant, after):
-            agent = self._core.index.agents.get((tenant, agent_id))
+            agent = self._core.index.agents.get(AgentKey(tenant, agent_id))
             if agent is not None:
                 yield self._core.record(agent)
 
@@ -290,7 +314,7 @@ class Store:
         if len(extra_key) > EXTRA_KEY_BYTES:
             raise ValueError(f"an extra key of {len(extra_key)} bytes; {EXTRA_KEY_BYTES} are the most")
         core = self._core
-        agent = core.index.agents.get((tenant, agent_id)) if agent_id else None
+        agent = core.index.agents.get(AgentKey(tenant, agent_id)) if agent_id else None
         found = self._matcher.match(agent, Under(core.root(tenant), extra_key), core.fingerprint, tokens[:limit])
         lease = Lease(
             tenant=tenant,
@@ -407,3 +431,16 @@ class Store:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+
+def _require_room(disk_bytes: int, layout: KVLayout) -> None:
+    """
+    Raises:
+        OperatorError: not even one block fits into the quota.
+    """
+    block = sum(policy_of(kind).nbytes(layout, BLOCK_TOKENS) for kind in all_kinds())
+    if 0 < disk_bytes < block:
+        raise OperatorError(
+            f"--disk-bytes {disk_bytes} is less than one block of {BLOCK_TOKENS} tokens of this model takes, {block} "
+            "bytes, so that no context could be kept: give more, or 0 for no limit"
+        )

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from warmkv_server.config import Settings
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import DiskTier
@@ -28,7 +30,7 @@ from warmkv_server.kv.catalog.startup import make_folders
 from warmkv_server.kv.catalog.takeover import old_files
 from warmkv_server.kv.catalog.truth import believe
 from warmkv_server.kv.index.index import Agent, Index, Node
-from warmkv_server.kv.index.records import Fingerprint, StoreSettings
+from warmkv_server.kv.index.records import Fingerprint, Tuning
 
 _REBUILD = "`warmkv store rebuild-index` builds it anew, and so does a server that starts"
 
@@ -111,7 +113,7 @@ def take(data_dir: Path) -> Iterator[Taken]:
             fingerprints, vocabularies = rows.read_fingerprints(database), rows.read_vocabularies(database)
         except JournalDamaged as error:
             raise _damaged(path, error) from error
-        headroom = StoreSettings(data_dir).headroom_bytes
+        headroom = Settings.headroom_bytes
         files, before = Files(Durability.FULL, headroom), database.number
         taken = Taken(data_dir, believed.index, fingerprints, clock, vocabularies, database=database, files=files)
         try:
@@ -176,7 +178,7 @@ def in_use(data_dir: Path) -> bool:
 
 def tier_of(data_dir: Path, files: Files | None = None) -> DiskTier:
     """The blocks of a directory; to look at, unless files are given."""
-    return DiskTier(data_dir, files or Files(Durability.FULL), StoreSettings(data_dir).quarantine_bytes)
+    return DiskTier(data_dir, files or Files(Durability.FULL), Tuning.quarantine_bytes)
 
 
 def _holds_contexts(data_dir: Path) -> bool:
@@ -188,7 +190,7 @@ def find_agent(view: View, tenant: str, agent_id: str) -> Agent:
     Raises:
         OperatorError: there is none of this name; says of which tenants there is one.
     """
-    agent = view.index.agents.get((tenant, agent_id))
+    agent = view.index.agents.get(AgentKey(tenant, agent_id))
     if agent is None:
         others = [repr(owner) for owner, name in view.index.agents if name == agent_id]
         hint = f"; tenant {' and '.join(others)} has one: give --tenant" if others else "; `warmkv store ls` lists all"
@@ -235,7 +237,7 @@ def _renew_manifests(taken: Taken) -> None:
 
 def _settle(taken: Taken, evidence: Evidence) -> None:
     number = taken.database.number
-    limit = StoreSettings(taken.data_dir).quarantine_bytes
+    limit = Tuning.quarantine_bytes
     found = bring_up_to_date(taken.data_dir, taken.index, number, taken.files, evidence, limit)
     if found.stale:
         raise OSError(errno.EIO, "the manifests can't be written")

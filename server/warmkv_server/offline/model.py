@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from warmkv_server.config import Settings
 from warmkv_server.contract.kv import all_kinds
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, policy_of
+from warmkv_server.contract.kv import BLOCK_TOKENS, STRIDES, policy_of
 from warmkv_server.kv.blocks.names import ID_BYTES, TOKEN_BYTES, block_of, node_id, root_id
 from warmkv_server.kv.catalog import plausible
 from warmkv_server.kv.index.index import Node
@@ -58,8 +58,9 @@ def _check_chain(nodes: Iterable[Node]) -> int:
 def _check_snapshots(manifest: ArchiveManifest, length: int) -> None:
     raw = b"".join(node.own_tokens for node in manifest.nodes)
     lengths = [snapshot.start for snapshot in manifest.snapshots]
-    if len(lengths) > MAX_KEPT + 2:
-        raise BadArchive(f"it has {len(lengths)} snapshots, and {MAX_KEPT + 2} are the most")
+    most = MAX_KEPT + 2 + 2 * len(STRIDES)
+    if len(lengths) > most:
+        raise BadArchive(f"it has {len(lengths)} snapshots, and {most} are the most")
     for snapshot in manifest.snapshots:
         first, last = block_of(snapshot.start) * TOKEN_BYTES, snapshot.start * TOKEN_BYTES
         twice = lengths.count(snapshot.start) > 1

@@ -15,7 +15,7 @@ from warmkv_server.kv.catalog.readonly import ReadOnlyDatabase
 from warmkv_server.kv.catalog.rebuild import Rebuilt, holds_contexts, rebuild_index
 from warmkv_server.kv.catalog.takeover import old_files
 from warmkv_server.kv.index.index import Index
-from warmkv_server.kv.index.records import StoreSettings
+from warmkv_server.kv.index.records import Tuning
 from warmkv_server.offline.directory import locked, tier_of
 
 
@@ -34,9 +34,8 @@ def rebuild(data_dir: Path) -> Rebuilt:
             f"{data_dir} is not a data directory of WarmKV; give the one that was served with --data-dir"
         )
     with locked(data_dir):
-        settings = StoreSettings(data_dir)
         evidence = gather(data_dir)
-        return rebuild_index(data_dir, files, tier, settings.quarantine_bytes, "replaced", evidence, _old(data_dir))
+        return rebuild_index(data_dir, files, tier, Tuning.quarantine_bytes, "replaced", evidence, _old(data_dir))
 
 
 def _old(data_dir: Path) -> Index | None:

@@ -9,7 +9,7 @@ from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import QUARANTINE, quarantine
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.index.index import Node
-from warmkv_server.kv.index.records import StoreSettings
+from warmkv_server.kv.index.records import Tuning
 from warmkv_server.offline.directory import Taken
 from warmkv_server.offline.findings import Bad, Trouble
 
@@ -27,7 +27,7 @@ def put_away(taken: Taken, bad: Iterable[Bad]) -> int:
             if each.trouble in (Trouble.UNKNOWN, Trouble.UNREADABLE):
                 continue
             if each.trouble is not Trouble.MISSING:
-                limit = StoreSettings(taken.data_dir).quarantine_bytes
+                limit = Tuning.quarantine_bytes
                 quarantine(taken.files, each.path, taken.data_dir / QUARANTINE, limit)
                 moved += 1
             if each.node is not None and each.kind is not None:

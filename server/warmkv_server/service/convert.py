@@ -12,7 +12,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.agents.types import (
     Activity,
-    AgentKey,
     AgentView,
     CacheReport,
     EvictResult,
@@ -27,10 +26,10 @@ from warmkv_server.agents.types import (
     Recorded,
     Timings,
 )
-from warmkv_server.contract.content import Chat, Content, RawText, TokenIds
-from warmkv_server.contract.content import Message as ChatMessage
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.store import Tier
 from warmkv_server.service import limits
 
@@ -74,7 +73,7 @@ def content(message: pb.Content) -> Content | None:
         case "text":
             return RawText(message.text)
         case "token_ids":
-            return TokenIds(tuple(message.token_ids.ids))
+            return TokenContent(tuple(message.token_ids.ids))
         case "chat":
             return Chat(tuple(ChatMessage(m.role, m.content) for m in message.chat.messages))
     return None

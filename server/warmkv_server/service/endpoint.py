@@ -17,13 +17,14 @@ from google.protobuf.message_factory import GetMessageClass
 
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
-from warmkv_server.agents.types import AgentKey
+from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import InvalidField, WarmKVError
 from warmkv_server.service import inbound
 from warmkv_server.service.auth import Auth, Metadata, Principal
 from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.gate import Gate
-from warmkv_server.service.inbound import Context
+from warmkv_server.service.inbound import RpcContext
 from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.request_log import Asked, RequestLog
 from warmkv_server.service.validate import Model
@@ -42,7 +43,7 @@ class Call:
 
     agents: Agents
     principal: Principal
-    context: Context
+    context: RpcContext
     asked: Asked
     arrived: float = field(default_factory=time.perf_counter)
 
@@ -73,16 +74,12 @@ Behaviour = Callable[[Any, Call], Awaitable[Message | None]]
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Makes gRPC handlers out of servicers.
-
-    Attributes:
-        message_bytes: the largest request that is read.
-    """
+    """Makes gRPC handlers out of servicers."""
 
     gate: Gate
     auth: Auth
     metrics: Metrics
-    message_bytes: int
+    settings: Settings
     requests: RequestLog = field(default_factory=RequestLog)
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
@@ -97,12 +94,12 @@ class Endpoints:
         make = grpc.stream_stream_rpc_method_handler if stream else grpc.stream_unary_rpc_method_handler
         kind = GetMessageClass(method.input_type)
 
-        async def serve(_: object, context: Context) -> Message | None:
+        async def serve(_: object, context: RpcContext) -> Message | None:
             return await self._serve(method.name, kind, behaviour, context)
 
         return make(serve, response_serializer=GetMessageClass(method.output_type).SerializeToString)
 
-    async def _serve(self, name: str, kind: type[Message], behaviour: Behaviour, context: Context) -> Message | None:
+    async def _serve(self, name: str, kind: type[Message], behaviour: Behaviour, context: RpcContext) -> Message | None:
         asked, code, reason = Asked(name, context.peer()), grpc.StatusCode.CANCELLED, ""
         try:
             response = await self._admit(asked, kind, behaviour, context)
@@ -129,14 +126,16 @@ class Endpoints:
         await refuse(context, status)
         return None
 
-    async def _admit(self, asked: Asked, kind: type[Message], behaviour: Behaviour, context: Context) -> Message | None:
+    async def _admit(
+        self, asked: Asked, kind: type[Message], behaviour: Behaviour, context: RpcContext
+    ) -> Message | None:
         """Serve a call; the request of one that is not let in is not even read."""
         metadata: Metadata = context.invocation_metadata() or ()
         principal = self.auth.identify(metadata)
         asked.tenant = principal.tenant
         self.gate.check()
         request = await inbound.read(
-            context, kind, self.message_bytes, lambda data: refusal(data, kind, self.gate.text_bytes)
+            context, kind, self.settings.max_message_bytes, lambda data: refusal(data, kind, self.gate.text_bytes)
         )
         asked.request = request
         with self.gate.enter() as agents:

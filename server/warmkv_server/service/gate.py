@@ -14,19 +14,20 @@ class Gate:
     """Stands before everything but health and reflection. Closed until `open`, and again from `close` on.
 
     Attributes:
+        agents: all there are, once it was open.
         text_bytes: of content that a context can hold at most; None if that isn't known, or not yet.
     """
 
     def __init__(self) -> None:
         self.text_bytes: int | None = None
-        self._agents: Agents | None = None
+        self.agents: Agents | None = None
         self._closed = False
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
     def open(self, agents: Agents, text_bytes: int | None = None) -> None:
-        self._agents, self.text_bytes = agents, text_bytes
+        self.agents, self.text_bytes = agents, text_bytes
 
     def close(self) -> None:
         """Let nobody in any more. Who is inside stays."""
@@ -40,9 +41,9 @@ class Gate:
         """
         if self._closed:
             raise Draining("the server is shutting down; try another, or this one again later", retry_after=5.0)
-        if self._agents is None:
+        if self.agents is None:
             raise Loading("the server is loading its model; try again", retry_after=1.0)
-        return self._agents
+        return self.agents
 
     @contextmanager
     def enter(self) -> Iterator[Agents]:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import grpc
 import grpc.aio
 
 from warmkv.v1 import agent_service_pb2, server_service_pb2
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.service import inbound
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.auth import warn_if_open
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.health import Health
 from warmkv_server.service.listener import Listener, Options, make_server
 from warmkv_server.service.open_services import Handlers, health_methods, reflection_methods
 from warmkv_server.service.server_servicer import ServerServicer
+from warmkv_server.service.tls import Certificate
 
 _AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
 _SERVER = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
@@ -65,25 +63,28 @@ def _options(message_bytes: int, connections: int) -> Options:
     )
 
 
-@dataclass(frozen=True)
-class Tls:
-    """Files in PEM form."""
-
-    certificate: Path
-    key: Path
-
-
 class GrpcServer:
     """Serves from `start` on; says NOT_SERVING until `announce`.
 
     Args:
         connections: most of them at once; further ones are closed as they come.
+        certificate: for TLS; None to serve without.
 
     Attributes:
         lost: done if it serves no more, though nobody has stopped it.
     """
 
-    def __init__(self, endpoints: Endpoints, agents: AgentServicer, server: ServerServicer, connections: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        endpoints: Endpoints,
+        agents: AgentServicer,
+        server: ServerServicer,
+        connections: int,
+        certificate: Certificate | None,
+    ) -> None:
+        self._settings = settings
+        self._announced, self._computing = False, True
         self._health = Health()
         methods = {
             _AGENTS.full_name: endpoints.handlers(_AGENTS, agents),
@@ -91,25 +92,22 @@ class GrpcServer:
             **health_methods(self._health),
             **reflection_methods((_AGENTS, _SERVER)),
         }
-        self._message_bytes = endpoints.message_bytes
-        self._address = ""
-        self._credentials: grpc.ServerCredentials | None = None
+        self._certificate = certificate
         self._listener = Listener(partial(self._make, methods, connections), self._bind)
         self._probed: Listener | None = None
         self.lost = self._listener.lost
 
-    def bind(self, host: str, port: int, tls: Tls | None, health_port: int | None) -> int:
-        """Take the port, 0 for a free one, and return it; and one where health alone is served, if it is given.
+    def bind(self) -> int:
+        """Take the port, and the one where health alone is served, if there is to be one. Returns the first.
 
         Raises:
-            OperatorError: if one can't be had, or the certificate is not good.
+            OperatorError: if one can't be had.
         """
-        self._address = f"[{host}]" if ":" in host else host
-        self._credentials = None if tls is None else _credentials(tls)
-        taken = _take(self._listener, host, port, "--port")
-        if health_port is not None:
+        host = self._settings.host
+        taken = _take(self._listener, host, self._settings.port, "--port")
+        if self._settings.health_port is not None:
             self._probed = Listener(partial(self._make, health_methods(self._health), _PROBES), self._bind)
-            _take(self._probed, host, health_port, "--health-port")
+            _take(self._probed, host, self._settings.health_port, "--health-port")
         return taken
 
     async def start(self) -> None:
@@ -119,18 +117,22 @@ class GrpcServer:
             await listener.start()
 
     def announce(self) -> None:
-        """Say SERVING."""
-        for service in _SERVICES:
-            self._health.set(service, "SERVING")
+        """Say SERVING, as long as the engine computes."""
+        self._announced = True
+        self._say_serving()
 
     def say_storage(self, taking: bool) -> None:
         """Say SERVING of the storage if the disk has all that is committed, else NOT_SERVING."""
         self._health.set(_STORAGE, "SERVING" if taking else "NOT_SERVING")
 
     def say_engine(self, running: bool) -> None:
-        """Say SERVING if the engine computes, else NOT_SERVING."""
+        """Say SERVING if the engine computes, else NOT_SERVING; before `announce` it is NOT_SERVING either way."""
+        self._computing = running
+        self._say_serving()
+
+    def _say_serving(self) -> None:
         for service in _SERVICES:
-            self._health.set(service, "SERVING" if running else "NOT_SERVING")
+            self._health.set(service, "SERVING" if self._announced and self._computing else "NOT_SERVING")
 
     def withdraw(self) -> None:
         """Say NOT_SERVING, for good."""
@@ -149,16 +151,17 @@ class GrpcServer:
         return [self._listener, *([self._probed] if self._probed is not None else [])]
 
     def _make(self, services: Mapping[str, Handlers], connections: int) -> grpc.aio.Server:
-        server = make_server(_options(self._message_bytes, connections))
+        server = make_server(_options(self._settings.max_message_bytes, connections))
         for service, methods in services.items():
             server.add_registered_method_handlers(service, methods)
         return server
 
     def _bind(self, server: grpc.aio.Server, port: int) -> int:
-        address = f"{self._address}:{port}"
-        if self._credentials is None:
+        host = self._settings.host
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if self._certificate is None:
             return server.add_insecure_port(address)
-        return server.add_secure_port(address, self._credentials)
+        return server.add_secure_port(address, self._certificate.credentials())
 
 
 def _take(listener: Listener, host: str, port: int, flag: str) -> int:
@@ -185,15 +188,3 @@ def _probe(host: str, port: int, flag: str) -> None:
                 f"can't listen on {host}:{port} ({error.strerror}); choose another {flag}"
                 + (", or --port 0 for a free one" if flag == "--port" else "")
             ) from error
-
-
-def _credentials(tls: Tls) -> grpc.ServerCredentials:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
-        pair = tls.key.read_bytes(), tls.certificate.read_bytes()
-    except (OSError, ssl.SSLError) as error:
-        raise OperatorError(
-            f"the TLS certificate {tls.certificate} and key {tls.key} can't be used: {error.strerror or error}"
-        ) from error
-    warn_if_open(tls.key, "the TLS key")
-    return grpc.ssl_server_credentials([pair])

@@ -8,9 +8,11 @@ from time import time
 
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
+from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.model import EndSource, LayerInfo, ModelInfo, ModelKind
+from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability, StoreStats, Tier
 from warmkv_server.errors import InvalidField
 from warmkv_server.platform.versions import version_of
@@ -43,22 +45,11 @@ DURABILITIES = {
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the server is set to, besides its model. Bytes."""
-
-    hot_bytes: int
-    disk_bytes: int
-    durability: Durability
-    default_max_tokens: int
-    block_format: str
-    tenants: int
-
-
-@dataclass(frozen=True)
 class ServerServicer:
     """The RPCs of ServerService. proto/warmkv/v1/server_service.proto says what each promises."""
 
-    facts: Facts
+    settings: Settings
+    tenants: Tenants
     started: float = field(default_factory=time)
 
     async def get_server_info(
@@ -71,7 +62,7 @@ class ServerServicer:
             model_id=info.model_id,
             model_kind=MODEL_KINDS[info.kind],
             weights_digest=info.weights_digest,
-            fingerprint=call.agents.fingerprint,
+            fingerprint=call.agents.store.fingerprint,
             device=info.device,
             blas=info.blas,
             context_limit=info.context_limit,
@@ -79,12 +70,12 @@ class ServerServicer:
             kv_bits=info.kv_bits,
             kv_group_size=info.kv_group_size,
             kv_bytes_per_token=info.kv_bytes_per_token,
-            hot_bytes_limit=self.facts.hot_bytes,
-            disk_bytes_limit=self.facts.disk_bytes,
-            durability=DURABILITIES[self.facts.durability],
-            versions=_versions(info, self.facts.block_format),
+            hot_bytes_limit=self.settings.hot_bytes,
+            disk_bytes_limit=self.settings.disk_bytes,
+            durability=DURABILITIES[self.settings.durability],
+            versions=_versions(info, call.agents.store.block_format),
             sampling_defaults=_sampling(info.sampling_defaults),
-            default_max_tokens=self.facts.default_max_tokens,
+            default_max_tokens=self.settings.default_max_tokens,
             end_tokens=[
                 server_pb.EndToken(token_id=end.token_id, text=end.text, sources=[END_SOURCES[s] for s in end.sources])
                 for end in info.ends
@@ -98,7 +89,7 @@ class ServerServicer:
     ) -> server_pb.GetServerStatsResponse:
         store, engine = call.agents.store.stats(), call.agents.engine.stats()
         tally = call.agents.tallies.total
-        if self.facts.tenants > 1:
+        if self.tenants.number > 1:
             tenant = call.principal.tenant
             tally = call.agents.tallies.of(tenant)
             store = StoreStats(agents_by_tier=call.agents.store.tiers(tenant))
@@ -177,6 +168,6 @@ def _sampling(defaults: Sampling) -> pb.SamplingParams:
     return message
 
 
-def _versions(info: ModelInfo, block_format: str) -> dict[str, str]:
+def _versions(info: ModelInfo, block_format: int) -> dict[str, str]:
     own = {name: version_of(name) for name in ("warmkv", "grpcio", "protobuf")}
-    return {**own, **info.versions, "python": platform.python_version(), "block-format": block_format}
+    return {**own, **info.versions, "python": platform.python_version(), "block-format": str(block_format)}

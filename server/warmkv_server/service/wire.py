@@ -48,10 +48,10 @@ class _Field(NamedTuple):
     inner: dict[int, _Field] | None
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """Where in a message something is."""
 
-    within: _Place | None
+    within: _Position | None
     field: _Field
     number: int
 
@@ -104,7 +104,7 @@ class _Walk:
         self._entries: Counter[int] = Counter()
         self.found: list[Violation] = []
 
-    def message(self, at: int, end: int, fields: dict[int, _Field], place: _Place | None) -> None:
+    def message(self, at: int, end: int, fields: dict[int, _Field], place: _Position | None) -> None:
         """Look through the bytes of one message.
 
         Raises:
@@ -123,7 +123,7 @@ class _Walk:
                 if length > end - at:
                     raise _Malformed
                 if field is not None and length:
-                    self._inside(at, at + length, _Place(place, field, number))
+                    self._inside(at, at + length, _Position(place, field, number))
                 at += length
             elif kind == _VARINT:
                 _, at = self._varint(at, end)
@@ -132,7 +132,7 @@ class _Walk:
             else:
                 raise MalformedMessage("the request's bytes have groups in them, which no field of it is")
 
-    def _count(self, field: _Field, place: _Place | None) -> int:
+    def _count(self, field: _Field, place: _Position | None) -> int:
         """Count an entry of a list, and return its number."""
         number = self._entries[id(field)]
         if number >= field.entries:
@@ -141,7 +141,7 @@ class _Walk:
         self._entries[id(field)] = number + 1
         return number
 
-    def _inside(self, at: int, end: int, place: _Place) -> None:
+    def _inside(self, at: int, end: int, place: _Position) -> None:
         field = place.field
         if field.inner is _IDS:
             # Each number ends with a byte whose highest bit is clear.

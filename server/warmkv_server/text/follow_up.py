@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from warmkv_server.contract.content import Ending, Message, role_before
+from warmkv_server.contract.content import ChatMessage, Ending, role_before
 from warmkv_server.errors import Unsupported
 from warmkv_server.text.template import Shape, Template
 
@@ -38,7 +38,7 @@ class FollowUp:
 
 def follow_up(
     template: Template,
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     ending: str,
     last_token: int | None,
     ends: Mapping[int, str],
@@ -80,7 +80,7 @@ def follow_up(
     return FollowUp(shape.anchor + rest[:cut], "", rest[cut:])
 
 
-def _behind(template: Template, messages: Sequence[Message], ending: str, answer: bool) -> Shape:
+def _behind(template: Template, messages: Sequence[ChatMessage], ending: str, answer: bool) -> Shape:
     """The shape of these messages behind the earlier conversation that is most like this one and is written out."""
     role = role_before(ending)
     before = list(_ANSWERED)

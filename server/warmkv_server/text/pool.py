@@ -19,7 +19,7 @@ import numpy as np
 from warmkv_server.contract.content import Encoded
 from warmkv_server.contract.fairness import Bound, FairLine
 from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
-from warmkv_server.text.launch import Launcher, Process, Started
+from warmkv_server.text.launch import Launcher, Process, StartedProcess
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
@@ -86,7 +86,7 @@ class TextPool:
         bytes_per_token: of UTF-8 that one token stands for at most; 0 where that can't be told, or not yet.
     """
 
-    def __init__(self, bound: Bound, first: Started | None = None) -> None:
+    def __init__(self, bound: Bound, first: StartedProcess | None = None) -> None:
         self._bound = bound
         self._launcher = Launcher(first)
         self._short: FairLine[_Job] = FairLine()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from warmkv_server.contract.content import Ending, Message
+from warmkv_server.contract.content import ChatMessage, Ending
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
 from warmkv_server.text.template import Shape, Template, mark
@@ -72,13 +72,13 @@ _NAMES = {
 
 
 def _of_template(template: Template, ends: Mapping[int, str]) -> dict[str, Any]:
-    user, answer, system = Message("user", "-"), Message("assistant", "-"), Message("system", "-")
+    user, answer, system = ChatMessage("user", "-"), ChatMessage("assistant", "-"), ChatMessage("system", "-")
     conversations = {
         "system": ([system, user], 0),
         "user": ([user], 0),
         "assistant": ([user, answer, user], 1),
-        "tool": ([user, answer, Message("tool", "-")], 2),
-        "developer": ([Message("developer", "-"), user], 0),
+        "tool": ([user, answer, ChatMessage("tool", "-")], 2),
+        "developer": ([ChatMessage("developer", "-"), user], 0),
     }
     roles = {
         role: _said(template.shape((), messages, answer=True), index)
@@ -101,7 +101,7 @@ def _of_template(template: Template, ends: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def _behind(template: Template, user: Message, ends: Mapping[int, str]) -> tuple[str, str]:
+def _behind(template: Template, user: ChatMessage, ends: Mapping[int, str]) -> tuple[str, str]:
     """What becomes of a message behind an answer, and what the template writes between the two."""
     try:
         found = follow_up(template, [user], Ending.ANSWER, None, ends, answer=True)
@@ -129,7 +129,7 @@ def _tried(template: Template, messages: list[dict[str, Any]], **variables: Any)
         return f"refused: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _plain(message: ChatMessage) -> dict[str, Any]:
     return {"role": message.role, "content": message.content}
 
 

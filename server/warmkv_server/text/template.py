@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from warmkv_server.contract.content import Message
+from warmkv_server.contract.content import ChatMessage
 from warmkv_server.errors import InvalidField
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Shape:
         error: what it raises.
     """
 
-    before: tuple[Message, ...] = ()
+    before: tuple[ChatMessage, ...] = ()
     parts: frozenset[int] = frozenset()
     lost: tuple[int, ...] = ()
     gap: str = ""
@@ -77,7 +77,7 @@ class Template:
         self.apply = _plainly(tokenizer)
         self._remembered = lru_cache(_SHAPES)(self._probe)
 
-    def shape(self, before: Sequence[str], messages: Sequence[Message], answer: bool) -> Shape:
+    def shape(self, before: Sequence[str], messages: Sequence[ChatMessage], answer: bool) -> Shape:
         """
         Args:
             before: roles of the messages that stand for an earlier conversation.
@@ -87,7 +87,7 @@ class Template:
         probe = self._remembered if sum(len(role) for role, _ in roles) <= _MOST_ROLES else self._probe
         return probe(tuple(before), roles, answer)
 
-    def whole(self, messages: Sequence[Message], answer: bool, *, skip: int = 0) -> str:
+    def whole(self, messages: Sequence[ChatMessage], answer: bool, *, skip: int = 0) -> str:
         """What it writes for a conversation.
 
         Args:
@@ -102,7 +102,7 @@ class Template:
         self.require_contents(shape, messages, answer, written, skip=skip)
         return written
 
-    def write(self, shape: Shape, messages: Sequence[Message], answer: bool) -> str:
+    def write(self, shape: Shape, messages: Sequence[ChatMessage], answer: bool) -> str:
         """What it writes for messages behind those of the shape.
 
         Raises:
@@ -121,7 +121,7 @@ class Template:
             return ""
         return written.rpartition(shape.anchor)[2]
 
-    def require(self, shape: Shape, messages: Sequence[Message], *, skip: int = 0, merges: bool = False) -> None:
+    def require(self, shape: Shape, messages: Sequence[ChatMessage], *, skip: int = 0, merges: bool = False) -> None:
         """
         Args:
             skip: how many of the messages were sent before, and are not of this request.
@@ -151,7 +151,7 @@ class Template:
         raise InvalidField.of(f"{_FIELD}[{max(0, index - skip)}]", f"{why}; {_remedy(messages[index], merges)}")
 
     def require_contents(
-        self, shape: Shape, messages: Sequence[Message], answer: bool, written: str, *, skip: int = 0
+        self, shape: Shape, messages: Sequence[ChatMessage], answer: bool, written: str, *, skip: int = 0
     ) -> None:
         """
         Args:
@@ -168,7 +168,7 @@ class Template:
         marks = {n: mark(len(shape.before) + n) for n in changed}
         around = list(messages)
         for n, sign in marks.items():
-            around[n] = Message(messages[n].role, f"{sign} {messages[n].content} {sign}")
+            around[n] = ChatMessage(messages[n].role, f"{sign} {messages[n].content} {sign}")
         marked = self.write(shape, around, answer)
         for n, sign in marks.items():
             if sign not in marked or not _has_of(messages[n].content, written):
@@ -181,7 +181,7 @@ class Template:
         contents = [mark(n) for n in range(len(before))]
         contents += [mark(len(before) + n) if says else "" for n, (_, says) in enumerate(roles)]
         names = (*before, *(role for role, _ in roles))
-        messages = [Message(role, content) for role, content in zip(names, contents, strict=True)]
+        messages = [ChatMessage(role, content) for role, content in zip(names, contents, strict=True)]
         stand_in = tuple(messages[: len(before)])
         parts, lost, written, error = self._forms(messages, answer)
         if error:
@@ -189,7 +189,7 @@ class Template:
         blank = frozenset(n for n, message in enumerate(messages) if not message.content)
         if blank - parts:
             # Nothing shows in which form it wants those; so they are tried with something to say.
-            said = [Message(message.role, mark(n)) for n, message in enumerate(messages)]
+            said = [ChatMessage(message.role, mark(n)) for n, message in enumerate(messages)]
             wanted = self._forms(said, answer)[0] & blank
             with contextlib.suppress(Refused):
                 written, parts = self._render(messages, parts | wanted, answer), parts | wanted
@@ -202,7 +202,7 @@ class Template:
         forgets = any(n < len(before) for n in lost)
         return Shape(stand_in, parts, tuple(sorted(n - len(before) for n in lost if n >= len(before))), gap, forgets)
 
-    def _forms(self, messages: Sequence[Message], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
+    def _forms(self, messages: Sequence[ChatMessage], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
         """Which messages it wants as parts, which of them it leaves out then, what it writes, and its error."""
         parts: frozenset[int] = frozenset()
         best: tuple[frozenset[int], set[int], str, str] | None = None
@@ -225,7 +225,7 @@ class Template:
         assert best is not None
         return best
 
-    def _render(self, messages: Iterable[Message], parts: frozenset[int], answer: bool) -> str:
+    def _render(self, messages: Iterable[ChatMessage], parts: frozenset[int], answer: bool) -> str:
         try:
             written = str(self.apply([_plain(m, n in parts) for n, m in enumerate(messages)], answer))
         except MemoryError:
@@ -254,7 +254,7 @@ def _plainly(tokenizer: TokenizerWrapper) -> Callable[..., Any]:
     return apply
 
 
-def _plain(message: Message, as_parts: bool) -> dict[str, Any]:
+def _plain(message: ChatMessage, as_parts: bool) -> dict[str, Any]:
     content = [{"type": "text", "text": message.content}] if as_parts else message.content
     return {"role": message.role, "content": content}
 
@@ -270,7 +270,7 @@ def _has_of(content: str, written: str) -> bool:
     return not words or max(words, key=len) in written or words[-1] in written
 
 
-def _remedy(message: Message, merges: bool) -> str:
+def _remedy(message: ChatMessage, merges: bool) -> str:
     if merges:
         return "send it together with the user's message that follows it"
     if message.role == _SYSTEM:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, TokenIds, held_back
+from warmkv_server.contract.content import Chat, ChatMessage, Content, Encoded, RawText, TokenContent, held_back
 from warmkv_server.errors import ContextTooLong, InvalidField
 from warmkv_server.text.follow_up import follow_up
 from warmkv_server.text.probe import Findings, probe
@@ -75,7 +75,7 @@ class Text:
             case RawText(text):
                 ids = self._ids(text, "content.text", room)
                 return _encoded(self._bos + ids if starts and ids[: len(self._bos)] != self._bos else ids)
-            case TokenIds(ids):
+            case TokenContent(ids):
                 return _encoded(self._known(list(ids), "content.token_ids.ids"))
             case Chat(messages):
                 template = self._require_template()
@@ -92,7 +92,7 @@ class Text:
     def _beginning(
         self,
         template: Template,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         earlier: int,
         held: int,
         answer: bool,
@@ -107,7 +107,7 @@ class Text:
         if shape.good:
             written = template.whole(messages, answer, skip=earlier)
             return _encoded(self._ids(written, _MESSAGES, room), held)
-        merges = template.shape((), (*messages, Message("user", "-")), answer).good
+        merges = template.shape((), (*messages, ChatMessage("user", "-")), answer).good
         if not merges or answer:
             template.require(shape, messages, skip=earlier, merges=merges)
         if sum(len(message.role) + len(message.content) + 8 for message in messages) > _MOST_HELD_BACK:
@@ -118,17 +118,17 @@ class Text:
             )
         return _encoded(self._until_the_user(template, messages), held, holds_back=True)
 
-    def _until_the_user(self, template: Template, messages: Sequence[Message]) -> list[int]:
+    def _until_the_user(self, template: Template, messages: Sequence[ChatMessage]) -> list[int]:
         """The tokens of messages that are held back: what they begin with in any case."""
         number = len(messages)
-        whole = self._rendered(template, [*messages, Message("user", mark(number))])
+        whole = self._rendered(template, [*messages, ChatMessage("user", mark(number))])
         shape = template.shape((), messages, answer=False)
         if not shape.error:
             alone = self._encode(template.write(shape, messages, answer=False))
             if alone and whole[: len(alone)] == alone:
                 return alone
-        others = [Message(message.role, mark(n)) for n, message in enumerate(messages)]
-        for different in ([*others, Message("user", mark(number))], [*messages, Message("user", "another")]):
+        others = [ChatMessage(message.role, mark(n)) for n, message in enumerate(messages)]
+        for different in ([*others, ChatMessage("user", mark(number))], [*messages, ChatMessage("user", "another")]):
             if common := _common(whole, self._rendered(template, different)):
                 return whole[:common]
         raise InvalidField.of(
@@ -136,13 +136,13 @@ class Text:
             "the model's chat template writes it with the user's message that follows; send them together",
         )
 
-    def _rendered(self, template: Template, messages: Sequence[Message]) -> list[int]:
+    def _rendered(self, template: Template, messages: Sequence[ChatMessage]) -> list[int]:
         return self._encode(template.write(template.shape((), messages, answer=False), messages, answer=False))
 
     def _behind(
         self,
         template: Template,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         ending: str,
         tail: Sequence[int],
         answer: bool,

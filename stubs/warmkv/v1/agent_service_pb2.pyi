@@ -124,9 +124,11 @@ class _CacheSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheSour
     CACHE_SOURCE_HOT: _CacheSource.ValueType  # 2
     """Nothing of its own was read from disk, and KV of its own in RAM was reused."""
     CACHE_SOURCE_SHARED: _CacheSource.ValueType  # 3
-    """Nothing of its own was reused; blocks of other live agents of the tenant were."""
+    """Nothing of its own was reused; KV of other live agents of the tenant was, of at least a full block (256 tokens) or a
+    quarter of the prompt.
+    """
     CACHE_SOURCE_COLD: _CacheSource.ValueType  # 4
-    """Nothing was reused: every token was prefilled."""
+    """Every token was prefilled, or all but the few that shared_tokens counts."""
 
 class CacheSource(_CacheSource, metaclass=_CacheSourceEnumTypeWrapper):
     """CacheSource is where the reused part of a context came from. The first that applies, in the order below, is reported."""
@@ -138,9 +140,11 @@ CACHE_SOURCE_WARM: CacheSource.ValueType  # 1
 CACHE_SOURCE_HOT: CacheSource.ValueType  # 2
 """Nothing of its own was read from disk, and KV of its own in RAM was reused."""
 CACHE_SOURCE_SHARED: CacheSource.ValueType  # 3
-"""Nothing of its own was reused; blocks of other live agents of the tenant were."""
+"""Nothing of its own was reused; KV of other live agents of the tenant was, of at least a full block (256 tokens) or a
+quarter of the prompt.
+"""
 CACHE_SOURCE_COLD: CacheSource.ValueType  # 4
-"""Nothing was reused: every token was prefilled."""
+"""Every token was prefilled, or all but the few that shared_tokens counts."""
 Global___CacheSource: _TypeAlias = CacheSource  # noqa: Y015
 
 class _FallbackReason:

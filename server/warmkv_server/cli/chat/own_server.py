@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 
-from warmkv_server.config import LOOPBACK
+from warmkv_server.contract.settings import LOOPBACK
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import places
 

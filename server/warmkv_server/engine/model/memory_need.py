@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from warmkv_server.contract.generation import Job
-from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.kv import PartKind, inner_boundaries
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES
 from warmkv_server.engine.cache.layout import CacheMap, Stack
@@ -121,10 +121,14 @@ class MemoryNeeds:
         room = self.cache_map.capacity(length)
         logged = self.cache_map.live_bytes(min(answer, kinds.DRAIN_EVERY)) if answer else 0  # words not made yet
         logits = _LOGITS * 4 * self.vocab_size if answer else 0
+        # One snapshot of recurrent state is counted with the caches.
+        snapshots = sum(layout.nbytes(kind) for kind in layout.snapshots) * sum(
+            boundary > reused for boundary in inner_boundaries(tokens)
+        )
         layer = max((self._layer(keys, values, room) for keys, values in _layers(self.cache_map).values()), default=0)
         return MemoryNeed(
             # The words of what is reused are beside it while they are unpacked, those of what is computed to the end.
-            held=self.cache_map.live_bytes(room, self.chunk) + words * length + logged + logits,
+            held=self.cache_map.live_bytes(room, self.chunk) + words * length + logged + logits + snapshots,
             copied=_COPIED_LAYERS * layer,
             # In the end the words of all steps are joined, through a copy.
             step=max(self._chunk(min(self.chunk, length - reused), length, layer), 2 * words * (length - reused)),

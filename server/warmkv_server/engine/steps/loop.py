@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from warmkv_server.contract.generation import EngineStats, Finish, Job, Started
+from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.memory_need import MemoryNeeds
@@ -100,22 +101,19 @@ class StepLoop:
         deliver: Deliver,
         relieve: Callable[[], None],
         tell: Callable[[News], None],
-        *,
-        max_batch: int,
-        prefill_chunk: int,
-        max_decode_gap: float,
-        inflight_bytes: int,
-        speculate_tokens: int,
+        settings: Settings,
     ) -> None:
         self._load = load
         self._deliver = deliver
         self._relieve = relieve
         self._tell = tell
-        self._max_batch = max_batch
-        self._inflight_bytes = inflight_bytes
-        self._pace = prefill_chunk or device.prefill_chunk(), max_decode_gap, device.smallest_chunk()
+        self._settings = settings
+        self._pace = (
+            settings.prefill_chunk or device.prefill_chunk(),
+            settings.max_decode_gap_ms / 1000,
+            device.smallest_chunk(),
+        )
         self._short_prompt = device.short_prompt()
-        self._speculate_tokens = speculate_tokens
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._preempted = 0
         self._build()
@@ -127,9 +125,9 @@ class StepLoop:
 
     def _build(self) -> None:
         """Make everything that a step needs besides the model, with nothing in it."""
-        self._schedule = Schedule(self._max_batch, self._inflight_bytes)
+        self._schedule = Schedule(self._settings.max_batch, self._settings.inflight_bytes)
         self._running = RunningSet(self._schedule, self._deliver, self._relieve)
-        self._decoder = Decoder(self._running, self._max_batch)
+        self._decoder = Decoder(self._running, self._settings.max_batch)
         self._prefiller = Prefiller(self._running, self._decoder, Pace(*self._pace), self._short_prompt)
 
     def start(self) -> None:
@@ -189,7 +187,8 @@ class StepLoop:
 
     def _new_speculator(self) -> Speculator | None:
         assert self.loaded is not None
-        return Speculator(self._speculate_tokens, self.loaded) if self._speculate_tokens else None
+        most = self._settings.speculate_tokens
+        return Speculator(most, self.loaded) if most else None
 
     def _supervise(self) -> None:
         """Serve, also after it broke once."""

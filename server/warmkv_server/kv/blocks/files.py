@@ -42,10 +42,12 @@ class Files:
         busy: whether somebody decodes: then content is written in pieces, with pauses. Called from any thread.
     """
 
-    def __init__(self, durability: Durability, headroom_bytes: int = 0) -> None:
+    def __init__(
+        self, durability: Durability, headroom_bytes: int = 0, busy: Callable[[], bool] = lambda: False
+    ) -> None:
         self.durability = durability
         self.headroom_bytes = headroom_bytes
-        self.busy: Callable[[], bool] = lambda: False
+        self.busy = busy
         self._numbers = itertools.count()
 
     def write(self, path: Path, buffers: Sequence[memoryview]) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, KVLayout
+from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
@@ -30,9 +32,9 @@ from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.index import Agent, Index
 from warmkv_server.kv.index.prefix import partly_kept
-from warmkv_server.kv.index.records import Fingerprint, StoreSettings
+from warmkv_server.kv.index.records import Fingerprint, Tuning
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,6 @@ _NAMED = 20
 class Opened:
     """A data directory, ready for use."""
 
-    lock: DirectoryLock
     database: Database
     commits: CommitLog
     index: Index
@@ -74,30 +75,40 @@ class _Sweep:
     unreferenced: int = 0
 
 
+def take_directory(data_dir: Path, files: Files) -> DirectoryLock:
+    """Make the folders that are missing, and keep others out. Blocking.
+
+    Raises:
+        OperatorError
+    """
+    make_folders(data_dir, files)
+    return DirectoryLock(data_dir)
+
+
 def open_directory(
-    settings: StoreSettings,
+    lock: DirectoryLock,
+    settings: Settings,
+    tuning: Tuning,
     layout: KVLayout,
     fingerprint: Fingerprint,
     files: Files,
     tier: BlockTier,
     times: TimeSource | None = None,
 ) -> Opened:
-    """Blocking.
+    """Blocking. Lets go of the lock if it fails.
 
     Raises:
         OperatorError
     """
-    data_dir = settings.data_dir
-    make_folders(data_dir, files)
-    lock = DirectoryLock(data_dir)
+    data_dir, limit = settings.data_dir, tuning.quarantine_limit(settings.disk_bytes)
     try:
         tighten(data_dir, _is_own)
         signing.make_key(data_dir)
         small = settings.disk_bytes // 64 if settings.disk_bytes else CHECKPOINT_BYTES
-        takeover = TakeOver(data_dir, files, settings.quarantine_limit)
+        takeover = TakeOver(data_dir, files, limit)
         from_1 = takeover.begin()
         checkpoint = min(CHECKPOINT_BYTES, small)
-        believed = open_index(data_dir, files, tier, checkpoint, settings.quarantine_limit, from_1)
+        believed = open_index(data_dir, files, tier, checkpoint, limit, from_1)
         database, index, evidence = believed.database, believed.index, believed.evidence
         try:
             takeover.finish()
@@ -107,7 +118,7 @@ def open_directory(
             _count_parts(index, layout, fingerprint.digest)
             sweep = _sweep(tier, index, database)
             # Before the files that only older manifests refer to are gone.
-            manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, settings.quarantine_limit)
+            manifests = bring_up_to_date(data_dir, index, database.number, files, evidence, limit)
             tidied = _remove(tier, sweep.orphans)
             _remove_temporary(data_dir, files)
             clock = rows.read_clock(database, index, times)
@@ -124,7 +135,7 @@ def open_directory(
             commits = CommitLog(data_dir, files, small)
             commits.begin(database.number, _lines(manifests.stale, database.number))
             files.sync_folders([data_dir])
-            outcomes = StoredOutcomes.read(database, settings.outcome_bytes)
+            outcomes = StoredOutcomes.read(database, tuning.outcome_bytes)
             kept = quarantined_bytes(data_dir)
             aside = sum(_sizes([*aside_files(data_dir), data_dir / models.FILE_NAME])) + sweep.spared
         except BaseException:
@@ -149,7 +160,7 @@ def open_directory(
         manifests.removed,
     )
     foreign.say(index, settings.data_dir)
-    return Opened(lock, database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
+    return Opened(database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

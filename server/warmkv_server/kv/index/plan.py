@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, PartKind
+from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, PartKind, inner_boundaries
 from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, node_id
 from warmkv_server.kv.index.index import Agent, Index, Node, PartOf, common_length
 from warmkv_server.kv.index.prefix import MAX_KEPT, Has, needed, partly_kept
@@ -91,17 +91,17 @@ class Planner:
 
     def _boundaries(self, commit: Commit, agent: Agent | None) -> tuple[tuple[int, ...], int]:
         length = len(commit.tokens)
+        inner: frozenset[int] = frozenset()
+        if self._layout.partial or self._layout.has_state:
+            inner = inner_boundaries(length)
         asked = {b for b in commit.keep_boundaries if 0 < b <= length}
-        if agent is None or agent.fingerprint != self._fingerprint:
-            return tuple(sorted(asked))[-MAX_KEPT:], 0
-        same = min(common_length(agent.tokens, commit.tokens), commit.reuse.length)
-        kept = tuple(sorted(asked | {b for b in agent.kept if b <= same}))[-MAX_KEPT:]
-        head = len(agent.tokens)
-        if head == length:
-            previous = agent.previous if agent.previous <= same else 0
-        else:
-            previous = head if head <= same else agent.previous if agent.previous <= same else 0
-        return kept, previous
+        previous = 0
+        if agent is not None and agent.fingerprint == self._fingerprint:
+            same, head = min(common_length(agent.tokens, commit.tokens), commit.reuse.length), len(agent.tokens)
+            asked |= {b for b in agent.kept if b <= same} - inner_boundaries(head)
+            candidates = (head, agent.previous) if head != length else (agent.previous,)
+            previous = next((b for b in candidates if b <= same), 0)
+        return tuple(sorted({*sorted(asked)[-MAX_KEPT:], *inner})), previous
 
     def _usable(self, boundary: int, nodes: Sequence[Node], snapshots: Mapping[int, Node], commit: Commit) -> bool:
         """Whether all that this boundary needs is kept already or in this request's hands."""

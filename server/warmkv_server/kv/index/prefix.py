@@ -25,8 +25,8 @@ from warmkv_server.kv.index.index import Agent, Index, Node, PartOf, common_leng
 from warmkv_server.kv.index.records import TokenIds
 
 MAX_KEPT = 4
-"""Boundaries an agent keeps besides its head and the one before: the latest asked for. More would cost disk without
-bound."""
+"""Boundaries an agent keeps besides its head, the one before, and those inside long turns (`inner_boundaries`): the
+latest asked for. More would cost disk without bound."""
 
 Has = Callable[[Node, PartKind], bool]
 """Whether a node's part can be had, from RAM or disk."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from warmkv_server.contract.kv import Growth, Reuse
-from warmkv_server.contract.store import AgentRecord, Durability
+from warmkv_server.contract.store import AgentRecord
 from warmkv_server.kv.blocks.blockfile import VERSION
 
 if TYPE_CHECKING:
@@ -28,44 +27,33 @@ _NOT_IN_VERSION_1 = {"implementation"}
 
 
 @dataclass(frozen=True)
-class StoreSettings:
-    """
+class Tuning:
+    """What no operator sets.
+
     Attributes:
-        data_dir: created if missing; one server at a time.
-        hot_bytes: RAM that KV at rest may take, pinned or refused by the disk or neither. What a running request holds
-            comes on top; so does memory kept for reading into, at most 40 MiB for each of `io_threads`, and none after
-            a rest.
-        disk_bytes: everything under data_dir; 0 for no quota.
-        headroom_bytes: free space of the filesystem that commits leave alone, so that deletes always have room.
-        io_threads: files read or written at once.
-        load_timeout: seconds that a request waits for its files before it computes the rest anew.
+        io_threads: files read or written at once. Each keeps memory for reading into, at most 40 MiB, and none after a
+            rest.
         quarantine_bytes: bad files kept for inspection; the oldest go first.
         retry_seconds: pause between attempts to write what the disk refused.
         outcome_seconds: how long the outcome of a request id is kept.
         outcome_bytes: RAM that outcomes may take; older ones are in the index alone.
-        tenants: that share the budgets. How many have something to lose is seen; this one is for what can't be taken
-            back, RAM that holds what the disk refused.
         manifest_seconds: pause between writing manifests; what commits meanwhile is written together.
     """
 
-    data_dir: Path
-    hot_bytes: int = 4 << 30
-    disk_bytes: int = 0
-    durability: Durability = Durability.FULL
-    headroom_bytes: int = 256 << 20
     io_threads: int = 4
-    load_timeout: float = 30.0
     quarantine_bytes: int = 1 << 30
     retry_seconds: float = 5.0
     outcome_seconds: float = 3600.0
     outcome_bytes: int = 32 << 20
-    tenants: int = 1
     manifest_seconds: float = 1.0
 
-    @property
-    def quarantine_limit(self) -> int:
-        """Bytes. Bad files count in the quota, and must not take the room of good ones."""
-        return min(self.quarantine_bytes, self.disk_bytes // _QUARANTINE_SHARE or self.quarantine_bytes)
+    def quarantine_limit(self, disk_bytes: int) -> int:
+        """Bytes. Bad files count in the quota, and must not take the room of good ones.
+
+        Args:
+            disk_bytes: the quota; 0 for none.
+        """
+        return min(self.quarantine_bytes, disk_bytes // _QUARANTINE_SHARE or self.quarantine_bytes)
 
 
 @dataclass(frozen=True)

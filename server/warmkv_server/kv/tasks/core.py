@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
+from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec, all_kinds
+from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Tier
 from warmkv_server.errors import AgentNotFound
 from warmkv_server.kv.blocks import blockfile
@@ -27,8 +30,8 @@ from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.manifest import FOLDER, file_name
 from warmkv_server.kv.index.accounts import Accounts
 from warmkv_server.kv.index.hot import HotTier
-from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_info
-from warmkv_server.kv.index.records import StoreSettings
+from warmkv_server.kv.index.index import Agent, Index, Node, block_info
+from warmkv_server.kv.index.records import Tuning
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.outcomes import Outcomes
 
@@ -56,7 +59,9 @@ class Core:
 
     def __init__(
         self,
-        settings: StoreSettings,
+        settings: Settings,
+        tuning: Tuning,
+        tenants: Tenants,
         layout: KVLayout,
         fingerprint: str,
         index: Index,
@@ -66,8 +71,11 @@ class Core:
         tier: BlockTier,
         clock: Clock,
         foreign: Foreign,
+        disk: DiskState,
     ) -> None:
         self.settings = settings
+        self.tuning = tuning
+        self.tenants = tenants
         self.layout = layout
         self.fingerprint = fingerprint
         self.index = index
@@ -78,13 +86,13 @@ class Core:
         self.clock = clock
         self.foreign = foreign
         self.hot = HotTier(settings.hot_bytes)
-        self.spare = SpareMemory(settings.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
+        self.spare = SpareMemory(tuning.io_threads * BATCH_BYTES * 5 // 4)  # about what is read at a time
         self.accounts = Accounts(index, self.hot, layout, fingerprint)
         self.specs: dict[PartKind, tuple[TensorSpec, ...]] = {
             kind: blockfile.ordered(layout.of_kind(kind)) for kind in all_kinds()
         }
         self.counters = Counters()
-        self.disk = DiskState()
+        self.disk = disk
         self.used: set[Agent] = set()
         """Agents whose last use is not written down yet."""
         self.quarantine_bytes = 0
@@ -95,8 +103,8 @@ class Core:
         self.manifest_sizes: dict[AgentKey, int] = {}
         self.reads, self.writes = InFlight(), InFlight()
         self._last_steps: WeakValueDictionary[AgentKey, asyncio.Lock] = WeakValueDictionary()
-        self._readers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-read")
-        self._writers = ThreadPoolExecutor(settings.io_threads, thread_name_prefix="kv-write")
+        self._readers = ThreadPoolExecutor(tuning.io_threads, thread_name_prefix="kv-read")
+        self._writers = ThreadPoolExecutor(tuning.io_threads, thread_name_prefix="kv-write")
 
     def info(self, node: Node, kind: PartKind) -> BlockInfo:
         return block_info(node, kind)
@@ -138,7 +146,7 @@ class Core:
         Raises:
             AgentNotFound
         """
-        agent = self.index.agents.get((tenant, agent_id))
+        agent = self.index.agents.get(AgentKey(tenant, agent_id))
         if agent is None:
             raise AgentNotFound(f"there is no agent {agent_id!r}")
         return agent

@@ -9,16 +9,16 @@ log = logging.getLogger(__name__)
 
 
 class DiskState:
-    """Used on the event loop's thread. At first the disk takes everything."""
+    """Used on the event loop's thread. At first the disk takes everything.
 
-    def __init__(self) -> None:
+    Args:
+        tell: called now, and with every change: True while every agent's last commit is on disk.
+    """
+
+    def __init__(self, tell: Callable[[bool], object]) -> None:
         self._refusing = False
-        self._tell: Callable[[bool], None] | None = None
-
-    def watch(self, tell: Callable[[bool], None]) -> None:
-        """`tell` is called now, and with every change: True while every agent's last commit is on disk."""
         self._tell = tell
-        tell(not self._refusing)
+        tell(True)
 
     def note(self, not_durable: int) -> None:
         """
@@ -32,5 +32,4 @@ class DiskState:
             log.error("the disk refuses commits: they stay in RAM and are written when it takes them again")
         else:
             log.info("the disk takes commits again, and all of them are on it")
-        if self._tell is not None:
-            self._tell(not self._refusing)
+        self._tell(not self._refusing)

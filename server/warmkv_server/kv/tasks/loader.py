@@ -55,7 +55,7 @@ class Loader:
     async def load(self, lease: Lease) -> Reuse:
         """See `Store.load`."""
         began = time.perf_counter()
-        deadline = began + self._core.settings.load_timeout
+        deadline = began + self._core.settings.load_seconds
         held: dict[PartKey, Tensors] = {}
         read: dict[PartKey, int] = {}
         while lease.length:
@@ -86,7 +86,7 @@ class Loader:
                 future = self._reads[key] = asyncio.get_running_loop().create_future()
                 future.add_done_callback(partial(self._done, key))
                 new.append(_Read(node, kind, node.parts.get(kind), future))
-        for batch in _batches(new, self._core.settings.io_threads):
+        for batch in _batches(new, self._core.tuning.io_threads):
             task = asyncio.create_task(self._read_batch(batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.contract.kv import policy_of
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.manifest import Manifest, encode
 from warmkv_server.kv.catalog.manifest_files import write
-from warmkv_server.kv.index.index import Agent, AgentKey, Node
+from warmkv_server.kv.index.index import Agent, Node
 from warmkv_server.kv.tasks.core import Core
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class Manifests:
                 for first in range(0, len(keys), _BATCH):
                     await self._write_batch(keys[first : first + _BATCH])
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._core.settings.manifest_seconds):
+                    async with asyncio.timeout(self._core.tuning.manifest_seconds):
                         await self._hurry.wait()
                 self._hurry.clear()
         except OSError as error:

@@ -58,7 +58,7 @@ class PartWriter:
         """Several at once. Where somebody decodes, a commit of more than a few goes one by one: what writes competes
         for the interpreter's lock and for processors with whoever computes tokens and sends them. It waits for others
         of its size alone: of small ones there may always be one in work."""
-        large = len(wanted) > self._core.settings.io_threads
+        large = len(wanted) > self._core.tuning.io_threads
         tasks: list[asyncio.Task[None]] = []
         for node, kind in wanted:
             while large and len(self._large) >= self._at_once():
@@ -74,7 +74,7 @@ class PartWriter:
 
     def _at_once(self) -> int:
         """Large commits' files in work before one begins with another; enough for all threads where nobody decodes."""
-        return 1 if self._core.files.busy() else 2 * self._core.settings.io_threads
+        return 1 if self._core.files.busy() else 2 * self._core.tuning.io_threads
 
     async def write_unsaved(self, tenant: str, parts: Iterable[tuple[Node, PartKind]]) -> WriteResult:
         """Try once more what the disk has refused."""

@@ -72,7 +72,7 @@ class Upkeep:
     def _pause(self) -> float:
         now = self._core.clock.now()
         times = [a.expires - now for a in self._core.index.agents.values() if a.expires is not None]
-        overdue = self._core.settings.retry_seconds  # somebody uses the agent, or the disk refuses
+        overdue = self._core.tuning.retry_seconds  # somebody uses the agent, or the disk refuses
         times = [t if t > -_SHORTEST_PAUSE else overdue for t in times]
         if self._retry_at is not None:
             times.append(self._retry_at - now)
@@ -82,7 +82,7 @@ class Upkeep:
         """Write what the disk refused, once the pause since the refusal, or since the last attempt, is over."""
         now = self._core.clock.now()
         if self._retry_at is not None and self._retry_at <= now:
-            self._retry_at = now + self._core.settings.retry_seconds  # also where this breaks
+            self._retry_at = now + self._core.tuning.retry_seconds  # also where this breaks
             await self._committer.retry_all()
             await self._collector.retry()
             await self._manifests.flush()
@@ -90,7 +90,7 @@ class Upkeep:
         if not self._committer.not_durable and not self._manifests.refused and not self._collector.refused:
             self._retry_at = None
         elif self._retry_at is None:
-            self._retry_at = now + self._core.settings.retry_seconds
+            self._retry_at = now + self._core.tuning.retry_seconds
 
     async def _expire(self) -> None:
         for agent in [agent for agent in self._core.index.agents.values() if self._is_due(agent)]:
@@ -124,7 +124,7 @@ class Upkeep:
                 log.warning("when agents were used can't be written down: %s", error)
 
     async def _forget(self) -> None:
-        statements = self._core.outcomes.forget(self._core.clock.awake() - self._core.settings.outcome_seconds)
+        statements = self._core.outcomes.forget(self._core.clock.awake() - self._core.tuning.outcome_seconds)
         if statements:
             try:
                 await self._core.journal.apply(statements)
