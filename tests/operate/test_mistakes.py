@@ -129,7 +129,7 @@ def refused_before_the_model(tmp_path: Path, **flags: object) -> str:
     flags = {"port": "0", "data_dir": tmp_path / "data", "model": "/no/such/model", **flags}
     text: Any = None  # no process for text work is needed before there is a model
     with pytest.raises(OperatorError) as caught:
-        asyncio.run(serve(config.read(flags), text))
+        asyncio.run(serve(config.read(flags), text, print))
     said = str(caught.value)
     assert "\n" not in said
     assert "/no/such/model" not in said
