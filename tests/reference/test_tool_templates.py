@@ -12,7 +12,7 @@ from tests.engine.tokenizers import ids
 from tests.reference import sources
 from tests.reference.conftest import fetched
 from tests.reference.marks import Marked, marked
-from warmkv_server.contract.content import Call, Chat, ChatMessage, Setup, Tool
+from warmkv_server.contract.content import Chat, ChatMessage, Setup, Tool, ToolCall
 from warmkv_server.contract.conversation import Ending, MadeCall
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.reader import MessageReader
@@ -21,7 +21,7 @@ from warmkv_server.text.task import TAIL
 from warmkv_server.text.text import Text
 
 TOOL = Tool("weather", "The weather.", '{"type": "object", "properties": {"place": {"type": "string"}}}')
-CALL = Call("warmkv001", "weather", '{"place": "Uri"}')
+CALL = ToolCall("warmkv001", "weather", '{"place": "Uri"}')
 MADE = MadeCall(CALL.id, CALL.name)
 QUESTION = ChatMessage("user", "What is the weather?")
 CALLS = ChatMessage("assistant", "", calls=(CALL,))

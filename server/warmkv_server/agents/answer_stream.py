@@ -104,7 +104,7 @@ class AnswerStream:
 
 
 @dataclass
-class Reading:
+class AnswerReading:
     """The reader of an answer, and which of its tokens are reasoning.
 
     Attributes:
@@ -152,7 +152,7 @@ class Reading:
         return (prompt - begun, prompt + self.end) if 0 < self.end < kept else None
 
 
-def _reading(work: Computation) -> Reading | None:
+def _reading(work: Computation) -> AnswerReading | None:
     """How the answer is read; None where all of it is text."""
     context, traits = work.context, work.tools.engine.text.traits
     tools = context.conversation.tools
@@ -161,7 +161,7 @@ def _reading(work: Computation) -> Reading | None:
         return None
     seed = blake2b(context.tokens.tobytes(), digest_size=16).digest()
     thinks = context.thinks > 0
-    return Reading(MessageReader(traits.reasoning, form, lambda n: _name(seed, n), thinks=thinks, tools=tools))
+    return AnswerReading(MessageReader(traits.reasoning, form, lambda n: _name(seed, n), thinks=thinks, tools=tools))
 
 
 def _name(seed: bytes, number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from warmkv_server.contract.content import Call
+from warmkv_server.contract.content import ToolCall
 
 
 class CallStatus(StrEnum):
@@ -47,7 +47,7 @@ class CallFinished:
     """
 
     index: int
-    call: Call
+    call: ToolCall
     status: CallStatus
     raw: str = ""
     written: str = ""

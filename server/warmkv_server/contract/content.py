@@ -19,7 +19,7 @@ class TokenContent:
 
 
 @dataclass(frozen=True)
-class Call:
+class ToolCall:
     """A call of a tool.
 
     Attributes:
@@ -57,7 +57,7 @@ class ChatMessage:
     role: str
     content: str
     reasoning: str = ""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
     name: str = ""
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from warmkv_server.contract.content import Call, ChatMessage, Tool
+from warmkv_server.contract.content import ChatMessage, Tool, ToolCall
 
 
 class Ending(StrEnum):
@@ -135,7 +135,7 @@ def holding(messages: Sequence[ChatMessage]) -> str:
 def _message(role: str, content: str, more: dict[str, Any] | None = None) -> ChatMessage:
     message = ChatMessage(str(role), str(content))
     if more:
-        calls = tuple(Call(str(c["id"]), str(c["name"]), str(c["arguments"])) for c in more.pop("calls", ()))
+        calls = tuple(ToolCall(str(c["id"]), str(c["name"]), str(c["arguments"])) for c in more.pop("calls", ()))
         message = replace(message, calls=calls, **{name: str(value) for name, value in more.items()})
     return message
 

@@ -29,7 +29,7 @@ from warmkv_server.agents.types import (
     Timings,
 )
 from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
-from warmkv_server.contract.content import Call, Chat, ChatMessage, Content, RawText, TokenContent, Tool
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent, Tool, ToolCall
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.names import AgentKey
@@ -106,7 +106,7 @@ def variables(message: pb.ChatMessages) -> str:
 
 
 def _message(message: pb.ChatMessage) -> ChatMessage:
-    calls = tuple(Call(call.id, call.name, call.arguments_json or "{}") for call in message.tool_calls)
+    calls = tuple(ToolCall(call.id, call.name, call.arguments_json or "{}") for call in message.tool_calls)
     text = "".join(part.text for part in message.parts) if message.parts else message.content
     return ChatMessage(message.role, text, message.reasoning, calls, message.tool_call_id, message.name)
 

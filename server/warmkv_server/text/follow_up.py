@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from warmkv_server.contract.content import Call, ChatMessage
+from warmkv_server.contract.content import ChatMessage, ToolCall
 from warmkv_server.contract.conversation import Ending, MadeCall, role_before
 from warmkv_server.errors import Unsupported
 from warmkv_server.text.template import Shape, Template, mark
@@ -119,12 +119,12 @@ def _behind(
 
 def _calling(calls: Sequence[MadeCall]) -> list[str | ChatMessage]:
     """Messages that stand for an answer that made these calls, and for the results that are there."""
-    made = [
-        Call(call.written or call.id, call.name, f'{{"value": "{mark(_CALLS + n)}"}}') for n, call in enumerate(calls)
-    ]
-    results = [
-        ChatMessage(_TOOL, "-", call_id=call.written or call.id, name=call.name) for call in calls if call.answered
-    ]
+    made, results = [], []
+    for number, call in enumerate(calls):
+        ident = call.written or call.id
+        made.append(ToolCall(ident, call.name, f'{{"value": "{mark(_CALLS + number)}"}}'))
+        if call.answered:
+            results.append(ChatMessage(_TOOL, "-", call_id=ident, name=call.name))
     return [ChatMessage("assistant", "", calls=tuple(made)), *results]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
-from warmkv_server.contract.content import Call, Tool
+from warmkv_server.contract.content import Tool, ToolCall
 from warmkv_server.text.formats import PARSERS, ToolFormat, header_of
 from warmkv_server.text.json_scan import SPACE, CallScan, ValueScan
 from warmkv_server.text.render import tool_as_told
@@ -407,7 +407,7 @@ class MessageReader:
     def _end_one(self, status: CallStatus) -> None:
         self._start(self._name or self._scan.name, self._written)
         raw = self._raw if status is CallStatus.MALFORMED else ""
-        call = Call(self._told, self._name, self._arguments)
+        call = ToolCall(self._told, self._name, self._arguments)
         self.finished.append(CallFinished(len(self.finished), call, status, raw, self._written))
 
 

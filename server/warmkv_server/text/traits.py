@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from warmkv_server.contract.content import Call, ChatMessage, Setup, Tool
+from warmkv_server.contract.content import ChatMessage, Setup, Tool, ToolCall
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.formats import BY_NAME, FORMATS, REASONING, ToolFormat
 from warmkv_server.text.reader import MessageReader
@@ -22,10 +22,10 @@ _TOOLS = (
     Tool("warmkv_other", "The other.", '{"type": "object", "properties": {"count": {"type": "integer"}}}'),
 )
 _CALLS = (
-    Call("warmkv001", "warmkv_first", '{"place": "Zürich \\"North\\"", "days": [1, 2], "exact": true}'),
-    Call("warmkv002", "warmkv_other", '{"count": 3}'),
+    ToolCall("warmkv001", "warmkv_first", '{"place": "Zürich \\"North\\"", "days": [1, 2], "exact": true}'),
+    ToolCall("warmkv002", "warmkv_other", '{"count": 3}'),
 )
-_PLAIN_CALLS = (Call("warmkv001", "warmkv_first", '{"place": "Zurich"}'),)
+_PLAIN_CALLS = (ToolCall("warmkv001", "warmkv_first", '{"place": "Zurich"}'),)
 _ANSWER, _THOUGHT = mark(8), mark(9)
 _USER = ChatMessage("user", mark(7))
 
@@ -136,7 +136,7 @@ def _said(template: Template, messages: Sequence[ChatMessage]) -> str:
 
 
 def _answer(
-    template: Template, calls: tuple[Call, ...], traits: Traits, ends: Mapping[int, str]
+    template: Template, calls: tuple[ToolCall, ...], traits: Traits, ends: Mapping[int, str]
 ) -> tuple[str, bool] | None:
     """What the model has to write to make these calls, and whether that begins within reasoning; None if it can't."""
     made = ChatMessage("assistant", "", calls=calls)
@@ -157,7 +157,7 @@ def _answer(
     return behind[:cut], thinks
 
 
-def _reads(form: ToolFormat, answer: tuple[str, bool], calls: tuple[Call, ...], traits: Traits) -> bool:
+def _reads(form: ToolFormat, answer: tuple[str, bool], calls: tuple[ToolCall, ...], traits: Traits) -> bool:
     """Whether the calls are read back, and nothing besides."""
     reader = MessageReader(traits.reasoning, form, lambda n: f"warmkv{n:03}", thinks=answer[1], tools=_TOOLS)
     text = reader.push(answer[0]).text + reader.finish().text
