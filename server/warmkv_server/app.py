@@ -7,11 +7,12 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Coroutine
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from warmkv_server.agents.agents import Agents
+from warmkv_server.contract.model import ModelInfo
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine
@@ -37,11 +38,29 @@ log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
-async def serve(settings: Settings, text: StartedProcess) -> int:
+@dataclass(frozen=True)
+class Serving:
+    """What is served, once it is.
+
+    Attributes:
+        address: HOST:PORT.
+        agents: of all tenants.
+        stale: those whose KV this model can't use, by the reason.
+    """
+
+    address: str
+    settings: Settings
+    info: ModelInfo
+    agents: int
+    stale: Mapping[str, int]
+
+
+async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Serving], None]) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
         text: the first process for text work.
+        tell: is called when calls are served.
 
     Returns:
         The exit status; see shutdown.py.
@@ -98,7 +117,8 @@ async def serve(settings: Settings, text: StartedProcess) -> int:
                 gc.collect()
                 gc.freeze()
                 server.announce()
-                print(f"listening on {settings.host}:{port}", flush=True)
+                agents_now = sum(store.stats().agents_by_tier.values())
+                tell(Serving(f"{settings.host}:{port}", settings, engine.info, agents_now, store.stale()))
 
                 stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
                 await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)

@@ -21,12 +21,12 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from warmkv_server.contract.settings import LOOPBACK, Settings
 from warmkv_server.errors import OperatorError
-from warmkv_server.platform import memory
+from warmkv_server.platform import memory, places
 
 FILE_VARIABLE = "WARMKV_CONFIG"
 """Names the file, where no flag does."""
 _PREFIX = "WARMKV_"
-_OTHER_VARIABLES = (FILE_VARIABLE, "WARMKV_BLAS")
+_OTHER_VARIABLES = (FILE_VARIABLE, "WARMKV_BLAS", "WARMKV_TARGET", "WARMKV_TOKEN", "WARMKV_TLS_CA")
 _KUBERNETES = re.compile(r"(\w+_)?SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
 """What it sets beside a service that is called warmkv, behind the prefix."""
 _LIKE = 0.75
@@ -74,7 +74,7 @@ class Configured:
 def options() -> Iterator[Option]:
     """Every setting, in the order of its declaration."""
     for field in fields(Settings):
-        is_told = field.default is None or field.name in _of_this_machine()
+        is_told = field.default is None or field.name in {**_of_this_machine(), **_of_this_platform()}
         text = FieldInfo.from_annotation(_HINTS[field.name]).description or ""
         yield Option(field.name, text, "" if is_told else str(field.default), _TYPES[field.name] is bool)
 
@@ -105,6 +105,7 @@ def tell(flags: Mapping[str, object], file: Path | None = None) -> Configured:
     origins = dict.fromkeys(known, "the default")
     for origin, layer in (
         ("a quarter of the memory here", _of_this_machine()),
+        ("where this platform has data", _of_this_platform()),
         (str(file), _of_file(file, known) if file is not None else {}),
         ("", EnvSettingsSource(_Checked)()),
         ("", flags),
@@ -164,6 +165,10 @@ def _of_this_machine() -> dict[str, Any]:
     """Defaults that follow from the machine."""
     quarter = memory.usable_bytes() // 4
     return {"hot_bytes": quarter, "inflight_bytes": quarter}
+
+
+def _of_this_platform() -> dict[str, Any]:
+    return {"data_dir": places.data_dir()}
 
 
 def _of_file(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ GetServerStatsResponse: start_time:Timestamp counters:ServerCounters gauges:Serv
 ServerCounters: requests_by_source:{string,int64} fallbacks_by_reason:{string,int64} hot_tokens_reused:int64
  warm_tokens_reused:int64 shared_tokens_reused:int64 prefilled_tokens:int64 bytes_loaded:int64 kv_bytes_written:int64
  metadata_bytes_written:int64 evictions:int64 quarantined:int64 commits_failed:int64
+ answers_by_source:{string,int64} first_token_by_source:{string,Duration}
 ServerGauges: hot_bytes:int64 disk_bytes:int64 agents_by_tier:{string,int64} queue_depth:int32 batch_size:int32
  stale_agents:int32
 CountTokensRequest: content:Content agent_id:string context_mode:ContextMode include_token_ids:bool

@@ -129,7 +129,7 @@ def refused_before_the_model(tmp_path: Path, **flags: object) -> str:
     flags = {"port": "0", "data_dir": tmp_path / "data", "model": "/no/such/model", **flags}
     text: Any = None  # no process for text work is needed before there is a model
     with pytest.raises(OperatorError) as caught:
-        asyncio.run(serve(config.read(flags), text))
+        asyncio.run(serve(config.read(flags), text, print))
     said = str(caught.value)
     assert "\n" not in said
     assert "/no/such/model" not in said
@@ -179,6 +179,14 @@ def test_a_data_directory(tmp_path: Path) -> None:
         said = refused_before_the_model(tmp_path, data_dir=place)
         assert f"the data directory {place} can't be prepared" in said
         assert "--data-dir" in said
+
+
+def test_budgets_beyond_the_memory_are_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for hot_bytes, warned in (("1MiB", False), ("1PiB", True)):
+        caplog.clear()
+        nowhere = {"host": "no such host", "insecure_bind": "true"}
+        refused_before_the_model(tmp_path / hot_bytes, hot_bytes=hot_bytes, inflight_bytes="1MiB", **nowhere)
+        assert ("with full budgets the system ends the server" in caplog.text) == warned
 
 
 def test_real_processes_say_the_same(tmp_path: Path) -> None:

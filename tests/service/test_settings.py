@@ -10,6 +10,7 @@ import pytest
 from tests.offline.commands import run, run_json
 from warmkv_server import config
 from warmkv_server.errors import OperatorError
+from warmkv_server.platform import places
 
 SERVER = Path(config.__file__).parent
 
@@ -23,7 +24,8 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults() -> None:
     settings = config.read({})
     assert (settings.model, settings.host, settings.port) == ("builtin:tiny", "127.0.0.1", 50051)
-    assert settings.data_dir == Path("data")
+    assert settings.data_dir == places.data_dir()
+    assert settings.data_dir.is_absolute()
     assert settings.hot_bytes > 1 << 20
 
 

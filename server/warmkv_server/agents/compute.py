@@ -25,17 +25,27 @@ from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, Outcom
 
 @dataclass
 class Tally:
-    """Sums over finished requests since the server started."""
+    """Sums over finished requests since the server started.
+
+    Attributes:
+        requests, answers: by source; answers are the requests that had a first token.
+        first_token: seconds that those took to it, by source.
+    """
 
     requests: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    first_token: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     fallbacks: Counter[str] = field(default_factory=Counter)
     hot_tokens: int = 0
     warm_tokens: int = 0
     shared_tokens: int = 0
     prefilled_tokens: int = 0
 
-    def add(self, cache: CacheReport) -> None:
+    def add(self, cache: CacheReport, first_token: float) -> None:
         self.requests[cache.source] += 1
+        if first_token:
+            self.answers[cache.source] += 1
+            self.first_token[cache.source] += first_token
         if cache.fallback is not None:
             self.fallbacks[cache.fallback] += 1
         self.hot_tokens += cache.hot_tokens
@@ -51,9 +61,13 @@ class Tallies:
         self.total = Tally()
         self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
-    def add(self, tenant: str, cache: CacheReport) -> None:
+    def add(self, tenant: str, cache: CacheReport, first_token: float = 0.0) -> None:
+        """
+        Args:
+            first_token: seconds to it; 0 if there was none.
+        """
         for tally in (self.total, self.by_tenant[tenant]):
-            tally.add(cache)
+            tally.add(cache, first_token)
 
     def of(self, tenant: str) -> Tally:
         return self.by_tenant[tenant]

@@ -53,7 +53,7 @@ async def generate(
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
                     run.check()
                 result = await _keep(work, request, codec, stream, finished)
-        tools.tallies.add(work.key.tenant, work.cache)
+        tools.tallies.add(work.key.tenant, work.cache, work.timings.first_token)
         if cut_short:
             run.check()
         run.publish(result)

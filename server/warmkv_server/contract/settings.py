@@ -39,7 +39,13 @@ class Settings:
     ] = None
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[Port, Field(description="Port to listen on; 0 takes a free one.")] = 50051
-    data_dir: Annotated[Path, Field(description="Folder of the contexts; made if it is not there.")] = Path("data")
+    data_dir: Annotated[
+        Path,
+        Field(
+            description="Folder of the contexts; made if it is not there. Default: where this platform has data, such "
+            "as ~/.local/share/warmkv.",
+        ),
+    ] = Path("data")
     hot_bytes: Annotated[
         Bytes,
         Field(
@@ -133,3 +139,6 @@ class Settings:
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="What is logged, on stderr.")
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="Lines for people, or one JSON object a line.")
+    ] = "text"

@@ -263,6 +263,15 @@ class Store:
         """
         return await self._core.outcomes.find(tenant, request_id)
 
+    def stale(self) -> dict[str, int]:
+        """Agents of other models or KV settings, by how those differ from what is served; "" where nobody knows."""
+        core = self._core
+        digests = Counter(a.fingerprint for a in core.index.agents.values() if a.fingerprint != core.fingerprint)
+        found: Counter[str] = Counter()
+        for digest, number in digests.items():
+            found[", ".join(core.foreign.differences(digest))] += number
+        return dict(found)
+
     def tiers(self, tenant: str) -> dict[str, int]:
         """A tenant's agents by tier."""
         return dict(Counter(record.tier.value for record in self.agents(tenant)))

@@ -97,9 +97,7 @@ class ServerServicer:
         return server_pb.GetServerStatsResponse(
             start_time=convert.timestamp(self.started),
             counters=server_pb.ServerCounters(
-                requests_by_source={
-                    pb.CacheSource.Name(convert.SOURCES[Source(source)]): n for source, n in tally.requests.items()
-                },
+                requests_by_source={_source(source): n for source, n in tally.requests.items()},
                 fallbacks_by_reason={
                     pb.FallbackReason.Name(convert.FALLBACKS[Fallback(reason)]): n
                     for reason, n in tally.fallbacks.items()
@@ -114,6 +112,8 @@ class ServerServicer:
                 evictions=store.evictions,
                 quarantined=store.quarantined,
                 commits_failed=store.commits_failed,
+                answers_by_source={_source(source): n for source, n in tally.answers.items()},
+                first_token_by_source={_source(s): convert.duration(spent) for s, spent in tally.first_token.items()},
             ),
             gauges=server_pb.ServerGauges(
                 hot_bytes=store.hot_bytes,
@@ -141,6 +141,10 @@ class ServerServicer:
             token_ids=tokens.tolist() if request.include_token_ids else None,
             replaced_tokens=new.replaced,
         )
+
+
+def _source(source: str) -> str:
+    return pb.CacheSource.Name(convert.SOURCES[Source(source)])
 
 
 def _layer(layer: LayerInfo, kv_bits: int) -> server_pb.LayerInfo:

@@ -5,6 +5,7 @@ What a WarmKV server is, what it has done, and how it counts tokens."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -523,6 +524,47 @@ class ServerCounters(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AnswersBySourceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class FirstTokenBySourceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _duration_pb2.Duration: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUESTS_BY_SOURCE_FIELD_NUMBER: _builtins.int
     FALLBACKS_BY_REASON_FIELD_NUMBER: _builtins.int
     HOT_TOKENS_REUSED_FIELD_NUMBER: _builtins.int
@@ -535,6 +577,8 @@ class ServerCounters(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     COMMITS_FAILED_FIELD_NUMBER: _builtins.int
+    ANSWERS_BY_SOURCE_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_BY_SOURCE_FIELD_NUMBER: _builtins.int
     hot_tokens_reused: _builtins.int
     """Sum of CacheReport.hot_tokens."""
     warm_tokens_reused: _builtins.int
@@ -563,6 +607,14 @@ class ServerCounters(_message.Message):
     def fallbacks_by_reason(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Requests that fell back, by the name of the FallbackReason, such as "FALLBACK_REASON_CHECKSUM"."""
 
+    @_builtins.property
+    def answers_by_source(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Generate requests that had a first token, by the name of their CacheSource."""
+
+    @_builtins.property
+    def first_token_by_source(self) -> _containers.MessageMap[_builtins.str, _duration_pb2.Duration]:
+        """Sum of Timings.first_token of those, by the same names: divided by their number, the mean time to the first token."""
+
     def __init__(
         self,
         *,
@@ -578,10 +630,12 @@ class ServerCounters(_message.Message):
         evictions: _builtins.int = ...,
         quarantined: _builtins.int = ...,
         commits_failed: _builtins.int = ...,
+        answers_by_source: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        first_token_by_source: _abc.Mapping[_builtins.str, _duration_pb2.Duration] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_loaded", b"bytes_loaded", "commits_failed", b"commits_failed", "evictions", b"evictions", "fallbacks_by_reason", b"fallbacks_by_reason", "hot_tokens_reused", b"hot_tokens_reused", "kv_bytes_written", b"kv_bytes_written", "metadata_bytes_written", b"metadata_bytes_written", "prefilled_tokens", b"prefilled_tokens", "quarantined", b"quarantined", "requests_by_source", b"requests_by_source", "shared_tokens_reused", b"shared_tokens_reused", "warm_tokens_reused", b"warm_tokens_reused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_by_source", b"answers_by_source", "bytes_loaded", b"bytes_loaded", "commits_failed", b"commits_failed", "evictions", b"evictions", "fallbacks_by_reason", b"fallbacks_by_reason", "first_token_by_source", b"first_token_by_source", "hot_tokens_reused", b"hot_tokens_reused", "kv_bytes_written", b"kv_bytes_written", "metadata_bytes_written", b"metadata_bytes_written", "prefilled_tokens", b"prefilled_tokens", "quarantined", b"quarantined", "requests_by_source", b"requests_by_source", "shared_tokens_reused", b"shared_tokens_reused", "warm_tokens_reused", b"warm_tokens_reused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
