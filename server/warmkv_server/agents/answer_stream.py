@@ -13,7 +13,7 @@ from warmkv_server.agents.compute import Computation
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import GenerateEvent, GenerateRequest, GenerateStarted, PrefillProgress
 from warmkv_server.contract.calls import CallFinished, CallStatus
-from warmkv_server.contract.conversation import Conversation
+from warmkv_server.contract.conversation import ChatState
 from warmkv_server.contract.generation import Delta, Event, Finished, Progress, Started
 from warmkv_server.contract.kv import BLOCK_TOKENS
 from warmkv_server.errors import WarmKVError
@@ -89,7 +89,7 @@ class AnswerStream:
         return min(self._reading.tokens, self._kept) if self._reading is not None else 0
 
     @property
-    def conversation(self) -> Conversation:
+    def conversation(self) -> ChatState:
         """What goes on behind the answer."""
         dropped = None
         if self._reading is None:

@@ -11,7 +11,7 @@ from warmkv_server.agents import talk
 from warmkv_server.contract.content import NO_SETUP, Chat, Content, Encoded, RawText, Setup, TokenContent
 from warmkv_server.contract.conversation import (
     NOTHING_YET,
-    Conversation,
+    ChatState,
     Ending,
     MadeCall,
     held_back,
@@ -44,7 +44,7 @@ class Context:
     agent: AgentRecord | None
     tokens: TokenIds
     ending: str
-    conversation: Conversation = NOTHING_YET
+    conversation: ChatState = NOTHING_YET
     thinks: int = 0
 
     @property
@@ -94,7 +94,7 @@ async def assemble(
     agent, held, ending = _held(engine, store, key, append)
     if is_empty(content):
         content = None
-    conversation = Conversation.of(agent.ending) if agent is not None else NOTHING_YET
+    conversation = ChatState.of(agent.ending) if agent is not None else NOTHING_YET
     new, conversation = await encode(engine, key.tenant, content, held, ending, conversation, answer=answer)
     if not new.tokens.size and not (answer and held.size):
         raise empty_content()
@@ -121,7 +121,7 @@ async def count(engine: Engine, store: Store, key: AgentKey, content: Content | 
         InvalidField: if the content can't be encoded.
     """
     agent, held, ending = _held(engine, store, key, append)
-    conversation = Conversation.of(agent.ending) if agent is not None else NOTHING_YET
+    conversation = ChatState.of(agent.ending) if agent is not None else NOTHING_YET
     content = None if is_empty(content) else content
     new, _ = await encode(engine, key.tenant, content, held, ending, conversation, answer=True)
     if not new.tokens.size:
@@ -135,10 +135,10 @@ async def encode(
     content: Content | None,
     held: TokenIds,
     ending: str,
-    conversation: Conversation,
+    conversation: ChatState,
     *,
     answer: bool,
-) -> tuple[Encoded, Conversation]:
+) -> tuple[Encoded, ChatState]:
     """The tokens of content that is put behind held ones, how many of those they replace, and what goes on then.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 
 from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import Chat, ChatMessage, Content, Encoded, Setup
-from warmkv_server.contract.conversation import Conversation, Ending, MadeCall
+from warmkv_server.contract.conversation import ChatState, Ending, MadeCall
 from warmkv_server.errors import InvalidField, NoPendingCall, ToolsChanged
 from warmkv_server.kv.store import TokenIds
 
@@ -34,10 +34,10 @@ class Written:
     messages: tuple[ChatMessage, ...]
     setup: Setup
     before: tuple[MadeCall, ...]
-    after: Conversation
+    after: ChatState
 
 
-def written(chat: Chat, conversation: Conversation, *, behind: bool) -> Written:
+def written(chat: Chat, conversation: ChatState, *, behind: bool) -> Written:
     """
     Args:
         conversation: the agent's.
@@ -57,16 +57,16 @@ def written(chat: Chat, conversation: Conversation, *, behind: bool) -> Written:
     messages, waiting = _settled(chat.messages, calls)
     clock = time.time() if conversation.clock is None else conversation.clock
     reasoning = conversation.reasoning if behind else ()
-    after = Conversation(tools, variables, conversation.clock, waiting, reasoning)
+    after = ChatState(tools, variables, conversation.clock, waiting, reasoning)
     return Written(messages, Setup(tools, variables, clock), calls, after)
 
 
-def afresh(conversation: Conversation) -> Conversation:
+def afresh(conversation: ChatState) -> ChatState:
     """What stays where the context is replaced."""
-    return Conversation(variables=conversation.variables, clock=conversation.clock)
+    return ChatState(variables=conversation.variables, clock=conversation.clock)
 
 
-def without_reasoning(content: Content | None, held: TokenIds, conversation: Conversation) -> Encoded | None:
+def without_reasoning(content: Content | None, held: TokenIds, conversation: ChatState) -> Encoded | None:
     """What takes the place of a context's end where a user's message drops reasoning; None where nothing is dropped."""
     if not isinstance(content, Chat) or not conversation.reasoning:
         return None
@@ -79,8 +79,8 @@ def without_reasoning(content: Content | None, held: TokenIds, conversation: Con
 
 
 def after_answer(
-    conversation: Conversation, calls: Sequence[CallFinished], reasoning: tuple[int, int] | None
-) -> Conversation:
+    conversation: ChatState, calls: Sequence[CallFinished], reasoning: tuple[int, int] | None
+) -> ChatState:
     """The conversation behind an answer.
 
     Args:

@@ -54,7 +54,7 @@ class MadeCall:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatState:
     """What messages behind others are written with.
 
     Attributes:
@@ -71,7 +71,7 @@ class Conversation:
     reasoning: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, ending: str) -> Conversation:
+    def of(cls, ending: str) -> ChatState:
         """The one that an ending has with it; an empty one where that can't be read."""
         told = _split(ending)[1]
         try:
@@ -91,10 +91,10 @@ class Conversation:
         return tuple(call for call in self.calls if not call.answered)
 
 
-NOTHING_YET = Conversation()
+NOTHING_YET = ChatState()
 
 
-def kept(ending: str, conversation: Conversation) -> str:
+def kept(ending: str, conversation: ChatState) -> str:
     """The text of an ending with what the conversation was set up with."""
     word = _split(ending)[0]
     if conversation == NOTHING_YET:
