@@ -17,7 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
 from warmkv_server.agents.context import ending_after
-from warmkv_server.contract.content import Chat, ChatMessage, Content, Ending, RawText, TokenContent, held_back
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent
+from warmkv_server.contract.conversation import Ending, held_back
 from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.task import TAIL

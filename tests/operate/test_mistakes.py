@@ -181,6 +181,14 @@ def test_a_data_directory(tmp_path: Path) -> None:
         assert "--data-dir" in said
 
 
+def test_budgets_beyond_the_memory_are_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for hot_bytes, warned in (("1MiB", False), ("1PiB", True)):
+        caplog.clear()
+        nowhere = {"host": "no such host", "insecure_bind": "true"}
+        refused_before_the_model(tmp_path / hot_bytes, hot_bytes=hot_bytes, inflight_bytes="1MiB", **nowhere)
+        assert ("with full budgets the system ends the server" in caplog.text) == warned
+
+
 def test_real_processes_say_the_same(tmp_path: Path) -> None:
     """What is found at each of the stages of a start."""
     serve_on: list[str | Path] = ["serve", "--port", "0", "--data-dir", tmp_path / "data"]

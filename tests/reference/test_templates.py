@@ -11,7 +11,8 @@ from tests.reference import sources
 from tests.reference.conftest import fetched
 from tests.reference.marks import Marked, marked
 from warmkv_server.agents.context import ending_after
-from warmkv_server.contract.content import Chat, ChatMessage, Ending
+from warmkv_server.contract.content import Chat, ChatMessage
+from warmkv_server.contract.conversation import Ending
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.task import TAIL
 from warmkv_server.text.text import Text

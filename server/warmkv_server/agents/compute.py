@@ -102,7 +102,8 @@ class Computation:
 
     @property
     def cache(self) -> CacheReport:
-        return CacheReport.of(self.reuse, len(self.context.tokens))
+        held = self.context.agent.token_count if self.context.agent is not None else 0
+        return CacheReport.of(self.reuse, len(self.context.tokens), held)
 
     @asynccontextmanager
     async def loaded(self, answer: Answer | None) -> AsyncIterator[None]:
@@ -154,6 +155,7 @@ class Computation:
         finished: Finished | None,
         outcome_of: OutcomeOf | None,
         changes: Mapping[str, Any],
+        ending: str,
     ) -> Committed:
         """Make it the agent's context. Nothing interrupts this.
 
@@ -162,6 +164,7 @@ class Computation:
             finished: what the engine computed; None if everything was there.
             outcome_of: makes the record of a request that has an id, when everything but the transaction is done.
             changes: of `pinned`, `ttl`, `labels`.
+            ending: what the context ends with, and what goes on with it.
         """
         tokens: TokenIds = np.concatenate([self.context.tokens, np.asarray(completion, np.int32)])
         began = time.perf_counter()
@@ -181,7 +184,7 @@ class Computation:
                     reuse=self.reuse,
                     growth=finished.growth if finished is not None else None,
                     lease=self.lease,
-                    ending=self.context.ending,
+                    ending=ending,
                     keep_boundaries=frozenset({len(self.context.tokens) - 1, len(tokens)}),
                     request=timed if outcome_of is not None else None,
                     **changes,

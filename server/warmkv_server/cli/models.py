@@ -126,6 +126,7 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             ("two_systems", "two system messages"),
             ("tools", "tools"),
             ("reasoning", "reasoning"),
+            ("variables", "template variables"),
             ("follow_up", "behind an answer"),
         ):
             yield name, template[key]

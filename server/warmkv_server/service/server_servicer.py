@@ -11,7 +11,7 @@ from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import Fallback, Source
-from warmkv_server.contract.model import EndSource, LayerInfo, ModelInfo, ModelKind
+from warmkv_server.contract.model import EndSource, Features, LayerInfo, ModelInfo, ModelKind
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability, StoreStats, Tier
 from warmkv_server.errors import InvalidField
@@ -80,6 +80,7 @@ class ServerServicer:
                 server_pb.EndToken(token_id=end.token_id, text=end.text, sources=[END_SOURCES[s] for s in end.sources])
                 for end in info.ends
             ],
+            features=_features(call.agents.features),
         )
 
     async def get_server_stats(
@@ -156,6 +157,15 @@ def _layer(layer: LayerInfo, kv_bits: int) -> server_pb.LayerInfo:
         kv_bits=kv_bits if quantised else 0,
         window=layer.window,
         members=[_layer(member, kv_bits) for member in layer.members],
+    )
+
+
+def _features(features: Features) -> server_pb.ModelFeatures:
+    return server_pb.ModelFeatures(
+        tool_format=features.tool_format,
+        reasoning_marks=features.reasoning_marks,
+        template_variables=features.template_variables,
+        template_keeps_reasoning=features.keeps_reasoning,
     )
 
 
