@@ -43,8 +43,8 @@ def chat(
         raise OperatorError("--model goes with --spawn; a server that runs has its model already")
     screen = Screen()
     with _server(client, spawn, model, screen) as own:
-        conversation = Conversation(client, agent, screen, own, max_tokens)
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        conversation = Conversation(client, agent, screen, own, max_tokens=max_tokens, interactive=interactive)
         if interactive:
             _greet(conversation)
         for line in _prompts() if interactive else _lines():
