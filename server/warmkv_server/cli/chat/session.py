@@ -23,7 +23,7 @@ class Lost(Exception):
     """A call that failed, in a sentence."""
 
 
-class Conversation:
+class ChatSession:
     """
     Args:
         own: the server, if the chat has started it.
