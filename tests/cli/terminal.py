@@ -23,6 +23,7 @@ from tests.e2e.harness import WARMKV, clean_environment
 
 PATIENCE = 120.0
 _ORDERS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][0-9A-B]|\x1b[=>78]")
+_UNFINISHED = re.compile(r"\x1b[^a-zA-Z]*$")
 
 
 class Terminal:
@@ -35,6 +36,7 @@ class Terminal:
         self._fd = fd
         self.process = process
         self.seen = ""
+        self._rest = ""
         self._read_up_to = 0
 
     def expect(self, pattern: str) -> str:
@@ -55,8 +57,9 @@ class Terminal:
 
     def wait(self) -> int:
         """Read to the end, and return the exit status."""
+        give_up = time.monotonic() + PATIENCE
         while self._read():
-            pass
+            assert time.monotonic() < give_up, f"it doesn't end:\n{self.seen[-2000:]}"
         return self.process.wait(PATIENCE)
 
     def _read(self) -> bool:
@@ -66,7 +69,10 @@ class Terminal:
             data = os.read(self._fd, 1 << 16)
         except OSError:  # Linux: the last one that had it open is gone
             return False
-        self.seen = _ORDERS.sub("", self.seen + data.decode(errors="replace"))
+        text = self._rest + data.decode(errors="replace")
+        whole = _UNFINISHED.split(text)[0]
+        self._rest = text[len(whole) :]
+        self.seen += _ORDERS.sub("", whole)
         return bool(data)
 
 

@@ -16,7 +16,7 @@ FIRST, SECOND = "1" * 40, "2" * 40
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model with two revisions that share their weights, and a data set, which is none."""
+    """A model with two revisions that share their weights, and a data set with a commit of one name."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repo = tmp_path / "models--org--name"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,15 +72,14 @@ def top(
         return
     from rich.live import Live
 
-    try:
-        with Live(screen(info, before, None), console=words.console(), auto_refresh=False, screen=not left) as live:
-            while left != 1:
-                time.sleep(every)
-                seen = Seen.now(client)
-                live.update(screen(info, seen, before), refresh=True)
-                before, left = seen, left - 1
-    except KeyboardInterrupt:
-        return
+    # By a flag: what an interrupt raises can get lost where it comes while an object is taken apart.
+    ended = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: ended.set())
+    with Live(screen(info, before, None), console=words.console(), auto_refresh=False, screen=not left) as live:
+        while left != 1 and not ended.wait(every):
+            seen = Seen.now(client)
+            live.update(screen(info, seen, before), refresh=True)
+            before, left = seen, left - 1
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def facts(serving: Serving) -> Iterator[tuple[str, str]]:
     settings, info = serving.settings, serving.info
     noise = " (random numbers: its answers are noise)" if info.kind == "random" else ""
     yield "model", f"{info.model_id}{noise}, contexts of up to {info.context_limit:,} tokens"
-    yield "device", ", ".join(filter(None, (info.device, info.blas)))
+    yield "device", ", ".join(filter(None, (info.device, info.blas.partition(" (")[0])))
     codec = f"{info.kv_bits} bits in groups of {info.kv_group_size}" if info.kv_bits else "as computed"
     yield "KV", f"{codec}, {info.kv_bytes_per_token:,} bytes a token"
     yield "RAM", f"{size(settings.hot_bytes)} for contexts at rest{_fit(serving, settings.hot_bytes, 'hot')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HFCacheInfo, constants, scan_cache_dir
@@ -97,7 +97,9 @@ def remove(spec: str) -> tuple[list[CachedModel], int]:
         raise OperatorError(f"{spec} stands for {len(chosen)} revisions of the cache; {_has(chosen)}")
     scan = _scan()
     assert scan is not None
-    strategy = scan.delete_revisions(*(model.revision for model in chosen))
+    # Alone: revisions are told apart by their commits only, which a copy of the repository has, too.
+    alone = frozenset(repo for repo in scan.repos if (repo.repo_type, repo.repo_id) == ("model", name))
+    strategy = replace(scan, repos=alone).delete_revisions(*(model.revision for model in chosen))
     strategy.execute()
     if left := [model for model in chosen if Path(model.path).exists()]:
         raise OperatorError(f"{left[0].path} can't be removed; change its permissions")

@@ -121,8 +121,10 @@ class Endpoints:
             status, reason = status_of(broken), broken.reason
             code = status.code
         finally:
-            self.metrics.served(name, code.name, time.perf_counter() - asked.began)
-            self.requests.ended(asked, code, reason)
+            asked.seconds = time.perf_counter() - asked.began
+            self.metrics.served(name, code.name, asked.seconds)
+            # The answer doesn't wait for the log.
+            asyncio.get_running_loop().call_soon(self.requests.ended, asked, code, reason)
         await refuse(context, status)
         return None
 

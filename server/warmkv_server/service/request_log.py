@@ -33,12 +33,14 @@ class Asked:
     """One request, as far as it is known.
 
     Attributes:
+        seconds: that it took, once it is over.
         last: the response, or the last message of a stream.
     """
 
     rpc: str
     peer: str
     began: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
     tenant: str = ""
     request: Message | None = None
     last: Message | None = None
@@ -93,7 +95,7 @@ def _fields(asked: Asked, code: grpc.StatusCode, reason: str) -> Iterator[tuple[
         yield "reason", reason
     if code is _NOT_LET_IN:
         yield "peer", asked.peer
-    yield "ms", _ms(time.perf_counter() - asked.began)
+    yield "ms", _ms(asked.seconds)
     done: Any = asked.last
     if isinstance(done, pb.GenerateResponse):
         done = done.finished if done.HasField("finished") else None
@@ -148,5 +150,6 @@ def _seconds(duration: Duration) -> float:
 def _plain(value: Value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    word = str(value)
-    return word if _PLAIN.fullmatch(word) else ascii(word)
+    if isinstance(value, int | float):
+        return str(value)
+    return value if _PLAIN.fullmatch(value) else ascii(value)

@@ -12,11 +12,13 @@ class Answer:
     """What has come of an answer; all of it once it is over.
 
     Attributes:
+        reasoning: what the model said to itself, where the request has that told apart.
         started: the first event.
         finished: the last one, sent when the answer is committed; empty until then.
     """
 
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     started: v1.GenerateStarted = field(default_factory=v1.GenerateStarted)
     finished: v1.GenerateFinished = field(default_factory=v1.GenerateFinished)
@@ -37,6 +39,7 @@ class Answer:
                 self.started = event.started
             case "delta":
                 self.text += event.delta.text
+                self.reasoning += event.delta.reasoning
                 self.token_ids += event.delta.token_ids
             case "finished":
                 self.finished = event.finished

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from warmkv_server.cli import reports
-from warmkv_server.cli.chat.conversation import PATIENCE, Conversation, Lost
 from warmkv_server.cli.chat.own_server import OwnServer
 from warmkv_server.cli.chat.screen import Screen
+from warmkv_server.cli.chat.session import PATIENCE, ChatSession, Lost
 from warmkv_server.cli.chat.slash import COMMANDS, Leave, obey
 from warmkv_server.cli.connection import on_server
 from warmkv_server.errors import OperatorError
@@ -43,13 +43,13 @@ def chat(
         raise OperatorError("--model goes with --spawn; a server that runs has its model already")
     screen = Screen()
     with _server(client, spawn, model, screen) as own:
-        conversation = Conversation(client, agent, screen, own, max_tokens)
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        session = ChatSession(client, agent, screen, own, max_tokens=max_tokens, interactive=interactive)
         if interactive:
-            _greet(conversation)
+            _greet(session)
         for line in _prompts() if interactive else _lines():
             try:
-                done = obey(line, conversation, interactive) if line.startswith("/") else conversation.ask(line)
+                done = obey(line, session, interactive) if line.startswith("/") else session.ask(line)
             except Leave:
                 break
             except Lost as lost:
@@ -87,16 +87,16 @@ def _server(client: Client, spawn: bool, model: str | None, screen: Screen) -> I
         own.stop()
 
 
-def _greet(conversation: Conversation) -> None:
-    info = conversation.client.info()
-    screen = conversation.screen
-    screen.note(f"{info.model_id} at {conversation.client.target}; /help lists commands, Ctrl-D leaves")
-    known = conversation.known()
+def _greet(session: ChatSession) -> None:
+    info = session.client.info()
+    screen = session.screen
+    screen.note(f"{info.model_id} at {session.client.target}; /help lists commands, Ctrl-D leaves")
+    known = session.known()
     if known is None:
-        screen.note(f"agent {conversation.agent} is new")
+        screen.note(f"agent {session.agent} is new")
     else:
         tokens = f"{known.token_count:,} tokens, {reports.tier(known.tier)}"
-        screen.note(f"agent {conversation.agent} goes on: {tokens}; /delete begins anew")
+        screen.note(f"agent {session.agent} goes on: {tokens}; /delete begins anew")
 
 
 def _prompts() -> Iterator[str]:

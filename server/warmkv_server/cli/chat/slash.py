@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from warmkv_server.cli import reports, running
-from warmkv_server.cli.chat.conversation import Conversation
+from warmkv_server.cli.chat.session import ChatSession
 from warmkv_server.offline import words
 
 
@@ -19,7 +19,7 @@ class _Wrong(Exception):
     """A command was given in a wrong way: what is right."""
 
 
-def obey(line: str, conversation: Conversation, interactive: bool) -> bool:
+def obey(line: str, session: ChatSession, interactive: bool) -> bool:
     """Do what a line says. Returns whether it was done.
 
     Raises:
@@ -30,63 +30,63 @@ def obey(line: str, conversation: Conversation, interactive: bool) -> bool:
 
     name, _, rest = line[1:].partition(" ")
     if name not in COMMANDS:
-        conversation.screen.problem(f"there is no /{name}; /help lists the commands")
+        session.screen.problem(f"there is no /{name}; /help lists the commands")
         return False
-    if name == "delete" and interactive and not _sure(conversation):
+    if name == "delete" and interactive and not _sure(session):
         return False
     try:
-        COMMANDS[name](conversation, rest.strip())
+        COMMANDS[name](session, rest.strip())
     except _Wrong as wrong:
-        conversation.screen.problem(str(wrong))
+        session.screen.problem(str(wrong))
         return False
     except WarmKVError as error:
-        raise conversation.lost(error) from None
+        raise session.lost(error) from None
     return True
 
 
-def _agents(chat: Conversation, _: str) -> None:
+def _agents(chat: ChatSession, _: str) -> None:
     """list the server's agents"""
     words.console().print(reports.agents(chat.client.agents()))
 
 
-def _agent(chat: Conversation, rest: str) -> None:
+def _agent(chat: ChatSession, rest: str) -> None:
     """ID: talk to another agent, which is made if there is none"""
     chat.agent = _one(rest, "/agent ID")
     known = chat.known()
     chat.screen.note(f"agent {chat.agent}: " + (f"{known.token_count:,} tokens" if known is not None else "new"))
 
 
-def _show(chat: Conversation, rest: str) -> None:
+def _show(chat: ChatSession, rest: str) -> None:
     """[ID]: all that the server knows of this agent, or of another"""
     for topic, said in reports.agent(chat.client.get(rest or chat.agent)):
         chat.screen.show(f"{topic:<12} {said}")
 
 
-def _fork(chat: Conversation, rest: str) -> None:
+def _fork(chat: ChatSession, rest: str) -> None:
     """NEW: make an agent with this context, and talk to that"""
     forked = chat.client.fork(chat.agent, _one(rest, "/fork NEW"))
     chat.screen.note(f"agent {forked.agent_id} has the context of {chat.agent}; this is {forked.agent_id} now")
     chat.agent = forked.agent_id
 
 
-def _evict(chat: Conversation, _: str) -> None:
+def _evict(chat: ChatSession, _: str) -> None:
     """drop the agent's copy in RAM: the next answer is warm"""
     done = chat.client.evict(chat.agent)
     chat.screen.note(f"{words.size(done.bytes_freed)} of RAM are free; {reports.tier(done.agent.tier)} now")
 
 
-def _delete(chat: Conversation, _: str) -> None:
+def _delete(chat: ChatSession, _: str) -> None:
     """delete the agent, and begin anew"""
     chat.client.delete(chat.agent)
     chat.screen.note(f"agent {chat.agent} is deleted; what you say next begins it anew")
 
 
-def _stats(chat: Conversation, _: str) -> None:
+def _stats(chat: ChatSession, _: str) -> None:
     """what the server has done, and does now"""
     words.console().print(running.screen(chat.client.info(), running.Seen.now(chat.client), None))
 
 
-def _system(chat: Conversation, rest: str) -> None:
+def _system(chat: ChatSession, rest: str) -> None:
     """TEXT: what the agent is to be; before anything is said"""
     from warmkv.client import chat as messages
 
@@ -100,7 +100,7 @@ def _system(chat: Conversation, rest: str) -> None:
     chat.screen.note(reports.computed(chat.client.prime(chat.agent, messages(("system", rest)), expected_revision=0)))
 
 
-def _save(chat: Conversation, rest: str) -> None:
+def _save(chat: ChatSession, rest: str) -> None:
     """FILE: write what was said here; as JSON messages if the name ends in .json"""
     file = Path(_one(rest, "/save FILE")).expanduser()
     if file.suffix == ".json":
@@ -115,18 +115,18 @@ def _save(chat: Conversation, rest: str) -> None:
     chat.screen.note(f"{file}: {len(chat.said)} messages")
 
 
-def _help(chat: Conversation, _: str) -> None:
+def _help(chat: ChatSession, _: str) -> None:
     """this"""
     for name, command in COMMANDS.items():
         chat.screen.show(f"/{name:<8} {command.__doc__}")
 
 
-def _quit(_: Conversation, __: str) -> None:
+def _quit(_: ChatSession, __: str) -> None:
     """leave; the agent stays"""
     raise Leave
 
 
-COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
+COMMANDS: dict[str, Callable[[ChatSession, str], None]] = {
     "agents": _agents,
     "agent": _agent,
     "show": _show,
@@ -147,7 +147,7 @@ def _one(rest: str, usage: str) -> str:
     return rest
 
 
-def _sure(chat: Conversation) -> bool:
+def _sure(chat: ChatSession) -> bool:
     known = chat.known()
     if known is None:
         return True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, Any, Self
 
 from warmkv_server.cli import reports
 from warmkv_server.cli.chat.own_server import OwnServer
@@ -22,27 +23,38 @@ class Lost(Exception):
     """A call that failed, in a sentence."""
 
 
-class Conversation:
+class ChatSession:
     """
     Args:
         own: the server, if the chat has started it.
         max_tokens: of an answer; 0 for the server's default.
+        interactive: Ctrl-C ends an answer, and not the program.
 
     Attributes:
         agent: whose turn it is; commands change it.
         said: role and text of what was said here, in order.
     """
 
-    def __init__(self, client: Client, agent: str, screen: Screen, own: OwnServer | None, max_tokens: int) -> None:
+    def __init__(
+        self,
+        client: Client,
+        agent: str,
+        screen: Screen,
+        own: OwnServer | None,
+        *,
+        max_tokens: int,
+        interactive: bool,
+    ) -> None:
         self.client = client
         self.agent = agent
         self.screen = screen
         self.said: list[tuple[str, str]] = []
         self._own = own
         self._max_tokens = max_tokens
+        self._interactive = interactive
 
     def ask(self, question: str) -> bool:
-        """Show the answer as it comes. Ctrl-C ends the answer. Returns whether there was one.
+        """Show the answer as it comes. Returns whether there was one.
 
         A server that goes away is waited for, and asked again: the request has an id, so nothing is done twice.
         """
@@ -52,21 +64,24 @@ class Conversation:
         request = generation(self.agent, question, {"max_tokens": self._max_tokens})
         shown = ""
         for _ in range(_TRIES):
-            stream = self.client.send(request)
-            try:
-                with self.screen.answer(shown) as screen:
-                    for event in stream.events():
-                        screen.follow(event)
-                self._done(question, stream)
-                return True
-            except KeyboardInterrupt:
-                stream.cancel()
-                self._stopped(question, stream)
-                return True
-            except WarmKVError as error:
-                shown = max(shown, stream.answer.text, key=len)
-                if not error.is_unavailable:
-                    raise self.lost(error) from None
+            with _Interrupts(self._interactive) as interrupts:
+                stream = self.client.send(request)
+                interrupts.end(stream)
+                try:
+                    with self.screen.answer(shown) as screen:
+                        for event in stream.events():
+                            screen.follow(event)
+                except WarmKVError as failed:
+                    error = failed
+                else:
+                    self._done(question, stream)
+                    return True
+                if interrupts.came:
+                    self._stopped(question, stream)
+                    return True
+            shown = max(shown, stream.answer.text, key=len)
+            if not error.is_unavailable:
+                raise self.lost(error) from None
             if not self._back():
                 return False
         raise Lost(f"the server went away {_TRIES} times while it was asked; it isn't asked again")
@@ -111,3 +126,37 @@ class Conversation:
             self.screen.note("stopped; what came is kept")
         else:
             self.screen.note("stopped before the answer began; the question isn't kept")
+
+
+class _Interrupts:
+    """Has Ctrl-C cancel an answer, for the block. Raises nothing, for gRPC could be anywhere when it comes.
+
+    Attributes:
+        came: whether there was one.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.came = False
+        self._wanted = wanted
+        self._stream: Stream | None = None
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if self._wanted:
+            self._before = signal.signal(signal.SIGINT, lambda *_: self._press())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._wanted:
+            signal.signal(signal.SIGINT, self._before)
+
+    def end(self, stream: Stream) -> None:
+        """Have it end this one."""
+        self._stream = stream
+        if self.came:
+            stream.cancel()
+
+    def _press(self) -> None:
+        self.came = True
+        if self._stream is not None:
+            self._stream.cancel()
