@@ -39,7 +39,9 @@ ExtendRequest: agent_id:string content:Content expected_revision:int64? request_
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?
- request_id:string
+ request_id:string response_format:ResponseFormat
+ResponseFormat: |json_schema:string |regex:string |lark:string |choices:Choices
+Choices: texts:string*
 SamplingParams: temperature:float? top_p:float? top_k:int32? min_p:float? repetition_penalty:float?
  presence_penalty:float? frequency_penalty:float? logit_bias:{int32,float} seed:uint64?
 GenerateResponse: |started:GenerateStarted |prefill_progress:PrefillProgress |delta:GenerateDelta
@@ -54,7 +56,7 @@ TopLogprob: token_id:int32 logprob:float
 CacheReport: source:CacheSource prompt_tokens:int32 cached_tokens:int32 hot_tokens:int32 warm_tokens:int32
  shared_tokens:int32 prefilled_tokens:int32 bytes_loaded:int64 fallback_reason:FallbackReason
 Timings: queue:Duration load:Duration prefill:Duration first_token:Duration decode:Duration commit:Duration
-Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32
+Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32 forced_tokens:int32
 Agent: agent_id:string tier:Tier token_count:int32 revision:int64 hot_bytes:int64 warm_bytes:int64 shared_bytes:int64
  pinned:bool ttl:Duration labels:{string,string} create_time:Timestamp update_time:Timestamp last_used_time:Timestamp
  expire_time:Timestamp parent_agent_id:string activity:Activity tokens_done:int32 tokens_total:int32

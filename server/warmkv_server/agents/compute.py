@@ -19,6 +19,7 @@ from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, T
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
 from warmkv_server.contract.kv import Reuse, inner_boundaries
 from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.output.constraint import Constraint
 from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, RequestOutcome, Store, TokenIds
 
 Seal = Callable[[AgentRecord, bool], RequestOutcome]
@@ -77,6 +78,9 @@ class Computation:
     """One context on its way: what was reused for it, what is computed, and what gets committed.
 
     Made at the agent's turn; its lease is released by whoever made it.
+
+    Attributes:
+        constraint: on the answer.
     """
 
     tools: Tools
@@ -85,6 +89,7 @@ class Computation:
     context: Context
     timings: Timings
     lease: Lease
+    constraint: Constraint | None = None
     reuse: Reuse = field(default_factory=Reuse)
 
     @property
@@ -122,7 +127,9 @@ class Computation:
             snapshot_at = inner_boundaries(len(tokens))
             if answer is None:  # So that the same content again replays one token; an answer stops there anyway.
                 snapshot_at |= {len(tokens) - 1}
-        handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant))
+        handle = self.tools.engine.submit(
+            Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant), self.constraint
+        )
         self.run.doing = Doing(Activity.QUEUED)
         try:
             with self.run.interrupted_by(handle.cancel):

@@ -21,8 +21,10 @@ from warmkv_server.agents.types import (
 )
 from warmkv_server.contract.generation import Answer, Delta, Event, Finish, Finished, Progress, Started
 from warmkv_server.contract.kv import BLOCK_TOKENS
-from warmkv_server.errors import AgentDeleted
+from warmkv_server.errors import AgentDeleted, ConstraintRanOut
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
+
+_CUT_SHORT = (Finish.CANCELLED, Finish.TOO_COMPLEX)
 
 
 async def generate(
@@ -48,20 +50,22 @@ async def generate(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
         answer = _fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
+        grammar = request.answer.grammar
+        constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         # The last token is computed again for its logits, also where its KV is there.
         limit = len(context.tokens) - (answer is not None)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
-            work = Computation(tools, key, run, context, timings, lease)
+            work = Computation(tools, key, run, context, timings, lease, constraint)
             async with work.loaded(answer):
                 stream = AnswerStream(request, run, work, events.answer)
                 finished = await _answer(work, answer, stream)
-                cut_short = finished is not None and finished.finish is Finish.CANCELLED
+                cut_short = finished is not None and finished.finish in _CUT_SHORT
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
-                    run.check()
+                    _raise_why(run)
                 result = await _keep(work, request, codec, stream, finished)
         tools.tallies.add(work.key.tenant, work.cache)
         if cut_short:
-            run.check()
+            _raise_why(run)
         run.publish(result)
 
 
@@ -157,12 +161,13 @@ async def _keep(
             timings=replace(work.timings),
             agent=AgentView(agent) if agent is not None else None,
             persisted=persisted,
+            forced_tokens=finished.forced if finished is not None else 0,
         )
 
     def write(event: GenerateFinished) -> RequestOutcome:
         assert request.identity is not None
         sent: list[GenerateEvent] = [stream.started, stream.answer]
-        if finish is Finish.CANCELLED:
+        if finish in _CUT_SHORT:
             return codec.outcome(request.identity, sent, cancelled=True)
         return codec.outcome(request.identity, [*sent, event])
 
@@ -171,6 +176,15 @@ async def _keep(
     sealed = Sealed(result, write if request.identity is not None else None)
     committed = await work.commit(completion, finished, sealed.request, {})
     return sealed.result(committed.agent, committed.persisted)
+
+
+def _raise_why(run: Run[GenerateEvent]) -> None:
+    """End an answer that was cut short with what cut it."""
+    run.check()
+    raise ConstraintRanOut(
+        "the response format took too much work for the next token, or left none; what was sampled until then is kept "
+        "where the request keeps anything"
+    )
 
 
 def _fitting(answer: Answer, room: int) -> Answer | None:

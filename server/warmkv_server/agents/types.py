@@ -182,6 +182,7 @@ class GenerateFinished:
     timings: Timings
     agent: AgentView | None
     persisted: bool
+    forced_tokens: int = 0
 
 
 @dataclass(frozen=True)

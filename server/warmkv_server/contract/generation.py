@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from warmkv_server.contract.grammar import Grammar
 from warmkv_server.contract.kv import Growth, Reuse
 
 
@@ -33,6 +34,7 @@ class Answer:
         stop: strings that end the answer and are not part of it.
         ignore_eos: go on after an end-of-sequence token.
         top_logprobs: alternatives reported for each token; 0 reports no logprobs at all.
+        grammar: what its text must be a sentence of.
     """
 
     sampling: Sampling = Sampling()
@@ -40,6 +42,7 @@ class Answer:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Finish(StrEnum):
     """There was no answer to generate."""
     CANCELLED = "cancelled"
     """`Handle.cancel` was called."""
+    TOO_COMPLEX = "too_complex"
+    """Its grammar took too much for the next token."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Finished:
             a stop string not.
         growth: the KV from the reused prefix to the end of prompt + completion. After a cancel during prefill it
             covers what was computed, with an empty completion: it is the caller's to drop.
+        forced: tokens of the completion that the grammar left no choice of, and that no step was spent on.
     """
 
     finish: Finish
@@ -125,6 +131,7 @@ class Finished:
     matched_stop: str = ""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    forced: int = 0
 
 
 Event = Started | Progress | Delta | Finished

@@ -30,6 +30,7 @@ from warmkv_server.agents.types import (
 from warmkv_server.contract.content import Chat, Content, RawText, TokenIds
 from warmkv_server.contract.content import Message as ChatMessage
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
+from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.store import Tier
 from warmkv_server.service import limits
@@ -128,6 +129,7 @@ def generate_request(
             stop=tuple(request.stop),
             ignore_eos=request.ignore_eos,
             top_logprobs=request.top_logprobs,
+            grammar=grammar(request.response_format),
         ),
         replace=request.context_mode == pb.CONTEXT_MODE_REPLACE,
         whole=request.stream_mode == pb.STREAM_MODE_FINAL,
@@ -136,6 +138,14 @@ def generate_request(
         identity=identity(request),
         arrived=arrived,
     )
+
+
+def grammar(message: pb.ResponseFormat) -> Grammar | None:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return None
+    texts = message.choices.texts if kind == "choices" else [getattr(message, kind)]
+    return Grammar(GrammarKind(kind), tuple(texts))
 
 
 def sampling(message: pb.SamplingParams, defaults: Sampling) -> Sampling:
@@ -289,6 +299,7 @@ def _finished(event: GenerateFinished) -> pb.GenerateFinished:
             prompt_tokens=event.cache.prompt_tokens,
             cached_tokens=event.cache.cached_tokens,
             completion_tokens=event.completion_tokens,
+            forced_tokens=event.forced_tokens,
         ),
         cache=cache_report(event.cache),
         timings=timings(event.timings),

@@ -127,6 +127,8 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
     _sampling(faults, request.sampling, model.vocab_size)
     faults.need(request.max_tokens >= 0, "max_tokens", "must be 0 (the server's default) or more")
     _stop(faults, request.stop)
+    if request.HasField("response_format"):
+        _response_format(faults, request)
     most = min(limits.TOP_LOGPROBS, model.vocab_size)
     faults.need(0 <= request.top_logprobs <= most, "top_logprobs", f"must be 0 to {most}")
     _expected_revision(faults, request)
@@ -198,6 +200,23 @@ def _stop(faults: Faults, stop: Sequence[str]) -> None:
         faults.need(0 < length <= limits.STOP_CHARACTERS, f"stop[{number}]", rule)
     rule = f"may have {limits.STOPS_CHARACTERS} characters at most in all"
     faults.need(sum(lengths) <= limits.STOPS_CHARACTERS, "stop", rule)
+
+
+def _response_format(faults: Faults, request: pb.GenerateRequest) -> None:
+    """What is in it is judged where it can be tried (text/trial.py)."""
+    wanted = request.response_format
+    kind = wanted.WhichOneof("kind")
+    forms = "json_schema, regex, lark or choices"
+    faults.need(kind is not None, "response_format", f"must have one of {forms}")
+    faults.need(not request.ignore_eos, "ignore_eos", "can't be had with a response_format, which says where it ends")
+    if kind == "choices":
+        texts = wanted.choices.texts
+        size = sum(len(text.encode()) for text in texts)
+        faults.need(bool(texts), "response_format.choices.texts", "must have at least one text")
+        faults.need(all(texts), "response_format.choices.texts", "must have no empty text")
+        faults.need(len(set(texts)) == len(texts), "response_format.choices.texts", "must all be different")
+        most = limits.STRING_BYTES
+        faults.need(size <= most, "response_format.choices.texts", f"may have {most} bytes at most in all")
 
 
 def _is_given(content: pb.Content) -> bool:

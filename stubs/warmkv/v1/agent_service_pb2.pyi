@@ -407,6 +407,83 @@ class ChatMessage(_message.Message):
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
+class ResponseFormat(_message.Message):
+    """ResponseFormat is a language that the answer's text is a sentence of, from its first token on.
+
+    Whatever the sampling parameters are, a token is chosen only if the text can still become such a sentence behind it.
+    Where the text is a sentence and nothing can follow, the answer ends, with FINISH_REASON_STOP; where it is one and more
+    can follow, the model decides. An answer that ends in another way (`max_tokens`, `stop`, a cancel) can end within a
+    sentence. The same request gives the same tokens with and without other requests beside it, as without a format.
+
+    What is wrong by itself is INVALID_FIELD: no JSON, no JSON Schema, no regular expression, a language without
+    sentences. What a server cannot enforce is UNSUPPORTED, and the message names the keyword. A format that takes more
+    than 5 seconds or 768 MiB to prepare is CONSTRAINT_TOO_COMPLEX, and so is one over a limit of its form below, or one
+    that is found while the answer is sampled to take too much work for one token. Not together with `ignore_eos`;
+    UNSUPPORTED where no token ends the model's answers, or where the bytes of its tokens are not known.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    LARK_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON Schema (2020-12), as JSON text. The properties come in the schema's order, with as much white space as the
+    model likes between two tokens of JSON, at most 8 spaces or line ends. Every such answer satisfies the schema. At
+    most 2,000 properties and 5,000 alternatives (entries of enum, anyOf, oneOf and allOf) in all, 100 levels deep.
+    """
+    regex: _builtins.str
+    """A regular expression that matches the whole answer (Rust syntax; no look-around)."""
+    lark: _builtins.str
+    """A context-free grammar in llguidance's Lark dialect. At most 5,000 lines and alternatives in all."""
+    @_builtins.property
+    def choices(self) -> Global___Choices:
+        """One of these texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        lark: _builtins.str = ...,
+        choices: Global___Choices | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "regex", "lark", "choices"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___ResponseFormat: _TypeAlias = ResponseFormat  # noqa: Y015
+
+@_typing.final
+class Choices(_message.Message):
+    """Choices are texts to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, none empty, all different. At most 1,024, of 65,536 bytes in all."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
 class SamplingParams(_message.Message):
     """SamplingParams says how tokens are chosen. A field that is unset takes the server's default, which GetServerInfo
     reports as `sampling_defaults`. What the server cannot apply it refuses with UNSUPPORTED; nothing is ignored.
@@ -636,6 +713,7 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    FORCED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the whole context before the answer."""
     cached_tokens: _builtins.int
@@ -644,16 +722,19 @@ class Usage(_message.Message):
     """Tokens of the answer that are kept, an end-of-sequence token included. After a stop string, tokens wholly behind the
     match are not kept.
     """
+    forced_tokens: _builtins.int
+    """The part of completion_tokens that the response format forced, so that no step of the model was spent on each."""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        forced_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "forced_tokens", b"forced_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1032,6 +1113,7 @@ class GenerateRequest(_message.Message):
     EPHEMERAL_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent to continue, or to create. Empty: generate once from `content` and keep nothing."""
     context_mode: Global___ContextMode.ValueType
@@ -1075,6 +1157,10 @@ class GenerateRequest(_message.Message):
         each and 2,048 in all.
         """
 
+    @_builtins.property
+    def response_format(self) -> Global___ResponseFormat:
+        """What the answer's text must look like."""
+
     def __init__(
         self,
         *,
@@ -1090,10 +1176,11 @@ class GenerateRequest(_message.Message):
         ephemeral: _builtins.bool = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        response_format: Global___ResponseFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015

@@ -151,8 +151,9 @@ class AgentServiceServicer:
         The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
         `finished`.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+        (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+        (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -108,8 +108,9 @@ class AgentServiceStub:
     The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
     `finished`.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+    (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+    (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     ForkAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -216,8 +217,9 @@ class AgentServiceAsyncStub(AgentServiceStub):
     The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
     `finished`.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+    (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+    (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     ForkAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]  # type: ignore[assignment]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -339,8 +341,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
         `finished`.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+        (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+        (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod

@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.model.step_plan import Row, StepKind, StepPlan, Wanted
-from warmkv_server.engine.output.sampling import Choice, Scores
+from warmkv_server.engine.output.constraint import Mask
+from warmkv_server.engine.output.sampling import Choice, Scores, constrained
 from warmkv_server.engine.steps.sequence import Sequence, first_tokens
 
 PADDING = 0.25
@@ -142,17 +143,20 @@ class Batch:
         self._count_step()
         return choices
 
-    def verify(self, guess: list[int]) -> list[Choice]:
+    def verify(self, guess: list[int], masks: list[Mask] | None = None) -> list[Choice]:
         """Feed the only row's last token and a guess of what follows it, and start choosing a token behind each.
 
         What turns out to be wrong is for `cut`, before anything else is done with the batch.
+
+        Args:
+            masks: of what may be chosen behind each; None for everything.
         """
         (sequence,) = self.sequences
         assert sequence.pending is not None
         assert sequence.chooser is not None
         plan = plan_check(sequence, [sequence.pending.read(), *guess])
         logits = sequence.loaded.runner.verify(plan, self.caches)
-        choices = sequence.chooser.choose_each(logits, sequence.done + 1)
+        choices = sequence.chooser.choose_each(logits, sequence.done + 1, masks)
         mx.async_eval([choice.arrays for choice in choices])
         sequence.done += 1 + len(guess)
         return choices
@@ -194,8 +198,25 @@ class Batch:
             leaf.even = even
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
+        if all(row.constraint is None for row in self.sequences):
+            return self._choose_from(logits, fed, None)
+        mx.async_eval(logits)  # computed while the masks are: those wait for the tokens of the step before
+        masks: list[Mask | None] = []
+        broken: dict[int, Exception] = {}
+        for number, row in enumerate(self.sequences):
+            try:
+                masks.append(row.mask())
+            except Exception as error:
+                masks.append(None)
+                broken[number] = error
+        choices = self._choose_from(logits, fed, masks)
+        return [broken.get(number, choice) for number, choice in enumerate(choices)]
+
+    def _choose_from(
+        self, logits: mx.array, fed: list[mx.array], masks: list[Mask | None] | None
+    ) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
-            logits = self.sequences[0].loaded.choosable(logits)
+            logits = constrained(self.sequences[0].loaded.choosable(logits), masks)
             best = mx.argmax(logits, axis=-1)
             scores = Scores.of(logits, best)
             if len(self.sequences) == 1:
@@ -208,7 +229,8 @@ class Batch:
             assert sequence.chooser is not None
             try:
                 last = fed[row] if sequence.completion else None  # of the answer
-                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, last))
+                mask = masks[row] if masks is not None else None
+                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, last, mask))
             except Exception as error:  # this row's alone: the step itself went well
                 choices.append(error)
         return choices
@@ -291,7 +313,7 @@ def choose_first(sequence: Sequence) -> None:
     logits = sequence.loaded.runner.decode(plan_token(sequence, last, Wanted.LOGITS), sequence.caches)
     sequence.done += 1
     fed = mx.array([last]) if sequence.completion else None
-    sequence.pending = sequence.chooser.choose(logits, sequence.done, fed)
+    sequence.pending = sequence.chooser.choose(logits, sequence.done, fed, sequence.mask())
     mx.eval(sequence.pending.arrays)
     sequence.collect()
 

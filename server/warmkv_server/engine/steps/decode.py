@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from warmkv_server.contract.generation import Logprobs
+from warmkv_server.engine.output.constraint import RanOut
 from warmkv_server.engine.output.sampling import Choice
 from warmkv_server.engine.steps.batch import Batch, feed_last
 from warmkv_server.engine.steps.running_set import RunningSet
@@ -121,6 +122,8 @@ class Decoder:
             with self._failing_alone(sequence, failed):
                 if sampled is not None:
                     self._emit(sequence, *sampled)
+                if sequence.finish is None and isinstance(choice, RanOut):
+                    sequence.run_out(choice)
                 if sequence.finish is None and isinstance(choice, Exception):
                     raise choice
             if sequence in failed:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from warmkv_server.contract.generation import Progress
+from warmkv_server.engine.output.constraint import RanOut
 from warmkv_server.engine.steps.batch import Batch, choose_first, run_chunk
 from warmkv_server.engine.steps.decode import Decoder
 from warmkv_server.engine.steps.running_set import RunningSet, ran_out
@@ -157,7 +158,12 @@ class Prefiller:
                     self._running.finish(sequence)
                     return
                 if sequence.pending is None:
-                    choose_first(sequence)
+                    try:
+                        choose_first(sequence)
+                    except RanOut as error:
+                        sequence.run_out(error)
+                        self._running.finish(sequence)
+                        return
             self.prefilled += sequence.done - before
             self._report(sequence)
             if sequence.pending is not None:
