@@ -150,28 +150,21 @@ class Constraint:
         found: list[int] = self._matcher.compute_ff_tokens()[:most]
         return found
 
-    def masks(self, guess: list[int]) -> tuple[list[int], list[Mask]]:
+    def masks(self, guess: Sequence[int]) -> tuple[list[int], list[Mask | None]]:
         """As much of a guess as the grammar has, and the masks before, between and behind those tokens, which it takes.
 
         Raises:
-            RanOut: only where nothing can be guessed.
+            RanOut
         """
-        first = self.mask()
-        if first is None:
-            return [], []
-        found, masks = [], [first]
+        found: list[int] = []
+        masks = [self.mask()]
         for token in guess:
-            if token >= len(masks[-1]) * 8 or not masks[-1][token >> 3] >> (token & 7) & 1:
+            mask = masks[-1]
+            if mask is None or token >= len(mask) * 8 or not mask[token >> 3] >> (token & 7) & 1:
                 break
-            try:
-                self.take([token])
-                mask = self.mask()
-            except RanOut:
-                break
+            self.take([token])
             found.append(token)
-            if mask is None:
-                break
-            masks.append(mask)
+            masks.append(self.mask())
         return found, masks
 
 

@@ -109,7 +109,7 @@ class Chooser:
         """Whether the choice at a position depends on no token but through the logits."""
         return not (self._on_context or self._on_answer)
 
-    def choose_each(self, logits: mx.array, position: int, masks: Sequence[Mask] | None = None) -> list[Choice]:
+    def choose_each(self, logits: mx.array, position: int, masks: Sequence[Mask | None] | None = None) -> list[Choice]:
         """Choose from logits of shape (tokens, vocabulary), of a `memoryless` sequence.
 
         Args:

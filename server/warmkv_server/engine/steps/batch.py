@@ -143,7 +143,7 @@ class Batch:
         self._count_step()
         return choices
 
-    def verify(self, guess: list[int], masks: list[Mask] | None = None) -> list[Choice]:
+    def verify(self, guess: list[int], masks: list[Mask | None] | None = None) -> list[Choice]:
         """Feed the only row's last token and a guess of what follows it, and start choosing a token behind each.
 
         What turns out to be wrong is for `cut`, before anything else is done with the batch.

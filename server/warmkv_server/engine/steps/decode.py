@@ -158,11 +158,12 @@ class Decoder:
             return False
         batch, sequence = self._running.batches[0], self._running.batches[0].sequences[0]
         with self._running.containing(sequence):
-            guess = speculator.propose(sequence)
+            proposal = speculator.propose(sequence)
+            guess = proposal.tokens
             if not guess:
                 return False
             self.rows = 1
-            choices = batch.verify(guess)
+            choices = batch.verify(guess, proposal.masks)
             if not sequence.sent:
                 self._emit(sequence, *sequence.sampled())
             self._running.flush()
@@ -172,7 +173,7 @@ class Decoder:
                 self._emit(sequence, guess[right], choices[right].logprobs())
                 right += 1
             batch.cut(len(guess) - right)
-            speculator.learn(sequence, len(guess), right)
+            speculator.learn(sequence, proposal, right)
             choices[right].read()
             sequence.pending, sequence.sent = choices[right], False
             if sequence.finish is not None:

@@ -189,8 +189,8 @@ class StepLoop:
 
     def _new_speculator(self) -> Speculator | None:
         assert self.loaded is not None
-        most = self._settings.speculate_tokens
-        return Speculator(most, self.loaded) if most else None
+        most, force = self._settings.speculate_tokens, self._settings.force_tokens
+        return Speculator(most, force, self.loaded) if most or force else None
 
     def _supervise(self) -> None:
         """Serve, also after it broke once."""
