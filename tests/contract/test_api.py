@@ -23,7 +23,7 @@ UNARY_RPCS = {
     "AgentService": "Prime Extend ForkAgent EvictAgent GetAgent ListAgents UpdateAgent DeleteAgent",
     "ServerService": "GetServerInfo GetServerStats CountTokens",
 }
-STREAMING_RPCS = {"AgentService": "Generate", "ServerService": ""}
+STREAMING_RPCS = {"AgentService": "Generate Score", "ServerService": ""}
 
 # Each message with its fields as NAME:TYPE. `?` behind the type marks an `optional` field, `*` a repeated one, and `|`
 # before the name a member of the message's oneof. Braces are a map.
@@ -35,7 +35,9 @@ ChatMessage: role:string content:string
 PrimeRequest: agent_id:string content:Content pinned:bool? ttl:Duration? labels:{string,string} expected_revision:int64?
  request_id:string
 PrimeResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
-ExtendRequest: agent_id:string content:Content expected_revision:int64? request_id:string
+ExtendRequest: agent_id:string content:Content expected_revision:int64? request_id:string generation_prompt:bool
+ScoreRequest: agent_id:string content:Content top_logprobs:int32
+ScoreResponse: tokens:TokenLogprobs* logprob_sum:double? cache:CacheReport timings:Timings
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?

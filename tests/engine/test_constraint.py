@@ -63,7 +63,8 @@ def pieces() -> TokenizerWrapper:
     )
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    made: Any = PreTrainedTokenizerFast
+    made = made(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     return TokenizerWrapper(made, eos_token_ids=[END])
 
 
@@ -163,7 +164,7 @@ def held(engine: Engine, grammar: Grammar, **answer: Any) -> Any:
 
 async def test_rows_with_and_without_a_grammar_share_a_batch_and_give_what_they_give_alone() -> None:
     """Greedy rows, rows that draw and rows that report, in one batch."""
-    ways = [{}, {"sampling": Sampling(temperature=1.0, seed=5)}, {"top_logprobs": 3}]
+    ways: list[dict[str, Any]] = [{}, {"sampling": Sampling(temperature=1.0, seed=5)}, {"top_logprobs": 3}]
     async with running("builtin:tiny", kv_bits=0, force_tokens=0) as engine:
         alone = [(await held(engine, LIST, **way)).tokens for way in ways]
         free = (await outcome(engine.submit(job_of(prompt_of(40), 40)))).tokens

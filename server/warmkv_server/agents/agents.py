@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from warmkv_server.agents import generate, manage, prime
+from warmkv_server.agents import generate, manage, prime, score
 from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.compute import Tallies, Tools
@@ -26,6 +26,8 @@ from warmkv_server.agents.types import (
     PrimeRequest,
     PrimeResult,
     Recorded,
+    ScoreEvent,
+    ScoreRequest,
 )
 from warmkv_server.contract.content import Content, Encoded
 from warmkv_server.contract.fairness import Bound, Tenants
@@ -81,6 +83,10 @@ class Agents:
             return self._begin("generate", partial(generate.generate, self._tools, request, codec, events), events)
 
         return await self._requests.run_once(request.key, request.identity, codec, begin)
+
+    async def score(self, request: ScoreRequest) -> Run[ScoreEvent]:
+        """Begin to score; `watch` the run for its events."""
+        return self._begin("score", partial(score.score, self._tools, request))
 
     async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView | Recorded:
         codec = self._codecs.fork

@@ -16,7 +16,7 @@ from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, Timings
-from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
+from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Score, Started
 from warmkv_server.contract.kv import Reuse, inner_boundaries
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.output.constraint import Constraint
@@ -81,6 +81,7 @@ class Computation:
 
     Attributes:
         constraint: on the answer.
+        score: what to tell of the context's own tokens, instead of an answer.
     """
 
     tools: Tools
@@ -90,6 +91,7 @@ class Computation:
     timings: Timings
     lease: Lease
     constraint: Constraint | None = None
+    score: Score | None = None
     reuse: Reuse = field(default_factory=Reuse)
 
     @property
@@ -123,12 +125,12 @@ class Computation:
         """
         tokens: list[int] = self.context.tokens.tolist()
         snapshot_at: frozenset[int] = frozenset()
-        if self.tools.engine.info.layout.has_state:
+        if self.tools.engine.info.layout.has_state and self.score is None:
             snapshot_at = inner_boundaries(len(tokens))
             if answer is None:  # So that the same content again replays one token; an answer stops there anyway.
                 snapshot_at |= {len(tokens) - 1}
         handle = self.tools.engine.submit(
-            Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant), self.constraint
+            Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant, self.score), self.constraint
         )
         self.run.doing = Doing(Activity.QUEUED)
         try:

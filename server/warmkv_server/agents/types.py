@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from warmkv_server.contract.content import Content
-from warmkv_server.contract.generation import Answer, Delta, Finish
+from warmkv_server.contract.generation import Answer, Delta, Finish, Scored
 from warmkv_server.contract.kv import Fallback, Reuse, Source
 from warmkv_server.kv.store import AgentRecord
 
@@ -62,6 +62,7 @@ class PrimeRequest:
 
     Attributes:
         append: whether the content goes behind the held context, which must exist then.
+        generation_prompt: whether a chat gets it, for an answer that comes later.
         pinned, ttl, labels: new values; None leaves them as they are. `ttl` in seconds.
         arrived: `time.perf_counter()` when the request came in.
     """
@@ -69,6 +70,7 @@ class PrimeRequest:
     key: AgentKey
     content: Content | None
     append: bool = False
+    generation_prompt: bool = False
     pinned: bool | None = None
     ttl: float | None = None
     labels: Mapping[str, str] | None = None
@@ -95,6 +97,20 @@ class GenerateRequest:
     ephemeral: bool = False
     expected_revision: int | None = None
     identity: Identity | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Tell how probable content is, and keep nothing.
+
+    Attributes:
+        top: likeliest alternatives of each token.
+    """
+
+    key: AgentKey
+    content: Content | None
+    top: int = 0
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -183,6 +199,18 @@ class GenerateFinished:
     agent: AgentView | None
     persisted: bool
     forced_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ScoreFinished:
+    """The last event of a score."""
+
+    logprob_sum: float
+    cache: CacheReport
+    timings: Timings
+
+
+ScoreEvent = Scored | ScoreFinished
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+import numpy.typing as npt
+
 from warmkv_server.contract.grammar import Grammar
 from warmkv_server.contract.kv import Growth, Reuse
 
@@ -46,6 +49,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Score:
+    """Tell the log probability of each token from `first` on, which is at least 1, with `top` alternatives."""
+
+    first: int
+    top: int = 0
+
+
+@dataclass(frozen=True)
 class Job:
     """One sequence to run.
 
@@ -55,6 +66,7 @@ class Job:
         answer: None prefills only.
         snapshot_at: context lengths after which state that can't be cut is captured, besides the end.
         tenant: takes turns with others where jobs wait.
+        score: what is to be told of the tokens themselves; there is no answer then, and no growth.
     """
 
     tokens: Sequence[int]
@@ -62,6 +74,7 @@ class Job:
     answer: Answer | None = None
     snapshot_at: frozenset[int] = frozenset()
     tenant: str = ""
+    score: Score | None = None
 
 
 class Finish(StrEnum):
@@ -113,6 +126,22 @@ class Delta:
     logprobs: tuple[Logprobs, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Log probabilities of the next tokens of the prompt, the model's own.
+
+    Attributes:
+        token_ids: (tokens,).
+        logprobs: (tokens,); minus infinity for an id that no text has.
+        top_ids, top: the likeliest, (tokens, alternatives), likeliest first.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top: npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Finished:
     """The last event of a job that didn't fail.
@@ -134,7 +163,7 @@ class Finished:
     forced: int = 0
 
 
-Event = Started | Progress | Delta | Finished
+Event = Started | Progress | Scored | Delta | Finished
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ class AgentServicer:
                 for message in convert.generate_responses(event):
                     await call.send(message)
 
+    async def score(self, request: pb.ScoreRequest, call: Call) -> None:
+        validate.score(request, call.model)
+        wanted = convert.score_request(request, call.key(request.agent_id), call.arrived)
+        run = await call.agents.score(wanted)
+        with run.watch() as events:
+            async for event in events:
+                for message in convert.score_responses(event):
+                    await call.send(message)
+
     async def fork_agent(self, request: pb.ForkAgentRequest, call: Call) -> pb.ForkAgentResponse:
         validate.fork(request)
         source, target = call.key(request.source_agent_id), call.key(request.agent_id)

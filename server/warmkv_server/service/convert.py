@@ -25,6 +25,9 @@ from warmkv_server.agents.types import (
     PrimeRequest,
     PrimeResult,
     Recorded,
+    ScoreEvent,
+    ScoreFinished,
+    ScoreRequest,
     Timings,
 )
 from warmkv_server.contract.content import Chat, Content, RawText, TokenIds
@@ -111,10 +114,15 @@ def extend_request(request: pb.ExtendRequest, key: AgentKey, arrived: float) -> 
         key=key,
         content=content(request.content),
         append=True,
+        generation_prompt=request.generation_prompt,
         expected_revision=_expected_revision(request),
         identity=identity(request),
         arrived=arrived,
     )
+
+
+def score_request(request: pb.ScoreRequest, key: AgentKey, arrived: float) -> ScoreRequest:
+    return ScoreRequest(key, content(request.content), request.top_logprobs, arrived)
 
 
 def generate_request(
@@ -211,6 +219,21 @@ def generate_responses(event: GenerateEvent) -> Iterator[pb.GenerateResponse]:
             yield pb.GenerateResponse(finished=_finished(event))
         case Recorded(message):
             yield message
+
+
+def score_responses(event: ScoreEvent) -> Iterator[pb.ScoreResponse]:
+    """The messages of an event: one, unless it is of more tokens than go into one."""
+    if isinstance(event, ScoreFinished):
+        yield pb.ScoreResponse(
+            logprob_sum=event.logprob_sum, cache=cache_report(event.cache), timings=timings(event.timings)
+        )
+        return
+    rows = zip(
+        event.token_ids.tolist(), event.logprobs.tolist(), event.top_ids.tolist(), event.top.tolist(), strict=True
+    )
+    told = [Logprobs(token, value, tuple(zip(ids, top, strict=True))) for token, value, ids, top in rows]
+    for first in range(0, len(told), limits.SCORED_TOKENS):
+        yield pb.ScoreResponse(tokens=[_logprobs(each) for each in told[first : first + limits.SCORED_TOKENS]])
 
 
 def agent(view: AgentView) -> pb.Agent:

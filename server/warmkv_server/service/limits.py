@@ -36,6 +36,9 @@ UPDATE_PATHS = 16
 VIOLATIONS = 20
 """That a refusal names; the rest it counts."""
 
+SCORED_TOKENS = 256
+"""Of one ScoreResponse."""
+
 # Of an answer. Clients take messages of 4 MiB unless they are told to take more.
 PAGE_BYTES = 3 << 20
 """Agents on a page."""

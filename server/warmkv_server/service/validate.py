@@ -103,6 +103,8 @@ def prime(request: pb.PrimeRequest, model: Model) -> None:
 
 def extend(request: pb.ExtendRequest, model: Model) -> None:
     faults = Faults()
+    chat = request.content.WhichOneof("kind") == "chat"
+    faults.need(chat or not request.generation_prompt, "generation_prompt", "needs content.chat")
     _agent_id(faults, "agent_id", request.agent_id)
     _content(faults, request.content, model.vocab_size, model.context_limit)
     faults.need_content(_is_given(request.content))
@@ -129,13 +131,22 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
     _stop(faults, request.stop)
     if request.HasField("response_format"):
         _response_format(faults, request)
-    most = min(limits.TOP_LOGPROBS, model.vocab_size)
-    faults.need(0 <= request.top_logprobs <= most, "top_logprobs", f"must be 0 to {most}")
+    _top_logprobs(faults, request.top_logprobs, model.vocab_size)
     _expected_revision(faults, request)
     _request_id(faults, request.request_id)
     if request.request_id:
         faults.need(not request.ephemeral, "request_id", "can't be kept for an ephemeral request")
         faults.need(bool(request.agent_id), "request_id", "needs an agent_id")
+    faults.refuse()
+
+
+def score(request: pb.ScoreRequest, model: Model) -> None:
+    faults = Faults()
+    if request.agent_id:
+        _agent_id(faults, "agent_id", request.agent_id)
+    _content(faults, request.content, model.vocab_size, model.context_limit)
+    faults.need_content(_is_given(request.content))
+    _top_logprobs(faults, request.top_logprobs, model.vocab_size)
     faults.refuse()
 
 
@@ -189,6 +200,11 @@ def count_tokens(request: server_pb.CountTokensRequest, model: Model) -> None:
 
 def _agent_id(faults: Faults, field: str, value: str) -> None:
     faults.need(AGENT_ID.fullmatch(value) is not None, field, AGENT_ID_RULE)
+
+
+def _top_logprobs(faults: Faults, value: int, vocab_size: int) -> None:
+    most = min(limits.TOP_LOGPROBS, vocab_size)
+    faults.need(0 <= value <= most, "top_logprobs", f"must be 0 to {most}")
 
 
 def _stop(faults: Faults, stop: Sequence[str]) -> None:

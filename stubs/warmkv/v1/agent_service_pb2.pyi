@@ -1027,12 +1027,15 @@ class ExtendRequest(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent to extend. It must exist."""
     expected_revision: _builtins.int
     """As PrimeRequest.expected_revision."""
     request_id: _builtins.str
     """As PrimeRequest.request_id."""
+    generation_prompt: _builtins.bool
+    """Also adds the chat template's generation prompt, so that this agent's forks can answer without content. Needs a chat."""
     @_builtins.property
     def content(self) -> Global___Content:
         """What is appended to its context. Required."""
@@ -1044,10 +1047,11 @@ class ExtendRequest(_message.Message):
         content: Global___Content | None = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        generation_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "expected_revision", b"expected_revision", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "expected_revision", b"expected_revision", "generation_prompt", b"generation_prompt", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1438,6 +1442,82 @@ class GenerateFinished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateFinished: _TypeAlias = GenerateFinished  # noqa: Y015
+
+@_typing.final
+class ScoreRequest(_message.Message):
+    """Request of Score."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    """The agent behind whose context the content is scored. Empty: the content alone."""
+    top_logprobs: _builtins.int
+    """As GenerateRequest.top_logprobs, but 0 still reports the tokens' own."""
+    @_builtins.property
+    def content(self) -> Global___Content:
+        """What is scored. Required. A chat gets no generation prompt."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        content: Global___Content | None = ...,
+        top_logprobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "content", b"content", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """Some of Score's tokens, in order. The last has the sums."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_SUM_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    logprob_sum: _builtins.float
+    """Sum over all tokens. Only in the last."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """At most 256. Natural logarithms of the model's own distribution, as TokenLogprobs says. Minus infinity for a token that
+        is in the model's vocabulary and that no text has.
+        """
+
+    @_builtins.property
+    def cache(self) -> Global___CacheReport:
+        """What was reused and what was computed. Only in the last."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """How long it took. Only in the last."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        logprob_sum: _builtins.float | None = ...,
+        cache: Global___CacheReport | None = ...,
+        timings: Global___Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_sum", b"_logprob_sum", "cache", b"cache", "logprob_sum", b"logprob_sum", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_sum", b"_logprob_sum", "cache", b"cache", "logprob_sum", b"logprob_sum", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob_sum: _TypeAlias = _typing.Literal["logprob_sum"]  # noqa: Y015
+    _WhichOneofArgType__logprob_sum: _TypeAlias = _typing.Literal["_logprob_sum", b"_logprob_sum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob_sum) -> _WhichOneofReturnType__logprob_sum | None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
 
 @_typing.final
 class ForkAgentRequest(_message.Message):

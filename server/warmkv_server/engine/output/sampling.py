@@ -140,7 +140,7 @@ class Chooser:
         if last is not None and self._on_context:
             self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
         # Now: the processors write into their logits.
-        own = _logprobs(self._choosable(logits)) if self.top_logprobs else None
+        own = logprobs_of(self._choosable(logits)) if self.top_logprobs else None
         for process in self._bias:
             logits = process(self._answer, logits)
         for process in self._on_context:
@@ -155,7 +155,7 @@ class Chooser:
         else:
             # One call of the generator seeds it; what is drawn here touches no other sequence's stream.
             mx.random.seed((self._seed + position * 0x9E3779B97F4A7C15) & _MASK64)
-            weighed = _logprobs(logits)
+            weighed = logprobs_of(logits)
             token = self._draw(weighed)
         scores = Scores.of(weighed, token)
         if own is None:
@@ -175,7 +175,8 @@ def constrained(logits: mx.array, masks: Sequence[Mask | None] | None) -> mx.arr
     return logits if masks is None else logits + bias_of(masks, logits.shape[-1], logits.dtype)
 
 
-def _logprobs(logits: mx.array) -> mx.array:
+def logprobs_of(logits: mx.array) -> mx.array:
+    """In 32 bits. Lazy."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 

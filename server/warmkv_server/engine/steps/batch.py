@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from warmkv_server.contract.generation import Scored
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.model.step_plan import Row, StepKind, StepPlan, Wanted
 from warmkv_server.engine.output.constraint import Mask
 from warmkv_server.engine.output.sampling import Choice, Scores, constrained
+from warmkv_server.engine.output.scoring import score, scored_at_once
 from warmkv_server.engine.steps.sequence import Sequence, first_tokens
 
 PADDING = 0.25
@@ -257,7 +260,7 @@ def next_boundary(sequence: Sequence, chunk: int) -> int:
     return min([end, *wanted])
 
 
-def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int]) -> StepPlan:
+def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int], wanted: Wanted = Wanted.NOTHING) -> StepPlan:
     """To compute each prompt up to its end, in one chunk. Rows of several begin at one place."""
     rows = tuple(
         [
@@ -268,7 +271,7 @@ def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int]) -> StepPlan
     start, end = rows[0].start, max(ends)
     shapes = sequences[0].loaded.cache_map.shapes
     fed, read = (end - start, end) if shapes is None or end == start else shapes.chunk(start, end)
-    return StepPlan(StepKind.PREFILL, rows, fed, read, Wanted.NOTHING)
+    return StepPlan(StepKind.PREFILL, rows, fed, read, wanted)
 
 
 def plan_step(sequences: Sequences[Sequence]) -> StepPlan:
@@ -304,6 +307,24 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
         sequence.collect()
         if end == sequence.prefill_end or end in sequence.job.snapshot_at:
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
+
+
+def score_chunk(sequence: Sequence, chunk: int) -> Scored | None:
+    """As `run_chunk`, and tell the log probabilities of the tokens that follow; None if none of them is asked for."""
+    job, start = sequence.job, sequence.done
+    assert job.score is not None
+    end = next_boundary(sequence, min(chunk, scored_at_once(sequence.loaded.info.vocab_size)))
+    logits = sequence.loaded.runner.score(plan_chunk([sequence], [end], Wanted.LOGITS), sequence.caches)
+    first = max(start, job.score.first - 1, sequence.scored)
+    scored = None
+    if first < end:
+        targets = np.asarray(job.tokens[first + 1 : end + 1], np.int32)
+        scored = score(sequence.loaded.choosable(logits[first - start :]), targets, job.score.top)
+    mx.eval(kinds.arrays(sequence.caches))
+    sequence.done = end
+    sequence.scored = max(sequence.scored, end)
+    sequence.collect()
+    return scored
 
 
 def choose_first(sequence: Sequence) -> None:

@@ -47,6 +47,7 @@ class Sequence:
         submitted: when it was sent, on `time.perf_counter`.
         came: when it left the queue last, on the same clock.
         constraint: what the answer's text may become; None for anything.
+        scored: tokens behind which the log probabilities were told.
         forced: tokens of the answer that the constraint left no choice of, and that no step was spent on.
     """
 
@@ -70,6 +71,7 @@ class Sequence:
     came: float = 0.0
     constraint: Constraint | None = None
     forced: int = 0
+    scored: int = 0
     chooser: Chooser | None = None
     text: AnswerText | None = None
     _grown: list[tuple[int, Mapping[PartKind, Tensors]]] = field(default_factory=list)
@@ -98,8 +100,8 @@ class Sequence:
 
     @property
     def prefill_end(self) -> int:
-        """Tokens to prefill in chunks: all, or all but the last, whose logits choose the next token."""
-        return len(self.to_prefill) - self.wants_token
+        """Tokens to prefill in chunks: all, or all but the last, whose logits choose a token or are nobody's."""
+        return len(self.to_prefill) - (self.wants_token or self.job.score is not None)
 
     @property
     def left(self) -> int:
@@ -317,7 +319,7 @@ class Sequence:
         return Finished(
             finish=self.finish or Finish.PREFILLED,
             completion=tuple(completion),
-            growth=self._growth(min(self.done, self.prompt_length + len(completion))),
+            growth=self._growth(min(self.done, self.prompt_length + len(completion)) if self.job.score is None else 0),
             matched_stop=text.matched_stop if text is not None else "",
             prefill_seconds=(self._first_token or now) - self._began,
             decode_seconds=now - self._first_token if self._first_token else 0.0,

@@ -6,10 +6,11 @@ Leviathan et al., arXiv 2211.17192), and needs no second model. One step feeds t
 a token behind each of them. As long as choice and guess are equal, the guess is the answer; the rest is cut off.
 
 A choice depends on its own logits and position only, so that this samples from the same distribution as deciding token
-by token; greedy or with a seed it gives the same tokens, wherever rounding doesn't decide. Where an answer is held to a
-grammar, what the grammar forces is guessed first, in the tokens that the tokenizer would write it with, and each choice
-is made under the grammar's mask: which tokens spell the forced text is still the model's choice. What is guessed depends on
+by token; greedy or with a seed it gives the same tokens, wherever rounding doesn't decide. What is guessed depends on
 the sequence's tokens and the device, and on no clock: the same request alone takes the same steps.
+
+Where an answer is held to a grammar, what that forces is guessed first, in the tokens that the tokenizer would write it
+with. Each choice is made under the grammar's mask: which tokens spell the forced text is still the model's choice.
 """
 
 from __future__ import annotations
