@@ -59,6 +59,7 @@ def test_content_is_scored_behind_the_context_and_nothing_is_kept(client: Client
 
 def test_it_is_what_mlx_lm_says(client: Client, tmp_path: Path) -> None:
     model = load(str(BUILT_IN / "tiny"))[0]
+    model.set_dtype(mx.float32)  # as the server does on a CPU
     content = "The old library stands by the river. It has many books, and the door is open every day."
     ids = list(client.count(text(content)).token_ids)
     logits = model(mx.array([ids]))[0].astype(mx.float32)
