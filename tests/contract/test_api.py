@@ -41,7 +41,7 @@ ScoreResponse: tokens:TokenLogprobs* logprob_sum:double? cache:CacheReport timin
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?
- request_id:string response_format:ResponseFormat
+ request_id:string response_format:ResponseFormat candidates:int32 candidate_agent_ids:string*
 ResponseFormat: |json_schema:string |regex:string |lark:string |choices:Choices
 Choices: texts:string*
 SamplingParams: temperature:float? top_p:float? top_k:int32? min_p:float? repetition_penalty:float?
@@ -50,9 +50,10 @@ GenerateResponse: |started:GenerateStarted |prefill_progress:PrefillProgress |de
  |finished:GenerateFinished
 GenerateStarted: agent_id:string cache:CacheReport
 PrefillProgress: tokens_done:int32 tokens_total:int32
-GenerateDelta: text:string token_ids:int32* logprobs:TokenLogprobs*
+GenerateDelta: text:string token_ids:int32* logprobs:TokenLogprobs* candidate:int32
 GenerateFinished: finish_reason:FinishReason matched_stop:string usage:Usage cache:CacheReport timings:Timings
- agent:Agent persisted:bool
+ agent:Agent persisted:bool candidates:CandidateFinished*
+CandidateFinished: finish_reason:FinishReason matched_stop:string completion_tokens:int32 logprob_sum:double agent:Agent
 TokenLogprobs: token_id:int32 logprob:float top:TopLogprob*
 TopLogprob: token_id:int32 logprob:float
 CacheReport: source:CacheSource prompt_tokens:int32 cached_tokens:int32 hot_tokens:int32 warm_tokens:int32

@@ -7,9 +7,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from warmkv_server.agents import generate, manage, prime, score
+from warmkv_server.agents import candidates, generate, manage, prime, score
 from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.answer_log import AnswerEvents
+from warmkv_server.agents.candidate_log import CandidateEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
 from warmkv_server.agents.idempotency import Codecs, Requests
@@ -79,6 +80,10 @@ class Agents:
         codec = self._codecs.generate
 
         def begin() -> Run[GenerateEvent]:
+            if request.candidates:
+                several = CandidateEvents(request.candidates)
+                work = partial(candidates.generate_candidates, self._tools, request)
+                return self._begin("generate", work, several)
             events = AnswerEvents(keep=request.identity is not None)
             return self._begin("generate", partial(generate.generate, self._tools, request, codec, events), events)
 

@@ -24,7 +24,7 @@ from warmkv_server.contract.kv import BLOCK_TOKENS
 from warmkv_server.errors import AgentDeleted, ConstraintRanOut
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
 
-_CUT_SHORT = (Finish.CANCELLED, Finish.TOO_COMPLEX)
+CUT_SHORT = (Finish.CANCELLED, Finish.TOO_COMPLEX)
 
 
 async def generate(
@@ -49,7 +49,7 @@ async def generate(
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
-        answer = _fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
+        answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         grammar = request.answer.grammar
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         # The last token is computed again for its logits, also where its KV is there.
@@ -59,13 +59,13 @@ async def generate(
             async with work.loaded(answer):
                 stream = AnswerStream(request, run, work, events.answer)
                 finished = await _answer(work, answer, stream)
-                cut_short = finished is not None and finished.finish in _CUT_SHORT
+                cut_short = finished is not None and finished.finish in CUT_SHORT
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
-                    _raise_why(run)
+                    raise_why(run)
                 result = await _keep(work, request, codec, stream, finished)
         tools.tallies.add(work.key.tenant, work.cache)
         if cut_short:
-            _raise_why(run)
+            raise_why(run)
         run.publish(result)
 
 
@@ -167,7 +167,7 @@ async def _keep(
     def write(event: GenerateFinished) -> RequestOutcome:
         assert request.identity is not None
         sent: list[GenerateEvent] = [stream.started, stream.answer]
-        if finish in _CUT_SHORT:
+        if finish in CUT_SHORT:
             return codec.outcome(request.identity, sent, cancelled=True)
         return codec.outcome(request.identity, [*sent, event])
 
@@ -178,7 +178,7 @@ async def _keep(
     return sealed.result(committed.agent, committed.persisted)
 
 
-def _raise_why(run: Run[GenerateEvent]) -> None:
+def raise_why(run: Run[GenerateEvent]) -> None:
     """End an answer that was cut short with what cut it."""
     run.check()
     raise ConstraintRanOut(
@@ -187,6 +187,6 @@ def _raise_why(run: Run[GenerateEvent]) -> None:
     )
 
 
-def _fitting(answer: Answer, room: int) -> Answer | None:
+def fitting(answer: Answer, room: int) -> Answer | None:
     """The answer cut to the room left in the context; None if there is none."""
     return replace(answer, max_tokens=min(answer.max_tokens, room)) if room else None

@@ -87,6 +87,8 @@ class GenerateRequest:
         replace: whether the content is the whole context rather than new at its end.
         whole: whether the answer is to be sent as one delta.
         ephemeral: change nothing.
+        candidates: answers to sample; 0 for the one of the agent itself.
+        candidate_ids: agents to make of them.
     """
 
     key: AgentKey
@@ -95,6 +97,8 @@ class GenerateRequest:
     replace: bool = False
     whole: bool = False
     ephemeral: bool = False
+    candidates: int = 0
+    candidate_ids: tuple[str, ...] = ()
     expected_revision: int | None = None
     identity: Identity | None = None
     arrived: float = field(default_factory=time.perf_counter)
@@ -199,6 +203,30 @@ class GenerateFinished:
     agent: AgentView | None
     persisted: bool
     forced_tokens: int = 0
+    candidates: tuple[CandidateFinished, ...] = ()
+
+
+@dataclass(frozen=True)
+class CandidateDelta:
+    """More of one of several answers."""
+
+    candidate: int
+    delta: Delta
+
+
+@dataclass(frozen=True)
+class CandidateFinished:
+    """How one of several answers ended.
+
+    Attributes:
+        agent: that was made of it, if one was.
+    """
+
+    finish: Finish
+    matched_stop: str
+    completion_tokens: int
+    logprob_sum: float
+    agent: AgentView | None
 
 
 @dataclass(frozen=True)
@@ -220,7 +248,7 @@ class Recorded:
     message: Any
 
 
-GenerateEvent = GenerateStarted | PrefillProgress | Delta | GenerateFinished | Recorded
+GenerateEvent = GenerateStarted | PrefillProgress | Delta | CandidateDelta | GenerateFinished | Recorded
 
 
 @dataclass(frozen=True)

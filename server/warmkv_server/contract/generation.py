@@ -66,6 +66,8 @@ class Job:
         answer: None prefills only.
         snapshot_at: context lengths after which state that can't be cut is captured, besides the end.
         tenant: takes turns with others where jobs wait.
+        prefix: KV that was computed before behind the reused part, for this prompt and for others; of fewer tokens than
+            the prompt has. It counts as this job's own growth.
         score: what is to be told of the tokens themselves; there is no answer then, and no growth.
     """
 
@@ -75,6 +77,7 @@ class Job:
     snapshot_at: frozenset[int] = frozenset()
     tenant: str = ""
     score: Score | None = None
+    prefix: Growth | None = None
 
 
 class Finish(StrEnum):

@@ -44,6 +44,8 @@ class AgentServicer:
         wanted = convert.generate_request(
             request, call.key(request.agent_id), call.arrived, info.sampling_defaults, self.settings.default_max_tokens
         )
+        for each in request.candidate_agent_ids:
+            call.key(each)
         run = await call.agents.generate(wanted)
         with run.watch() as events:
             async for event in events:

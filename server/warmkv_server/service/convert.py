@@ -15,6 +15,7 @@ from warmkv_server.agents.types import (
     AgentKey,
     AgentView,
     CacheReport,
+    CandidateDelta,
     EvictResult,
     GenerateEvent,
     GenerateFinished,
@@ -142,6 +143,8 @@ def generate_request(
         replace=request.context_mode == pb.CONTEXT_MODE_REPLACE,
         whole=request.stream_mode == pb.STREAM_MODE_FINAL,
         ephemeral=request.ephemeral,
+        candidates=_candidates(request),
+        candidate_ids=tuple(request.candidate_agent_ids),
         expected_revision=_expected_revision(request),
         identity=identity(request),
         arrived=arrived,
@@ -154,6 +157,12 @@ def grammar(message: pb.ResponseFormat) -> Grammar | None:
         return None
     texts = message.choices.texts if kind == "choices" else [getattr(message, kind)]
     return Grammar(GrammarKind(kind), tuple(texts))
+
+
+def _candidates(request: pb.GenerateRequest) -> int:
+    """How many answers; 0 for the one of the agent itself."""
+    wanted = request.candidates or len(request.candidate_agent_ids)
+    return wanted if wanted > 1 or request.candidate_agent_ids else 0
 
 
 def sampling(message: pb.SamplingParams, defaults: Sampling) -> Sampling:
@@ -210,15 +219,20 @@ def generate_responses(event: GenerateEvent) -> Iterator[pb.GenerateResponse]:
         case PrefillProgress(done, total):
             yield pb.GenerateResponse(prefill_progress=pb.PrefillProgress(tokens_done=done, tokens_total=total))
         case Delta():
-            for token_ids, text, logprobs in _pieces(event):
-                delta = pb.GenerateDelta(
-                    text=text, token_ids=token_ids, logprobs=[_logprobs(each) for each in logprobs]
-                )
-                yield pb.GenerateResponse(delta=delta)
+            yield from _delta(event)
+        case CandidateDelta(number, delta):
+            yield from _delta(delta, number)
         case GenerateFinished():
             yield pb.GenerateResponse(finished=_finished(event))
         case Recorded(message):
             yield message
+
+
+def _delta(delta: Delta, candidate: int = 0) -> Iterator[pb.GenerateResponse]:
+    for token_ids, text, logprobs in _pieces(delta):
+        told = [_logprobs(each) for each in logprobs]
+        piece = pb.GenerateDelta(text=text, token_ids=token_ids, logprobs=told, candidate=candidate)
+        yield pb.GenerateResponse(delta=piece)
 
 
 def score_responses(event: ScoreEvent) -> Iterator[pb.ScoreResponse]:
@@ -328,6 +342,16 @@ def _finished(event: GenerateFinished) -> pb.GenerateFinished:
         timings=timings(event.timings),
         agent=agent(event.agent) if event.agent is not None else None,
         persisted=event.persisted,
+        candidates=[
+            pb.CandidateFinished(
+                finish_reason=FINISHES[each.finish],
+                matched_stop=each.matched_stop,
+                completion_tokens=each.completion_tokens,
+                logprob_sum=each.logprob_sum,
+                agent=agent(each.agent) if each.agent is not None else None,
+            )
+            for each in event.candidates
+        ],
     )
 
 

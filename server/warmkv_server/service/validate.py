@@ -129,6 +129,7 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
     _sampling(faults, request.sampling, model.vocab_size)
     faults.need(request.max_tokens >= 0, "max_tokens", "must be 0 (the server's default) or more")
     _stop(faults, request.stop)
+    _candidates(faults, request)
     if request.HasField("response_format"):
         _response_format(faults, request)
     _top_logprobs(faults, request.top_logprobs, model.vocab_size)
@@ -216,6 +217,24 @@ def _stop(faults: Faults, stop: Sequence[str]) -> None:
         faults.need(0 < length <= limits.STOP_CHARACTERS, f"stop[{number}]", rule)
     rule = f"may have {limits.STOPS_CHARACTERS} characters at most in all"
     faults.need(sum(lengths) <= limits.STOPS_CHARACTERS, "stop", rule)
+
+
+def _candidates(faults: Faults, request: pb.GenerateRequest) -> None:
+    ids, most = request.candidate_agent_ids, limits.CANDIDATES
+    faults.need(0 <= request.candidates <= most, "candidates", f"must be 0 (one) to {most}")
+    faults.need(len(ids) <= most, "candidate_agent_ids", f"may have {most} entries at most")
+    for number, value in enumerate(ids[: most + 1]):
+        _agent_id(faults, f"candidate_agent_ids[{number}]", value)
+    if ids:
+        faults.need(request.candidates in (0, len(ids)), "candidates", "must be as many as candidate_agent_ids, or 0")
+        distinct = len({request.agent_id, *ids}) == len(ids) + 1
+        faults.need(distinct, "candidate_agent_ids", "must all be different, and none the agent's own")
+        faults.need(not request.ephemeral, "candidate_agent_ids", "can't be made by an ephemeral request")
+    elif request.candidates > 1:
+        free = request.ephemeral or not request.agent_id
+        faults.need(free, "candidates", "need candidate_agent_ids, ephemeral, or no agent_id: an agent has one context")
+    if ids or request.candidates > 1:
+        faults.need(not request.request_id, "request_id", "can't be kept for candidates")
 
 
 def _response_format(faults: Faults, request: pb.GenerateRequest) -> None:

@@ -1118,6 +1118,8 @@ class GenerateRequest(_message.Message):
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    CANDIDATE_AGENT_IDS_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent to continue, or to create. Empty: generate once from `content` and keep nothing."""
     context_mode: Global___ContextMode.ValueType
@@ -1145,6 +1147,11 @@ class GenerateRequest(_message.Message):
     `finished`; one still running is joined from its start; a cancelled one replays its tokens and ends ABORTED /
     REQUEST_CANCELLED. Refused with `ephemeral` or without agent_id.
     """
+    candidates: _builtins.int
+    """Answers to sample behind the one prompt, which is computed once; at most 16. 0: one, or as many as there are
+    candidate_agent_ids. More than one only with `candidate_agent_ids`, `ephemeral` or without agent_id, and without
+    request_id. Each draws by itself: candidate n as a request alone with the seed + n. There must be room for an answer.
+    """
     @_builtins.property
     def content(self) -> Global___Content:
         """New input. Required with CONTEXT_MODE_REPLACE and where there is no context yet. Without it an existing agent is
@@ -1165,6 +1172,13 @@ class GenerateRequest(_message.Message):
     def response_format(self) -> Global___ResponseFormat:
         """What the answer's text must look like."""
 
+    @_builtins.property
+    def candidate_agent_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Agents to create, one for each candidate, with the prompt and its answer. The agent itself stays as it is. They must
+        not exist (ALREADY_EXISTS, AGENT_EXISTS), and all be different. Each is committed by itself, when all have ended;
+        those that share the prompt share its KV.
+        """
+
     def __init__(
         self,
         *,
@@ -1181,10 +1195,12 @@ class GenerateRequest(_message.Message):
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
         response_format: Global___ResponseFormat | None = ...,
+        candidates: _builtins.int = ...,
+        candidate_agent_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "candidate_agent_ids", b"candidate_agent_ids", "candidates", b"candidates", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1299,10 +1315,13 @@ class GenerateDelta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is certain: whole characters, and no part of a possible stop string. Can be empty. What was held back
     comes with a later delta.
     """
+    candidate: _builtins.int
+    """The candidate that this belongs to, from 0. Deltas of several come in any order."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens of this piece, in order. A delta that only releases held-back text has none."""
@@ -1317,10 +1336,11 @@ class GenerateDelta(_message.Message):
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        candidate: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1400,12 +1420,13 @@ class GenerateFinished(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     PERSISTED_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why the answer ended."""
     matched_stop: _builtins.str
     """The stop string that ended the answer; empty with any other finish reason."""
     persisted: _builtins.bool
-    """As PrimeResponse.persisted. Always false with `ephemeral` or without agent_id."""
+    """As PrimeResponse.persisted. Always false with `ephemeral` or without agent_id. With candidate_agent_ids: of all of them."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Token counts."""
@@ -1424,6 +1445,12 @@ class GenerateFinished(_message.Message):
         the agent exists. Unset without agent_id.
         """
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateFinished]:
+        """How each candidate ended, if there was more than one or candidate_agent_ids named it; the fields above are of the
+        first.
+        """
+
     def __init__(
         self,
         *,
@@ -1434,14 +1461,55 @@ class GenerateFinished(_message.Message):
         timings: Global___Timings | None = ...,
         agent: Global___Agent | None = ...,
         persisted: _builtins.bool = ...,
+        candidates: _abc.Iterable[Global___CandidateFinished] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "persisted", b"persisted", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "candidates", b"candidates", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "persisted", b"persisted", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateFinished: _TypeAlias = GenerateFinished  # noqa: Y015
+
+@_typing.final
+class CandidateFinished(_message.Message):
+    """CandidateFinished is how one of several candidates ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    MATCHED_STOP_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_SUM_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended."""
+    matched_stop: _builtins.str
+    """As GenerateFinished.matched_stop."""
+    completion_tokens: _builtins.int
+    """As Usage.completion_tokens."""
+    logprob_sum: _builtins.float
+    """Sum of its tokens' log probabilities, of the model's own distribution."""
+    @_builtins.property
+    def agent(self) -> Global___Agent:
+        """Its agent after the commit, if candidate_agent_ids named one."""
+
+    def __init__(
+        self,
+        *,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        matched_stop: _builtins.str = ...,
+        completion_tokens: _builtins.int = ...,
+        logprob_sum: _builtins.float = ...,
+        agent: Global___Agent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "logprob_sum", b"logprob_sum", "matched_stop", b"matched_stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CandidateFinished: _TypeAlias = CandidateFinished  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):

@@ -101,6 +101,12 @@ class Constraint:
         follow_first(grammar, matcher)
         return cls(vocabulary, matcher)
 
+    def copy(self) -> Constraint:
+        """Another one, that stands where this does."""
+        made = copy(self)
+        made._matcher = self._matcher.deep_copy()
+        return made
+
     def take(self, tokens: Sequence[int]) -> None:
         """Go on behind these.
 

@@ -84,6 +84,9 @@ class Sequence:
     def __post_init__(self) -> None:
         self.to_prefill: abc.Sequence[int] = self.job.tokens
         self._reuse = self.job.reuse
+        if (prefix := self.job.prefix) is not None and prefix.count:
+            self._grown, self._snapshots = [(prefix.count, prefix.tensors)], dict(prefix.snapshots)
+            self._reuse = self._held(prefix.end)
 
     @property
     def prompt_length(self) -> int:
@@ -188,15 +191,15 @@ class Sequence:
             self.collect()
             if self.done not in self._snapshots:
                 self.keep_snapshot(self.loaded.cache_map.snapshot(self.caches))
-        self._reuse = self._held()
+        self._reuse = self._held(self.done)
         if self.pending is not None:
             mx.eval(self.pending.arrays)
         self.parked, self.caches, self.opening = True, [], None
 
-    def _held(self) -> Reuse:
-        """What is reused and what was computed behind it, as a prefix that can be put in place."""
+    def _held(self, done: int) -> Reuse:
+        """What is reused and what was computed behind it, up to there, as a prefix that can be put in place."""
         reuse, end = self.job.reuse, self.job.reuse.length
-        if self.done <= end:
+        if done <= end:
             return reuse
         spans = list(reuse.spans)
         if spans:
@@ -205,10 +208,10 @@ class Sequence:
             spans.append(Span(end, count, parts))
             end += count
         if self.loaded.cache_map.states:
-            words = spans.pop() if self._grown else Span(end, self.done - end, {})
-            spans.append(Span(words.start, words.count, {**words.parts, PartKind.STATE: self._snapshots[self.done]}))
+            words = spans.pop() if self._grown else Span(end, done - end, {})
+            spans.append(Span(words.start, words.count, {**words.parts, PartKind.STATE: self._snapshots[done]}))
             end = spans[-1].end
-        assert end == self.done
+        assert end == done
         mx.eval([[list(tensors.values()) for tensors in span.parts.values()] for span in spans[len(reuse.spans) :]])
         return Reuse(end, tuple(spans))
 
