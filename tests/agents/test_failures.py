@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 
 from warmkv_server.agents.agents import Agents
-from warmkv_server.agents.types import AgentKey, GenerateFinished, GenerateRequest, PrimeRequest, PrimeResult
-from warmkv_server.contract.content import TokenIds
+from warmkv_server.agents.types import GenerateFinished, GenerateRequest, PrimeRequest, PrimeResult
+from warmkv_server.contract.content import TokenContent
 from warmkv_server.contract.generation import Answer
 from warmkv_server.contract.kv import Source
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import EngineError
 from warmkv_server.kv.blocks import reader
 from warmkv_server.kv.store import Fingerprint, Store, Tuning
 from warmkv_server.kv.tasks import loader
-from warmkv_server.service.codecs import codecs
+from warmkv_server.service.response_codecs import response_codecs
 
 TOKENS = {name: [seed + n % 97 for n in range(600)] for name, seed in (("a", 400), ("b", 900))}
 
@@ -42,7 +43,7 @@ async def running(data_dir: Path) -> AsyncIterator[tuple[Agents, Store]]:
         fingerprint = Fingerprint.of_model(engine.info.fingerprint_fields)
         store = await Store.open(settings, engine.info.layout, fingerprint, tuning=Tuning(retry_seconds=0.05))
         try:
-            yield Agents(engine, store, settings, codecs()), store
+            yield Agents(engine, store, settings, response_codecs()), store
         finally:
             await store.close()
     finally:
@@ -54,13 +55,13 @@ def key(agent: str) -> AgentKey:
 
 
 async def prime(agents: Agents, agent: str) -> int:
-    result = await agents.prime(PrimeRequest(key(agent), TokenIds(tuple(TOKENS[agent[0]]))))
+    result = await agents.prime(PrimeRequest(key(agent), TokenContent(tuple(TOKENS[agent[0]]))))
     assert isinstance(result, PrimeResult)
     return result.cache.prefilled_tokens
 
 
 async def answer(agents: Agents, agent: str, content: tuple[int, ...] = (500, 501)) -> GenerateFinished:
-    request = GenerateRequest(key(agent), TokenIds(content), Answer(max_tokens=3, ignore_eos=True))
+    request = GenerateRequest(key(agent), TokenContent(content), Answer(max_tokens=3, ignore_eos=True))
     finished = await (await agents.generate(request)).result()
     assert isinstance(finished, GenerateFinished)
     return finished

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from warmkv_server.agents.idempotency import Codec, Requests
+from warmkv_server.agents.idempotency import Requests, ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import AgentKey, Identity, Recorded
+from warmkv_server.agents.types import Identity, Recorded
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import OutcomeUnreadable, RequestCancelled, RequestIdReused
 from warmkv_server.kv.store import RequestOutcome
 
@@ -21,7 +22,7 @@ def _decode(content: bytes) -> Recorded:
     return Recorded(int(content))
 
 
-CODEC: Codec[Any] = Codec(lambda value: [str(value).encode()], _decode)
+CODEC: ResponseCodec[Any] = ResponseCodec(lambda value: [str(value).encode()], _decode)
 
 
 class Scene:

@@ -6,8 +6,9 @@ import asyncio
 
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
-from warmkv_server.agents.types import Activity, AgentKey, Doing
+from warmkv_server.agents.types import Activity, Doing
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import AgentDeleted, QueueFull, RequestCancelled, StorageUnavailable
 
 KEY = AgentKey("", "a")

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.e2e.harness import Answer, Client, refusal_of, refused, some_tokens, text, token_ids
+from tests.e2e.harness import Answer, Client, chat, refusal_of, refused, some_tokens, text, token_ids
 from warmkv import v1
 
 DRAWN = v1.SamplingParams(temperature=1.0, seed=41)
@@ -94,6 +94,15 @@ def test_each_is_held_to_the_same_format(client: Client) -> None:
     assert {each.finish_reason for each in answer.finished.candidates} == {v1.FINISH_REASON_STOP}
     for number in range(6):
         assert 2 <= len(json.loads("".join(delta.text for delta in of(answer, number)))) <= 4
+
+
+def test_a_chat_goes_on_behind_each(client: Client, agent: str) -> None:
+    question, follow = chat(("user", "Who are you?")), chat(("user", "And then?"))
+    client.generate(f"{agent}-alone", question, max_tokens=9, ignore_eos=False)
+    client.generate(agent, question, candidate_agent_ids=names(agent, 2), max_tokens=9, ignore_eos=False)
+    wanted = client.count(follow, agent_id=f"{agent}-alone").token_ids
+    for each in names(agent, 2):
+        assert client.count(follow, agent_id=each).token_ids == wanted
 
 
 def test_deltas_of_each_come_as_they_are_sampled(client: Client) -> None:

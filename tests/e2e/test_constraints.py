@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from tests.e2e.harness import Answer, Client, chat, refusal_of, refused, serving, text
 from tests.e2e.schemas import ENFORCED, PERSON, REFUSED
@@ -117,6 +117,9 @@ def test_where_it_ends_is_not_for_two_to_say(client: Client) -> None:
     with refused(INVALID, "INVALID_FIELD") as found:
         client.generate("", text("a"), response_format=choices("a"), ignore_eos=True)
     assert found[0].fields == ["ignore_eos"]
+    with refused(INVALID, "INVALID_FIELD") as found:
+        ask(client, choices("a"), parse_mode=v1.PARSE_MODE_MESSAGE)
+    assert found[0].fields == ["parse_mode"]
 
 
 def test_an_answer_can_end_within_a_sentence(client: Client) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from tests.offline.commands import refusal, run, run_json, tree
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.offline.directory import look, take
 from warmkv_server.offline.verify import verify
 
@@ -34,7 +35,7 @@ async def data_dir(tmp_path: Path) -> Path:
 
 def last_used(data_dir: Path, agent: str, seconds_ago: float) -> None:
     with take(data_dir) as taken:
-        found = taken.index.agents[TENANT, agent]
+        found = taken.index.agents[AgentKey(TENANT, agent)]
         statement = "UPDATE agents SET last_used = last_used - ? WHERE incarnation = ?"
         taken.database.apply([(statement, (seconds_ago, found.incarnation))])
 

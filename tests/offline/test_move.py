@@ -13,6 +13,7 @@ from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from tests.offline.commands import refusal, run, tree
 from warmkv_server.contract.kv import KVLayout, Source
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.index.index import Agent
 from warmkv_server.kv.index.records import Fingerprint
@@ -49,7 +50,7 @@ async def archive(tmp_path: Path) -> Path:
 
 
 def agent_of(data_dir: Path, tenant: str = TENANT, agent_id: str = "a") -> Agent:
-    return look(data_dir).index.agents[tenant, agent_id]
+    return look(data_dir).index.agents[AgentKey(tenant, agent_id)]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -181,7 +182,7 @@ async def test_a_damaged_archive_changes_nothing(archive: Path, tmp_path: Path, 
 def test_nodes_that_make_another_context_are_refused(archive: Path) -> None:
     """Right checksums don't make a context."""
     view = look(archive.parent / "from")
-    agent = view.index.agents[TENANT, "a"]
+    agent = view.index.agents[AgentKey(TENANT, "a")]
     whole = ArchiveManifest.of(agent, FINGERPRINT)
     placing.check(whole)
     assert ArchiveManifest.decode(whole.encode()).encode() == whole.encode()

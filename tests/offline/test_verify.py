@@ -14,6 +14,7 @@ from tests.kv.driver import TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from tests.offline.commands import refusal, run, tree, verify
 from warmkv_server.contract.kv import Fallback, PartKind
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks import blockfile
 from warmkv_server.kv.blocks.names import object_name
 from warmkv_server.offline.directory import look
@@ -24,7 +25,7 @@ LAYOUT = LAYOUTS["everything"]
 
 def file_of(data_dir: Path, agent: str, start: int) -> Path:
     """The append file of the agent's block that starts there."""
-    nodes = look(data_dir).index.agents[TENANT, agent].nodes
+    nodes = look(data_dir).index.agents[AgentKey(TENANT, agent)].nodes
     (ident,) = (node.id.hex() for node in nodes if node.start == start)
     (path,) = (data_dir / "blocks" / ident[:2]).glob(f"{ident}.append.*.safetensors")
     return path

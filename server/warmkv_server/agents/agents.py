@@ -13,11 +13,10 @@ from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.candidate_log import CandidateEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
-from warmkv_server.agents.idempotency import Codecs, Requests
+from warmkv_server.agents.idempotency import Requests, ResponseCodecs
 from warmkv_server.agents.run import Events, Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import (
-    AgentKey,
     AgentPage,
     AgentView,
     EvictResult,
@@ -32,13 +31,15 @@ from warmkv_server.agents.types import (
 )
 from warmkv_server.contract.content import Content, Encoded
 from warmkv_server.contract.fairness import Bound, Tenants
+from warmkv_server.contract.model import Features
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store
 
-Event = TypeVar("Event")
+EventT = TypeVar("EventT")
 
 _LOOKED_AT = 2_000
 """Agents that one page of a filtered list looks at, so that the event loop is never held up for long."""
@@ -53,7 +54,7 @@ class Agents:
     """
 
     def __init__(
-        self, engine: Engine, store: Store, settings: Settings, codecs: Codecs, tenants: Tenants | None = None
+        self, engine: Engine, store: Store, settings: Settings, codecs: ResponseCodecs, tenants: Tenants | None = None
     ) -> None:
         self.engine = engine
         self.store = store
@@ -138,6 +139,17 @@ class Agents:
         return await count(self.engine, self.store, key, content, append=not replace)
 
     @property
+    def features(self) -> Features:
+        """What the model can do, as far as its chat template was tried."""
+        traits = self.engine.text.traits
+        return Features(
+            tool_format=traits.form.name if traits.form is not None else "",
+            reasoning_marks=traits.reasoning or (),
+            template_variables=traits.variables,
+            keeps_reasoning=traits.keeps_reasoning,
+        )
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for their turn, for memory, or for the engine."""
         return self._turns.waiting + self._admission.waiting + self.engine.stats().queue_depth
@@ -154,9 +166,9 @@ class Agents:
             run.stop(reason)
 
     def _begin(
-        self, name: str, work: Callable[[Run[Event]], Awaitable[None]], events: Events[Event] | None = None
-    ) -> Run[Event]:
-        run: Run[Event] = Run(name, events)
+        self, name: str, work: Callable[[Run[EventT]], Awaitable[None]], events: Events[EventT] | None = None
+    ) -> Run[EventT]:
+        run: Run[EventT] = Run(name, events)
         self._runs.add(run)
         run.when_over(lambda: self._runs.discard(run))
         run.start(work)

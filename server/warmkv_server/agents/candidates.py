@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
+from warmkv_server.agents import talk
 from warmkv_server.agents.answer_log import AnswerLog
+from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import (
-    AgentKey,
     AgentView,
     CandidateDelta,
     CandidateFinished,
@@ -26,6 +26,7 @@ from warmkv_server.agents.types import (
 )
 from warmkv_server.contract.generation import Answer, Delta, Event, Finish, Finished, Job, Progress
 from warmkv_server.contract.kv import BLOCK_TOKENS, Growth
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Handle
 from warmkv_server.engine.output.constraint import Constraint
 from warmkv_server.errors import AgentDeleted, AgentExists, ContextTooLong, WarmKVError
@@ -35,38 +36,36 @@ _SEEDS = 1 << 64
 
 
 class Candidate:
-    """One of the answers, as it grows."""
+    """One of the answers, as it grows.
 
-    def __init__(self, number: int, request: GenerateRequest, publish: Callable[[GenerateEvent], None]) -> None:
+    Attributes:
+        stream: reads and publishes it.
+    """
+
+    def __init__(self, number: int, request: GenerateRequest, work: Computation) -> None:
         self._number = number
         self._told = request.answer.top_logprobs > 0
-        self._publish = publish
-        self._whole = AnswerLog() if request.whole else None
+        self._run = work.run
         self._sums: list[float] = []
+        self.stream = AnswerStream(request, self, work, AnswerLog())
+
+    def publish(self, event: GenerateEvent) -> None:
+        """What the stream says of it alone: its deltas. What is said once of all is said elsewhere."""
+        if isinstance(event, Delta):
+            self._run.publish(CandidateDelta(self._number, event))
 
     def follow(self, event: Event) -> None:
-        match event:
-            case Delta():
-                self._sums += [each.logprob for each in event.logprobs]
-                delta = event if self._told else replace(event, logprobs=())
-                if self._whole is not None:
-                    self._whole.add(delta)
-                else:
-                    self._publish(CandidateDelta(self._number, delta))
-            case Finished(completion=completion) if self._whole is not None:
-                joined = self._whole.cut(0, len(self._whole))
-                kept = len(completion)
-                whole = replace(joined, token_ids=joined.token_ids[:kept], logprobs=joined.logprobs[:kept])
-                self._publish(CandidateDelta(self._number, whole))
-
-    @property
-    def sampled(self) -> bool:
-        return bool(self._sums)
+        if isinstance(event, Delta):
+            self._sums += [each.logprob for each in event.logprobs]
+            event = event if self._told else replace(event, logprobs=())
+        if not isinstance(event, Progress):
+            self.stream.follow(event)
 
     def result(self, finished: Finished, committed: Committed | None) -> CandidateFinished:
         kept = len(finished.completion)
         agent = AgentView(committed.agent) if committed is not None else None
-        return CandidateFinished(finished.finish, finished.matched_stop, kept, sum(self._sums[:kept]), agent)
+        total = sum(self._sums[:kept])
+        return CandidateFinished(finished.finish, finished.matched_stop, kept, total, agent, self.stream.calls)
 
 
 async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[GenerateEvent]) -> None:
@@ -96,15 +95,17 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens) - 1) as lease:
             work = Computation(tools, key, run, context, timings, lease)
             async with work.loaded(answer):
-                candidates = [Candidate(n, request, run.publish) for n in range(request.candidates)]
+                candidates = [Candidate(n, request, work) for n in range(request.candidates)]
                 run.publish(GenerateStarted(key.agent_id, work.cache))
                 prefix = await _prefill(work, request)
-                finished = await _answer(work, request, answer, prefix, constraint, candidates)
+                finished = await _answer(work, answer, prefix, constraint, candidates)
                 cut_short = any(each.finish in CUT_SHORT for each in finished)
-                if isinstance(run.stopped, AgentDeleted) or not all(each.sampled for each in candidates):
+                if isinstance(run.stopped, AgentDeleted) or not all(each.stream.sampled for each in candidates):
                     raise_why(run)
-                kept = [await _keep(work, *each) for each in zip(keys, finished, strict=False)]
-        tools.tallies.add(key.tenant, work.cache)
+                for candidate in candidates:
+                    await candidate.stream.close()
+                kept = [await _keep(work, *each) for each in zip(keys, candidates, finished, strict=False)]
+        tools.tallies.add(key.tenant, work.cache, timings.first_token)
         if cut_short:
             raise_why(run)
         commits: list[Committed | None] = [*kept] or [None] * len(candidates)
@@ -121,6 +122,8 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
                 timings=replace(timings),
                 agent=AgentView(held) if held is not None else None,
                 persisted=bool(kept) and all(each.persisted for each in kept),
+                calls=results[0].calls,
+                reasoning_tokens=candidates[0].stream.reasoning_tokens,
                 forced_tokens=finished[0].forced,
                 candidates=tuple(results),
             )
@@ -149,7 +152,6 @@ async def _prefill(work: Computation, request: GenerateRequest) -> Growth | None
 
 async def _answer(
     work: Computation,
-    request: GenerateRequest,
     answer: Answer,
     prefix: Growth | None,
     constraint: Constraint | None,
@@ -169,7 +171,7 @@ async def _answer(
             held = constraint.copy() if constraint is not None else None
             handles.append(work.tools.engine.submit(job, held))
         with work.run.interrupted_by(cancel):
-            reading = [_read(work, request, *pair, cancel) for pair in zip(candidates, handles, strict=True)]
+            reading = [_read(*pair, cancel) for pair in zip(candidates, handles, strict=True)]
             found = await asyncio.gather(*reading, return_exceptions=True)
     finally:
         cancel()
@@ -188,13 +190,9 @@ def _own(answer: Answer, number: int) -> Answer:
     return replace(answer, sampling=sampling, top_logprobs=max(1, answer.top_logprobs))
 
 
-async def _read(
-    work: Computation, request: GenerateRequest, candidate: Candidate, handle: Handle, cancel: Callable[[], None]
-) -> Finished:
+async def _read(candidate: Candidate, handle: Handle, cancel: Callable[[], None]) -> Finished:
     try:
         async for event in handle:
-            if isinstance(event, Delta) and not work.timings.first_token:
-                work.timings.first_token = time.perf_counter() - request.arrived
             candidate.follow(event)
             if isinstance(event, Finished):
                 return event
@@ -204,6 +202,7 @@ async def _read(
     raise AssertionError("the engine's events end with Finished")
 
 
-async def _keep(work: Computation, key: AgentKey, finished: Finished) -> Committed:
+async def _keep(work: Computation, key: AgentKey, candidate: Candidate, finished: Finished) -> Committed:
     own = replace(work, key=key, context=replace(work.context, agent=None))
-    return await own.commit(finished.completion, finished, None, {})
+    ending = talk.ending_of(work.context.ending, candidate.stream.conversation)
+    return await own.commit(finished.completion, finished, None, {}, ending)

@@ -15,29 +15,38 @@ from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
-from warmkv_server.agents.types import Activity, AgentKey, CacheReport, Doing, Timings
+from warmkv_server.agents.types import Activity, CacheReport, Doing, Timings
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Score, Started
 from warmkv_server.contract.kv import Reuse, inner_boundaries
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.output.constraint import Constraint
-from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, RequestOutcome, Store, TokenIds
-
-Seal = Callable[[AgentRecord, bool], RequestOutcome]
+from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, OutcomeOf, RequestOutcome, Store, TokenIds
 
 
 @dataclass
 class Tally:
-    """Sums over finished requests since the server started."""
+    """Sums over finished requests since the server started.
+
+    Attributes:
+        requests, answers: by source; answers are the requests that had a first token.
+        first_token: seconds that those took to it, by source.
+    """
 
     requests: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    first_token: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     fallbacks: Counter[str] = field(default_factory=Counter)
     hot_tokens: int = 0
     warm_tokens: int = 0
     shared_tokens: int = 0
     prefilled_tokens: int = 0
 
-    def add(self, cache: CacheReport) -> None:
+    def add(self, cache: CacheReport, first_token: float) -> None:
         self.requests[cache.source] += 1
+        if first_token:
+            self.answers[cache.source] += 1
+            self.first_token[cache.source] += first_token
         if cache.fallback is not None:
             self.fallbacks[cache.fallback] += 1
         self.hot_tokens += cache.hot_tokens
@@ -51,14 +60,18 @@ class Tallies:
 
     def __init__(self) -> None:
         self.total = Tally()
-        self._by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
+        self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
-    def add(self, tenant: str, cache: CacheReport) -> None:
-        for tally in (self.total, self._by_tenant[tenant]):
-            tally.add(cache)
+    def add(self, tenant: str, cache: CacheReport, first_token: float = 0.0) -> None:
+        """
+        Args:
+            first_token: seconds to it; 0 if there was none.
+        """
+        for tally in (self.total, self.by_tenant[tenant]):
+            tally.add(cache, first_token)
 
     def of(self, tenant: str) -> Tally:
-        return self._by_tenant[tenant]
+        return self.by_tenant[tenant]
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,8 @@ class Computation:
 
     @property
     def cache(self) -> CacheReport:
-        return CacheReport.of(self.reuse, len(self.context.tokens))
+        held = self.context.agent.token_count if self.context.agent is not None else 0
+        return CacheReport.of(self.reuse, len(self.context.tokens), held)
 
     @asynccontextmanager
     async def loaded(self, answer: Answer | None) -> AsyncIterator[None]:
@@ -148,24 +162,26 @@ class Computation:
         self,
         completion: tuple[int, ...],
         finished: Finished | None,
-        seal: Seal | None,
+        outcome_of: OutcomeOf | None,
         changes: Mapping[str, Any],
+        ending: str,
     ) -> Committed:
         """Make it the agent's context. Nothing interrupts this.
 
         Args:
             completion: tokens of the answer, behind the prompt.
             finished: what the engine computed; None if everything was there.
-            seal: makes the record of a request that has an id, when everything but the transaction is done.
+            outcome_of: makes the record of a request that has an id, when everything but the transaction is done.
             changes: of `pinned`, `ttl`, `labels`.
+            ending: what the context ends with, and what goes on with it.
         """
         tokens: TokenIds = np.concatenate([self.context.tokens, np.asarray(completion, np.int32)])
         began = time.perf_counter()
 
         def timed(agent: AgentRecord, persisted: bool) -> RequestOutcome:
-            assert seal is not None
+            assert outcome_of is not None
             self.timings.commit = time.perf_counter() - began
-            return seal(agent, persisted and self.tools.synced)
+            return outcome_of(agent, persisted and self.tools.synced)
 
         with self.run.uninterrupted():
             committed = await self.tools.store.commit(
@@ -177,13 +193,13 @@ class Computation:
                     reuse=self.reuse,
                     growth=finished.growth if finished is not None else None,
                     lease=self.lease,
-                    ending=self.context.ending,
+                    ending=ending,
                     keep_boundaries=frozenset({len(self.context.tokens) - 1, len(tokens)}),
-                    request=timed if seal is not None else None,
+                    request=timed if outcome_of is not None else None,
                     **changes,
                 )
             )
-        if seal is None:
+        if outcome_of is None:
             self.timings.commit = committed.seconds
         return replace(committed, persisted=committed.persisted and self.tools.synced)
 

@@ -1,4 +1,4 @@
-"""Retries that do nothing twice: one run for each request id, joined while it runs and replayed when it is over.
+"""Idempotency: one run for each request id, joined by retries while it runs and replayed to them when it is over.
 
 What is kept is what the client was sent, in the bytes of the messages, behind a header with the format's version. How
 a message looks is the service's affair: it hands in a codec for each kind of answer.
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import AgentKey, Identity, Recorded
+from warmkv_server.agents.types import Identity, Recorded
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import OutcomeUnreadable, RequestCancelled, RequestIdReused
-from warmkv_server.kv.store import AgentRecord, RequestOutcome
+from warmkv_server.kv.store import AgentRecord, OutcomeOf, RequestOutcome
 
-Event = TypeVar("Event")
+EventT = TypeVar("EventT")
 Result = TypeVar("Result")
 
 _FORMAT = b"\x01"
@@ -25,7 +26,7 @@ its length in four bytes, little-endian. The format before this one was JSON, wh
 
 
 @dataclass(frozen=True)
-class Codec(Generic[Event]):
+class ResponseCodec(Generic[EventT]):
     """How one kind of request's answers are kept.
 
     Attributes:
@@ -33,10 +34,10 @@ class Codec(Generic[Event]):
         decode: what `encode` gave, as it was; raises ValueError for other bytes.
     """
 
-    encode: Callable[[Event], Sequence[bytes]]
+    encode: Callable[[EventT], Sequence[bytes]]
     decode: Callable[[bytes], Recorded]
 
-    def outcome(self, identity: Identity, events: Sequence[Event], *, cancelled: bool = False) -> RequestOutcome:
+    def outcome(self, identity: Identity, events: Sequence[EventT], *, cancelled: bool = False) -> RequestOutcome:
         """What is to be kept of a request that has sent these events, or would have."""
         payload = bytearray(_FORMAT + bytes([cancelled]))
         for event in events:
@@ -62,13 +63,13 @@ class Codec(Generic[Event]):
 
 
 @dataclass(frozen=True)
-class Codecs:
+class ResponseCodecs:
     """One for each kind of answer."""
 
-    prime: Codec[Any]
-    extend: Codec[Any]
-    generate: Codec[Any]
-    fork: Codec[Any]
+    prime: ResponseCodec[Any]
+    extend: ResponseCodec[Any]
+    generate: ResponseCodec[Any]
+    fork: ResponseCodec[Any]
 
 
 def _messages(payload: bytes) -> Iterator[bytes]:
@@ -83,11 +84,11 @@ def _messages(payload: bytes) -> Iterator[bytes]:
         at = end
 
 
-class Sealed(Generic[Result]):
-    """A request's result, made once: a retry gets to the last digit what the first call got.
+class RecordedResult(Generic[Result]):
+    """Idempotency: a request's result, made once, so that a retry gets to the last digit what the first call got.
 
-    The store calls it inside the commit, where the result has to be written; whoever answers the client asks for
-    `result` afterwards.
+    The store calls `outcome_of` inside the commit, where the result has to be written; whoever answers the client asks
+    for `result` afterwards.
 
     Args:
         make: the result from the agent after the commit, and whether that is durable.
@@ -102,9 +103,9 @@ class Sealed(Generic[Result]):
         self._made: tuple[bool, Result] | None = None
 
     @property
-    def request(self) -> Callable[[AgentRecord, bool], RequestOutcome] | None:
+    def outcome_of(self) -> OutcomeOf | None:
         """What the commit takes."""
-        return self._seal if self._write is not None else None
+        return self._record if self._write is not None else None
 
     def result(self, agent: AgentRecord, persisted: bool) -> Result:
         # The transaction itself may be what the disk refused, after the result was made for it.
@@ -112,7 +113,7 @@ class Sealed(Generic[Result]):
             return self._made[1]
         return self._make(agent, persisted)
 
-    def _seal(self, agent: AgentRecord, persisted: bool) -> RequestOutcome:
+    def _record(self, agent: AgentRecord, persisted: bool) -> RequestOutcome:
         assert self._write is not None
         result = self._make(agent, persisted)
         self._made = persisted, result
@@ -135,9 +136,9 @@ class Requests:
         self,
         key: AgentKey,
         identity: Identity | None,
-        codec: Codec[Event],
-        begin: Callable[[], Run[Event]],
-    ) -> Run[Event]:
+        codec: ResponseCodec[EventT],
+        begin: Callable[[], Run[EventT]],
+    ) -> Run[EventT]:
         """The run of this request: a new one, the one that still runs, or a replay.
 
         Raises:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from warmkv_server.agents.compute import Tools
-from warmkv_server.agents.idempotency import Codec
+from warmkv_server.agents.idempotency import ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import IDLE, AgentKey, AgentView, EvictResult, Identity
+from warmkv_server.agents.types import IDLE, AgentView, EvictResult, Identity
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import AgentDeleted, AgentExists, AgentNotFound
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
 
@@ -15,7 +16,7 @@ async def fork(
     source: AgentKey,
     target: AgentKey,
     identity: Identity | None,
-    codec: Codec[AgentView],
+    codec: ResponseCodec[AgentView],
     run: Run[AgentView],
 ) -> None:
     """Publish the new agent.
@@ -44,8 +45,7 @@ async def evict(tools: Tools, key: AgentKey, drop_page_cache: bool, run: Run[Evi
     async with tools.turns.take(key, run):
         run.doing = IDLE
         require(tools, key)
-        with run.uninterrupted():
-            evicted = await tools.store.evict(key.tenant, key.agent_id, drop_page_cache)
+        evicted = await tools.store.evict(key.tenant, key.agent_id, drop_page_cache)
         run.publish(
             EvictResult(AgentView(evicted.agent), evicted.bytes_freed, evicted.resident_before, evicted.resident_after)
         )

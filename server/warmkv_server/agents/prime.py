@@ -7,14 +7,14 @@ from typing import Any
 
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
-from warmkv_server.agents.idempotency import Codec, Sealed
+from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
 from warmkv_server.contract.generation import Event
 from warmkv_server.errors import AgentNotFound
 
 
-async def prime(tools: Tools, request: PrimeRequest, codec: Codec[PrimeResult], run: Run[PrimeResult]) -> None:
+async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeResult], run: Run[PrimeResult]) -> None:
     """Publish one PrimeResult, once the context is committed. All or nothing."""
     key, identity = request.key, request.identity
     async with tools.turns.take(key, run):
@@ -39,12 +39,12 @@ async def prime(tools: Tools, request: PrimeRequest, codec: Codec[PrimeResult], 
                 if work.reuse.length < len(context.tokens):
                     finished = await work.compute(None, _ignore)
                 run.check()
-                sealed = Sealed(
+                recorded = RecordedResult(
                     lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
                     (lambda result: codec.outcome(identity, [result])) if identity is not None else None,
                 )
-                committed = await work.commit((), finished, sealed.request, _changes(request))
-        run.publish(sealed.result(committed.agent, committed.persisted))
+                committed = await work.commit((), finished, recorded.outcome_of, _changes(request), context.kept)
+        run.publish(recorded.result(committed.agent, committed.persisted))
         tools.tallies.add(work.key.tenant, work.cache)
 
 

@@ -18,7 +18,7 @@ from warmkv_server.agents.types import Activity, Doing
 from warmkv_server.errors import Draining, EngineError, RequestCancelled, WarmKVError
 
 log = logging.getLogger(__name__)
-Event = TypeVar("Event")
+EventT = TypeVar("EventT")
 Seen = TypeVar("Seen", covariant=True)
 
 
@@ -34,42 +34,42 @@ class Reader(Protocol[Seen]):
         """The next event that it hasn't had; empty if there is none yet."""
 
 
-class Events(Protocol[Event]):
+class Events(Protocol[EventT]):
     """What was published, for whoever reads it from the start."""
 
-    def add(self, event: Event) -> None: ...
+    def add(self, event: EventT) -> None: ...
 
-    def reader(self) -> Reader[Event]: ...
+    def reader(self) -> Reader[EventT]: ...
 
     def leave(self, reader: Any) -> None:
         """This one reads no more."""
 
 
-class AllEvents(list[Event]):
+class AllEvents(list[EventT]):
     """Every event as it is: for runs that have few."""
 
-    def add(self, event: Event) -> None:
+    def add(self, event: EventT) -> None:
         self.append(event)
 
-    def reader(self) -> _InOrder[Event]:
+    def reader(self) -> _InOrder[EventT]:
         return _InOrder(self)
 
     def leave(self, reader: Any) -> None:
         """All is kept."""
 
 
-class _InOrder(Generic[Event]):
-    def __init__(self, events: AllEvents[Event]) -> None:
+class _InOrder(Generic[EventT]):
+    def __init__(self, events: AllEvents[EventT]) -> None:
         self._events = events
         self._seen = 0
 
-    def next(self) -> list[Event]:
+    def next(self) -> list[EventT]:
         events = self._events[self._seen : self._seen + 1]
         self._seen += len(events)
         return events
 
 
-class Run(Generic[Event]):
+class Run(Generic[EventT]):
     """One request at work.
 
     Args:
@@ -83,33 +83,33 @@ class Run(Generic[Event]):
         doing: for whoever asks what the agent's request is doing.
     """
 
-    def __init__(self, name: str, events: Events[Event] | None = None) -> None:
+    def __init__(self, name: str, events: Events[EventT] | None = None) -> None:
         self.name = name
-        self.events: Events[Event] = events if events is not None else AllEvents()
+        self.events: Events[EventT] = events if events is not None else AllEvents()
         self.error: WarmKVError | None = None
         self.stopped: WarmKVError | None = None
         self.doing = Doing(Activity.QUEUED)
         self.over = asyncio.Event()
-        self._watches: list[Watch[Event]] = []
+        self._watches: list[Watch[EventT]] = []
         self._endings: list[Callable[[], object]] = []
         self._interrupt: Callable[[], object] = _nothing
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    def replay(cls, name: str, events: Sequence[Event], error: WarmKVError | None = None) -> Run[Event]:
+    def replay(cls, name: str, events: Sequence[EventT], error: WarmKVError | None = None) -> Run[EventT]:
         """A run that is over: its watchers see these events, then the error if there is one."""
         run = cls(name)
         run.events, run.error = AllEvents(events), error
         run.over.set()
         return run
 
-    def start(self, work: Callable[[Run[Event]], Awaitable[None]]) -> None:
+    def start(self, work: Callable[[Run[EventT]], Awaitable[None]]) -> None:
         """Begin. Runs that are started one after another get to their first `await` in the same order."""
         self._task = asyncio.create_task(self._contain(work), name=self.name)
         self._task.add_done_callback(self._end)
         self._interrupt = self._task.cancel
 
-    def publish(self, event: Event) -> None:
+    def publish(self, event: EventT) -> None:
         self.events.add(event)
         self._wake()
 
@@ -141,30 +141,30 @@ class Run(Generic[Event]):
         """Have this called when it is over, before `over` is set."""
         self._endings.append(call)
 
-    def watch(self) -> Watch[Event]:
+    def watch(self) -> Watch[EventT]:
         return Watch(self)
 
-    async def result(self) -> Event:
+    async def result(self) -> EventT:
         """Wait for the only, or the last, event.
 
         Raises:
             WarmKVError: as the run failed.
         """
-        last: list[Event] = []
+        last: list[EventT] = []
         with self.watch() as watch:
             async for event in watch:
                 last = [event]
         return last[0]
 
-    def attach(self, watch: Watch[Event]) -> None:
+    def attach(self, watch: Watch[EventT]) -> None:
         self._watches.append(watch)
 
-    def detach(self, watch: Watch[Event]) -> None:
+    def detach(self, watch: Watch[EventT]) -> None:
         self._watches.remove(watch)
         if not self._watches:
             self.stop(RequestCancelled("the request was cancelled, or its client went away"))
 
-    async def _contain(self, work: Callable[[Run[Event]], Awaitable[None]]) -> None:
+    async def _contain(self, work: Callable[[Run[EventT]], Awaitable[None]]) -> None:
         try:
             await work(self)
         except WarmKVError as error:
@@ -189,13 +189,13 @@ class Run(Generic[Event]):
             watch.news.set()
 
 
-class Watch(Generic[Event]):
+class Watch(Generic[EventT]):
     """One reader of a run, from its first event: `with run.watch() as watch: async for event in watch`.
 
     Leaving the block is synchronous, so that it works wherever a cancelled call ends.
     """
 
-    def __init__(self, run: Run[Event]) -> None:
+    def __init__(self, run: Run[EventT]) -> None:
         self._run = run
         self._reader = run.events.reader()
         self.news = asyncio.Event()
@@ -213,7 +213,7 @@ class Watch(Generic[Event]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> EventT:
         while not (events := self._reader.next()):
             if self._run.over.is_set():
                 if self._run.error is not None:

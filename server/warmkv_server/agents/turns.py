@@ -1,4 +1,4 @@
-"""Whose turn it is: the requests of one agent run one after another, in order of arrival.
+"""The queue of each agent: its requests run one after another, in order of arrival.
 
 Agents are independent of each other. A delete goes before everything that waits, and ends it.
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import IDLE, AgentKey, Doing
+from warmkv_server.agents.types import IDLE, Doing
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import QueueFull, WarmKVError
 
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from warmkv_server.contract.calls import CallNews
 from warmkv_server.contract.grammar import Grammar
 from warmkv_server.contract.kv import Growth, Reuse
 
@@ -122,11 +123,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Delta:
-    """New tokens, and the text that became certain with them, which may be empty."""
+    """New tokens, and the text that became certain with them, which may be empty.
+
+    Attributes:
+        reasoning, calls: told apart from the text where the answer is read as a message.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[Logprobs, ...] = ()
+    reasoning: str = ""
+    calls: tuple[CallNews, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

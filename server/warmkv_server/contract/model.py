@@ -35,6 +35,22 @@ class End:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a model can do, as far as its chat template shows it.
+
+    Attributes:
+        tool_format: of its calls; empty if it has no tools.
+        reasoning_marks: around its reasoning.
+        keeps_reasoning: whether the template writes that of earlier answers again.
+    """
+
+    tool_format: str = ""
+    reasoning_marks: tuple[str, ...] = ()
+    template_variables: tuple[str, ...] = ()
+    keeps_reasoning: bool = False
+
+
+@dataclass(frozen=True)
 class LayerInfo:
     """One cache of the model. A model whose layers share KV has fewer of them than layers."""
 

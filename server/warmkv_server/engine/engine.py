@@ -25,10 +25,10 @@ from warmkv_server.engine.output.compiler import Compiler
 from warmkv_server.engine.output.constraint import Constraint, Vocabulary
 from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
-from warmkv_server.engine.steps.running_set import Message
+from warmkv_server.engine.steps.running_set import EventTo
 from warmkv_server.engine.steps.schedule import together
 from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
-from warmkv_server.text.launch import Started as StartedText
+from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.pool import TextPool
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Engine:
     def __init__(
         self,
         settings: Settings,
-        text: StartedText | None,
+        text: StartedProcess | None,
         tenants: Tenants,
         codecs: CodecPlan,
         pressure: MemoryPressure,
@@ -145,7 +145,7 @@ class Engine:
     async def start(
         cls,
         settings: Settings,
-        text: StartedText | None = None,
+        text: StartedProcess | None = None,
         *,
         tenants: Tenants | None = None,
         codecs: CodecPlan | None = None,
@@ -281,7 +281,7 @@ class Engine:
                 self._handles.popitem()[1].fail(EngineError(news.error_id))
         self._tell(not isinstance(news, Failed))
 
-    def _deliver(self, messages: list[Message]) -> None:
+    def _deliver(self, messages: list[EventTo]) -> None:
         for ident, event in messages:
             try:
                 self._push(ident, event)

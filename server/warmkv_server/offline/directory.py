@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
@@ -189,7 +190,7 @@ def find_agent(view: View, tenant: str, agent_id: str) -> Agent:
     Raises:
         OperatorError: there is none of this name; says of which tenants there is one.
     """
-    agent = view.index.agents.get((tenant, agent_id))
+    agent = view.index.agents.get(AgentKey(tenant, agent_id))
     if agent is None:
         others = [repr(owner) for owner, name in view.index.agents if name == agent_id]
         hint = f"; tenant {' and '.join(others)} has one: give --tenant" if others else "; `warmkv store ls` lists all"

@@ -21,7 +21,7 @@ from warmkv_server.offline.directory import Taken, View
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """
     Attributes:
         unused_for: seconds; agents last used before go.
@@ -78,7 +78,7 @@ class Waste:
         return sum(size for _, size in self.files)
 
 
-def find_waste(view: View, choice: Choice) -> Waste:
+def find_waste(view: View, selection: Selection) -> Waste:
     """Takes the chosen agents out of the view, which is of no other use afterwards."""
     index = view.index
     waste = Waste()
@@ -93,22 +93,22 @@ def find_waste(view: View, choice: Choice) -> Waste:
             waste.unknown[path] = _size(path)
     waste.now = now = view.clock.now()
     for agent in list(index.agents.values()):
-        if choice.takes(agent, now):
-            (waste.kept if agent.pinned and not choice.pinned_too else waste.agents).append(agent)
+        if selection.takes(agent, now):
+            (waste.kept if agent.pinned and not selection.pinned_too else waste.agents).append(agent)
     for agent in waste.agents:
         index.remove_agent(agent)
     spared = {node for agent, _ in index.implausible for node in agent.all_nodes()}
     waste.nodes = [node for node in index.nodes.values() if not node.refs and node not in spared]
     paths = (object_path(view.data_dir, name) for node in waste.nodes for name in node.object_names())
     waste.blocks = {path: _size(path) for path in paths if path.is_file()}
-    if choice.quarantine:
+    if selection.quarantine:
         put_away = (Path(entry.path) for entry in entries(view.data_dir / QUARANTINE) if is_plain(entry))
         waste.quarantine = {path: _size(path) for path in put_away}
         waste.aside = {path: _size(path) for path in aside_files(view.data_dir)}
     return waste
 
 
-def remove(taken: Taken, waste: Waste, choice: Choice) -> None:
+def remove(taken: Taken, waste: Waste, selection: Selection) -> None:
     """
     Raises:
         OperatorError: the disk refuses. What is gone then was to go, and the next run removes the rest.
@@ -117,8 +117,8 @@ def remove(taken: Taken, waste: Waste, choice: Choice) -> None:
     for agent in waste.agents:
         statements += rows.delete_agent(agent.incarnation)
     statements += [rows.delete_node(node) for node in waste.nodes]
-    if choice.fingerprint is not None and not _in_use(taken, waste, choice.fingerprint):
-        statements.append(rows.delete_fingerprint(choice.fingerprint))
+    if selection.fingerprint is not None and not _in_use(taken, waste, selection.fingerprint):
+        statements.append(rows.delete_fingerprint(selection.fingerprint))
     try:
         if waste.agents:
             # As a server does it: the manifest before the row, so that no lost index brings an agent back.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind, TensorSpec
-from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE
+from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE, AgentKey
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import BadFile, Parsed, Part, expect, renamed
 from warmkv_server.kv.blocks.files import open_file
@@ -119,7 +119,7 @@ def import_agent(
         raise OperatorError("the tenant's name is no text")
     if not AGENT_ID.fullmatch(agent_id):
         raise OperatorError(f"{agent_id!r} can't be an agent_id; it {AGENT_ID_RULE}")
-    old = taken.index.agents.get((tenant, agent_id))
+    old = taken.index.agents.get(AgentKey(tenant, agent_id))
     if old is not None and not replace:
         of = f" of tenant {tenant!r}" if tenant else ""
         raise OperatorError(

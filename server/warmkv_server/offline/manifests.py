@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, entries, is_plain, read_file
 from warmkv_server.kv.catalog.builder import Builder, NotRebuildable
 from warmkv_server.kv.catalog.evidence import MANIFEST_LIMIT
@@ -75,7 +76,7 @@ def _examine(path: Path, content: bytes | OSError | None, view: View) -> Problem
     name = name_of(manifest.tenant, manifest.agent_id)
     if path.name != file_name(manifest.tenant, manifest.agent_id):
         return Problem(Trouble.DAMAGED, short(path), f"it is the manifest of {name}, under another name")
-    agent = view.index.agents.get((manifest.tenant, manifest.agent_id))
+    agent = view.index.agents.get(AgentKey(manifest.tenant, manifest.agent_id))
     if agent is None:
         return Problem(Trouble.UNKNOWN, short(path), f"the index doesn't have its {name}")
     if manifest.says_the_same(Manifest.of(agent)):

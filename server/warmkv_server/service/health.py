@@ -8,9 +8,9 @@ from typing import Literal
 import grpc
 from grpc_health.v1 import health_pb2
 
-from warmkv_server.service.inbound import Context
+from warmkv_server.service.inbound import RpcContext
 
-State = Literal["SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"]
+ServingStatus = Literal["SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"]
 """As a HealthCheckResponse names it."""
 
 
@@ -18,11 +18,11 @@ class Health:
     """States by service, "" for the whole. Setting one waits for nobody, also not for a watcher that doesn't read."""
 
     def __init__(self) -> None:
-        self._states: dict[str, State] = {}
+        self._states: dict[str, ServingStatus] = {}
         self._changed = asyncio.Event()
         self._withdrawn = False
 
-    def set(self, service: str, state: State) -> None:
+    def set(self, service: str, state: ServingStatus) -> None:
         """Does nothing any more once withdrawn."""
         if not self._withdrawn:
             self._states[service] = state
@@ -35,7 +35,7 @@ class Health:
         self._wake()
 
     async def check(
-        self, request: health_pb2.HealthCheckRequest, context: Context
+        self, request: health_pb2.HealthCheckRequest, context: RpcContext
     ) -> health_pb2.HealthCheckResponse | None:
         state = self._states.get(request.service)
         if state is None:
@@ -43,12 +43,12 @@ class Health:
             return None
         return health_pb2.HealthCheckResponse(status=state)
 
-    async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+    async def watch(self, request: health_pb2.HealthCheckRequest, context: RpcContext) -> None:
         """The state, and each that is different from the one told last; ends with the call."""
-        told: State | None = None
+        told: ServingStatus | None = None
         while True:
             changed = self._changed
-            state: State = self._states.get(request.service, "SERVICE_UNKNOWN")
+            state: ServingStatus = self._states.get(request.service, "SERVICE_UNKNOWN")
             if state != told:
                 await context.write(health_pb2.HealthCheckResponse(status=state))
                 told = state

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from warmkv_server.errors import MalformedMessage, MessageTooLarge, WarmKVError
 from warmkv_server.platform.malloc import give_back_later
 
-Context = grpc.aio.ServicerContext[Any, Any]
+RpcContext = grpc.aio.ServicerContext[Any, Any]
 Kind = TypeVar("Kind", bound=Message)
 Refusal = Callable[[bytes], WarmKVError | None]
 """Why a message can't be taken, as far as its bytes tell before a message is made of them."""
@@ -44,7 +44,7 @@ def _nothing(_: bytes) -> None:
     """Refuses nothing."""
 
 
-async def read(context: Context, kind: type[Kind], limit: int, refusal: Refusal = _nothing) -> Kind:
+async def read(context: RpcContext, kind: type[Kind], limit: int, refusal: Refusal = _nothing) -> Kind:
     """The one message of a request, within a minute.
 
     Args:
@@ -65,7 +65,9 @@ async def read(context: Context, kind: type[Kind], limit: int, refusal: Refusal 
     raise MalformedMessage(f"the call ended before its {kind.DESCRIPTOR.full_name} had come")
 
 
-async def read_all(context: Context, kind: type[Kind], limit: int, refusal: Refusal = _nothing) -> AsyncIterator[Kind]:
+async def read_all(
+    context: RpcContext, kind: type[Kind], limit: int, refusal: Refusal = _nothing
+) -> AsyncIterator[Kind]:
     """The messages of a request, as they come."""
     while (data := await context.read()) is not grpc.aio.EOF:
         if len(data) > limit:

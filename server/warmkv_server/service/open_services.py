@@ -16,11 +16,11 @@ from warmkv_server.errors import WarmKVError
 from warmkv_server.service import inbound
 from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.health import Health
-from warmkv_server.service.inbound import Context
+from warmkv_server.service.inbound import RpcContext
 
 Handlers: TypeAlias = "dict[str, grpc.RpcMethodHandler[Any, Any]]"
-Answer = Callable[[Any, Context], Awaitable[Message | None]]
-Serve = Callable[[object, Context], Awaitable[Message | None]]
+Reply = Callable[[Any, RpcContext], Awaitable[Message | None]]
+Serve = Callable[[object, RpcContext], Awaitable[Message | None]]
 
 _REQUEST_BYTES = 1 << 12
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -45,14 +45,14 @@ def reflection_methods(services: Iterable[ServiceDescriptor]) -> dict[str, Handl
     servicer = reflection.aio.ReflectionServicer(names)
     service_of = {method.full_name: service.full_name for service in ours for method in service.methods}
 
-    async def by_service(context: Context) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+    async def by_service(context: RpcContext) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
         """Ask for a method's service instead of the method: protobuf's pool finds no file by a method's name."""
         async for request in inbound.read_all(context, reflection_pb2.ServerReflectionRequest, _REQUEST_BYTES):
             if request.file_containing_symbol in service_of:
                 request.file_containing_symbol = service_of[request.file_containing_symbol]
             yield request
 
-    async def tell(context: Context) -> None:
+    async def tell(context: RpcContext) -> None:
         answers: Any = servicer.ServerReflectionInfo(by_service(context), context)
         async for answer in answers:
             await context.write(answer)
@@ -63,19 +63,19 @@ def reflection_methods(services: Iterable[ServiceDescriptor]) -> dict[str, Handl
     return {name: {"ServerReflectionInfo": handler} for name in (reflection.SERVICE_NAME, _REFLECTION_V1)}
 
 
-def _one(kind: type[Message], answer: Answer) -> Serve:
+def _one(kind: type[Message], answer: Reply) -> Serve:
     """Serves calls that have one request."""
 
-    async def serve(context: Context) -> Message | None:
+    async def serve(context: RpcContext) -> Message | None:
         return await answer(await inbound.read(context, kind, _REQUEST_BYTES), context)
 
     return _answering(serve)
 
 
-def _answering(serve: Callable[[Context], Awaitable[Message | None]]) -> Serve:
+def _answering(serve: Callable[[RpcContext], Awaitable[Message | None]]) -> Serve:
     """Answers with a status that says what is wrong with a request."""
 
-    async def answer(_: object, context: Context) -> Message | None:
+    async def answer(_: object, context: RpcContext) -> Message | None:
         try:
             return await serve(context)
         except WarmKVError as error:

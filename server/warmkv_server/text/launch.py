@@ -87,7 +87,7 @@ class Launcher:
         first: the process to begin with; None to start one when it is needed.
     """
 
-    def __init__(self, first: Started | None) -> None:
+    def __init__(self, first: StartedProcess | None) -> None:
         self._numbers = itertools.count()
         self._source = b""
         self._first = first
@@ -106,7 +106,7 @@ class Launcher:
             OperatorError: if it can't be loaded.
         """
         if self._first is None:
-            self._first = Started.spawn()
+            self._first = StartedProcess.spawn()
             self._first.tell(self._source)
         return await self._first.loaded()
 
@@ -150,8 +150,8 @@ class Launcher:
         started, self._first = self._first or await self._anew(), None
         return started.control, started.kill
 
-    async def _anew(self) -> Started:
-        started = Started.spawn()
+    async def _anew(self) -> StartedProcess:
+        started = StartedProcess.spawn()
         if self._closed:
             started.kill()
         started.tell(self._source)
@@ -159,7 +159,7 @@ class Launcher:
         return started
 
 
-class Started:
+class StartedProcess:
     """A process as it is started: it waits for the tokenizer's source, loads it, and says so.
 
     Args:
@@ -173,7 +173,7 @@ class Started:
         self._end = end
 
     @classmethod
-    def first(cls) -> Started:
+    def first(cls) -> StartedProcess:
         """The one of a server: to be called before MLX is imported and before there are threads.
 
         Where processes can be forked it is forked from this one, so that what both need of transformers, seconds of
@@ -182,7 +182,7 @@ class Started:
         return cls._fork() if FORKS and "mlx" not in sys.modules else cls.spawn()
 
     @classmethod
-    def spawn(cls) -> Started:
+    def spawn(cls) -> StartedProcess:
         """One that begins from nothing."""
         own, other = socket.socketpair()
         with other:
@@ -201,7 +201,7 @@ class Started:
         return cls(own, end)
 
     @classmethod
-    def _fork(cls) -> Started:
+    def _fork(cls) -> StartedProcess:
         own, other = socket.socketpair()
         os.environ.update(_ENVIRONMENT)
         with without_mlx():

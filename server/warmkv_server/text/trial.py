@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 
-from jsonschema import Draft202012Validator, SchemaError
+from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]
 from llguidance import LLMatcher, LLTokenizer
 
 from warmkv_server.contract.grammar import Grammar, GrammarKind

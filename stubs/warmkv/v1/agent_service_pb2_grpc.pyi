@@ -85,16 +85,17 @@ class AgentServiceStub:
 
     All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-    those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
     Extend: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]
     """Extend appends content to an agent's context and computes its KV, without generating.
 
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+    of `request_id`.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -105,12 +106,17 @@ class AgentServiceStub:
 
     The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
     token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-    The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-    `finished`.
+    The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+    cancel or a failure ends the stream with a gRPC status instead of `finished`.
+
+    Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+    appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+    that wait for results belong to the agent: they survive restarts, and forks have them too.
 
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
     (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
-    (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     Score: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.ScoreRequest, _agent_service_pb2.ScoreResponse]
     """Score returns the log probability of each token of content, behind an agent's context or alone.
@@ -204,16 +210,17 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-    those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
     Extend: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]  # type: ignore[assignment]
     """Extend appends content to an agent's context and computes its KV, without generating.
 
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+    of `request_id`.
     """
     Generate: _aio.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -224,12 +231,17 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
     token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-    The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-    `finished`.
+    The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+    cancel or a failure ends the stream with a gRPC status instead of `finished`.
+
+    Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+    appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+    that wait for results belong to the agent: they survive restarts, and forks have them too.
 
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
     (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
-    (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     Score: _aio.UnaryStreamMultiCallable[_agent_service_pb2.ScoreRequest, _agent_service_pb2.ScoreResponse]  # type: ignore[assignment]
     """Score returns the log probability of each token of content, behind an agent's context or alone.
@@ -326,8 +338,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-        those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -340,8 +352,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+        TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+        of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -358,12 +371,17 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
         token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-        The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-        `finished`.
+        The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+        cancel or a failure ends the stream with a gRPC status instead of `finished`.
+
+        Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+        appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+        that wait for results belong to the agent: they survive restarts, and forks have them too.
 
         Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
         (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
-        (UNSUPPORTED), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod

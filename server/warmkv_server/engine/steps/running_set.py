@@ -31,11 +31,11 @@ _NO_MEMORY = (
 )
 """How MLX says that memory has run out, on each device."""
 
-Message = tuple[int, Event | WarmKVError]
+EventTo = tuple[int, Event | WarmKVError]
 
 
 class Deliver(Protocol):
-    def __call__(self, item: list[Message], *, at_once: bool) -> None:
+    def __call__(self, item: list[EventTo], *, at_once: bool) -> None:
         """Take events, on the MLX thread, in order; must not block. `at_once` lets the event loop run now."""
 
 
@@ -60,7 +60,7 @@ class RunningSet:
         self.tenants: Counter[str] = Counter()
         self._deliver = deliver
         self._relieve = relieve
-        self._outbox: list[Message] = []
+        self._outbox: list[EventTo] = []
 
     def add(self, sequence: Sequence) -> None:
         """Have it wait for its turn."""

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.files import Files, read_file
 from warmkv_server.kv.catalog.manifest import BadManifest, Manifest, decode, encode
 from warmkv_server.kv.catalog.sealed import Damaged, seal, unseal
-from warmkv_server.kv.index.index import Agent, AgentKey
+from warmkv_server.kv.index.index import Agent
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +182,8 @@ def _take(line: bytes, told: Told) -> None:
     if type(number) is not int:
         raise ValueError("a line without a number")
     if described["format"] == DELETED:
-        told.agents[described["tenant"], described["agent_id"]] = number
+        told.agents[AgentKey(described["tenant"], described["agent_id"])] = number
     elif described["format"] != FORMAT:
         manifest = decode(line)
-        told.agents[manifest.tenant, manifest.agent_id] = manifest
+        told.agents[AgentKey(manifest.tenant, manifest.agent_id)] = manifest
     told.number = max(told.number, number)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, entries, is_plain, read_file
 from warmkv_server.kv.catalog import commit_log
 from warmkv_server.kv.catalog.commit_log import Told
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX, BadManifest, Manifest, decode, file_name
-from warmkv_server.kv.index.index import AgentKey, Index
+from warmkv_server.kv.index.index import Index
 
 MANIFEST_LIMIT = 64 << 20
 """Bytes of a manifest at most."""
@@ -59,7 +60,7 @@ class Evidence:
         found: dict[AgentKey, list[Manifest]] = {}
         for manifest, _ in self.manifests.values():
             if not self._deleted(manifest):
-                found[manifest.tenant, manifest.agent_id] = [manifest]
+                found[AgentKey(manifest.tenant, manifest.agent_id)] = [manifest]
         for key, last in self.told.agents.items():
             if isinstance(last, Manifest):
                 # At one number the file is the newer one: it has the tokens of blocks that went meanwhile.
@@ -67,7 +68,7 @@ class Evidence:
         yield from found.items()
 
     def _deleted(self, manifest: Manifest) -> bool:
-        last = self.told.agents.get((manifest.tenant, manifest.agent_id))
+        last = self.told.agents.get(AgentKey(manifest.tenant, manifest.agent_id))
         return isinstance(last, int) and last >= manifest.number
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.files import InFlight
 from warmkv_server.kv.catalog.commit_log import CommitLog, RecordOf
 from warmkv_server.kv.catalog.database import Database, Statement
-from warmkv_server.kv.index.index import AgentKey
 
 
 class Journal:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.disk import QUARANTINE, quarantine
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.evidence import Evidence
 from warmkv_server.kv.catalog.manifest import FOLDER, Manifest, encode, file_name
-from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.index import Agent, Index
 
 log = logging.getLogger(__name__)
 

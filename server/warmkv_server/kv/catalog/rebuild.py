@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from warmkv_server.contract.kv import PartKind
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.store import Durability
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import QUARANTINE, quarantine
@@ -27,7 +28,7 @@ from warmkv_server.kv.catalog.clock import Clock
 from warmkv_server.kv.catalog.database import INDEX_FILE, Database, Statement
 from warmkv_server.kv.catalog.evidence import Evidence
 from warmkv_server.kv.catalog.manifest import FOLDER, SUFFIX, Manifest, file_name
-from warmkv_server.kv.index.index import AgentKey, Index
+from warmkv_server.kv.index.index import Index
 
 log = logging.getLogger(__name__)
 

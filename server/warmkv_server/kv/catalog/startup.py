@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, KVLayout
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
@@ -31,7 +32,7 @@ from warmkv_server.kv.catalog.rebuild import aside_files
 from warmkv_server.kv.catalog.stored_outcomes import StoredOutcomes
 from warmkv_server.kv.catalog.takeover import TakeOver
 from warmkv_server.kv.catalog.truth import open_index
-from warmkv_server.kv.index.index import Agent, AgentKey, Index
+from warmkv_server.kv.index.index import Agent, Index
 from warmkv_server.kv.index.prefix import partly_kept
 from warmkv_server.kv.index.records import Fingerprint, Tuning
 
@@ -45,7 +46,6 @@ _NAMED = 20
 class Opened:
     """A data directory, ready for use."""
 
-    lock: DirectoryLock
     database: Database
     commits: CommitLog
     index: Index
@@ -75,7 +75,18 @@ class _Sweep:
     unreferenced: int = 0
 
 
+def take_directory(data_dir: Path, files: Files) -> DirectoryLock:
+    """Make the folders that are missing, and keep others out. Blocking.
+
+    Raises:
+        OperatorError
+    """
+    make_folders(data_dir, files)
+    return DirectoryLock(data_dir)
+
+
 def open_directory(
+    lock: DirectoryLock,
     settings: Settings,
     tuning: Tuning,
     layout: KVLayout,
@@ -84,14 +95,12 @@ def open_directory(
     tier: BlockTier,
     times: TimeSource | None = None,
 ) -> Opened:
-    """Blocking.
+    """Blocking. Lets go of the lock if it fails.
 
     Raises:
         OperatorError
     """
     data_dir, limit = settings.data_dir, tuning.quarantine_limit(settings.disk_bytes)
-    make_folders(data_dir, files)
-    lock = DirectoryLock(data_dir)
     try:
         tighten(data_dir, _is_own)
         signing.make_key(data_dir)
@@ -151,7 +160,7 @@ def open_directory(
         manifests.removed,
     )
     foreign.say(index, settings.data_dir)
-    return Opened(lock, database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
+    return Opened(database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.database import Database
-from warmkv_server.kv.index.index import AgentKey
 from warmkv_server.kv.index.records import RequestOutcome
 
 _OVERHEAD_BYTES = 500
@@ -25,7 +24,8 @@ class KeptOutcome:
     time: float
 
     @property
-    def key(self) -> AgentKey:
+    def key(self) -> tuple[str, str]:
+        """Tenant and request id."""
         return self.tenant, self.outcome.request_id
 
     @property

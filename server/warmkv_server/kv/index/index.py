@@ -1,4 +1,4 @@
-"""Everything the store knows, in RAM: nodes, agents, and who references what.
+"""The index of all that is kept, in RAM: nodes, agents, and reference counts.
 
 The journal is the durable log of this. Nothing here blocks or awaits.
 """
@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, object_name
 from warmkv_server.kv.index.records import TokenIds
 
-AgentKey = tuple[str, str]
-"""(tenant, agent_id)"""
 PartOf = tuple["Node", PartKind]
 """A node's part of a kind, wherever it is."""
 
@@ -164,7 +163,7 @@ class Agent:
 
     @property
     def key(self) -> AgentKey:
-        return self.tenant, self.agent_id
+        return AgentKey(self.tenant, self.agent_id)
 
     @property
     def extra_key(self) -> bytes:

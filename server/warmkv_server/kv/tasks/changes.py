@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import AgentExists, StorageUnavailable
 from warmkv_server.kv.catalog import rows
@@ -48,7 +49,7 @@ class Changes:
         """See `Store.fork`."""
         core = self._core
         source = core.existing(tenant, source_id)
-        target = (tenant, target_id)
+        target = AgentKey(tenant, target_id)
         if target in core.index.agents or target in self._committer.tickets:
             raise AgentExists(f"agent {target_id!r} exists already; fork to another id, or delete it first")
         if not source.durable:
@@ -84,7 +85,7 @@ class Changes:
     ) -> AgentRecord:
         """See `Store.update`."""
         core = self._core
-        key = tenant, agent_id
+        key = AgentKey(tenant, agent_id)
         if key not in core.index.agents:
             await self._committer.idle(key)  # It may be about to be there.
         async with core.last_step(key):
@@ -117,7 +118,7 @@ class Changes:
     async def delete(self, tenant: str, agent_id: str) -> bool:
         """See `Store.delete`. What is at work on the agent is not touched unless the agent is gone."""
         core = self._core
-        key = tenant, agent_id
+        key = AgentKey(tenant, agent_id)
         async with core.last_step(key):
             agent = core.index.agents.get(key)
             if agent is None:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from warmkv_server.contract.kv import all_kinds
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
 from warmkv_server.kv.blocks.writer import RequestKV
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.commit_log import lives
 from warmkv_server.kv.catalog.database import Statement
 from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome
-from warmkv_server.kv.index.index import Agent, AgentKey, Node
+from warmkv_server.kv.index.index import Agent, Node
 from warmkv_server.kv.index.plan import Plan, Planner
 from warmkv_server.kv.index.records import Commit, Committed, RequestOutcome, Unset
 from warmkv_server.kv.tasks.collect import Collector
@@ -79,7 +80,7 @@ class Committer:
     async def commit(self, commit: Commit) -> Committed:
         """See `Store.commit`. The caller keeps the lease's nodes pinned for as long as this runs."""
         began = time.perf_counter()
-        ticket = await self._take_ticket((commit.tenant, commit.agent_id))
+        ticket = await self._take_ticket(AgentKey(commit.tenant, commit.agent_id))
         try:
             agent = self._agent(commit, ticket)
             _check(commit)
@@ -88,12 +89,12 @@ class Committer:
             self._adopt(nodes)
             try:
                 result = await self._writer.write(commit.tenant, plan.parts, RequestKV(commit.reuse, commit.growth))
-                async with self._core.last_step((commit.tenant, commit.agent_id)):
+                async with self._core.last_step(AgentKey(commit.tenant, commit.agent_id)):
                     return await self._finish(commit, self._agent(commit, ticket), plan, result, began)
             finally:
                 self._let_go(nodes)
         finally:
-            self._return_ticket((commit.tenant, commit.agent_id), ticket)
+            self._return_ticket(AgentKey(commit.tenant, commit.agent_id), ticket)
 
     async def _retry(self, agent: Agent) -> bool:
         """Try to make the last commit of an agent durable after all."""
@@ -158,7 +159,7 @@ class Committer:
         ticket.done.set_result(None)
 
     def _agent(self, commit: Commit, ticket: Ticket) -> Agent | None:
-        agent = self._core.index.agents.get((commit.tenant, commit.agent_id))
+        agent = self._core.index.agents.get(AgentKey(commit.tenant, commit.agent_id))
         gone = commit.incarnation is not None and (agent is None or agent.incarnation != commit.incarnation)
         if ticket.deleted or gone:
             raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.kv import KVLayout, PartKind, TensorSpec, all_kinds
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Tier
 from warmkv_server.errors import AgentNotFound
@@ -29,7 +30,7 @@ from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.manifest import FOLDER, file_name
 from warmkv_server.kv.index.accounts import Accounts
 from warmkv_server.kv.index.hot import HotTier
-from warmkv_server.kv.index.index import Agent, AgentKey, Index, Node, block_info
+from warmkv_server.kv.index.index import Agent, Index, Node, block_info
 from warmkv_server.kv.index.records import Tuning
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.outcomes import Outcomes
@@ -145,7 +146,7 @@ class Core:
         Raises:
             AgentNotFound
         """
-        agent = self.index.agents.get((tenant, agent_id))
+        agent = self.index.agents.get(AgentKey(tenant, agent_id))
         if agent is None:
             raise AgentNotFound(f"there is no agent {agent_id!r}")
         return agent

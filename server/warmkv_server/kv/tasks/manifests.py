@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmkv_server.contract.kv import policy_of
+from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.blocks.files import Files
 from warmkv_server.kv.catalog.manifest import Manifest, encode
 from warmkv_server.kv.catalog.manifest_files import write
-from warmkv_server.kv.index.index import Agent, AgentKey, Node
+from warmkv_server.kv.index.index import Agent, Node
 from warmkv_server.kv.tasks.core import Core
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.database import Statement
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.stored_outcomes import KeptOutcome, StoredOutcomes
-from warmkv_server.kv.index.index import Agent, AgentKey
+from warmkv_server.kv.index.index import Agent
 from warmkv_server.kv.index.records import RequestOutcome
 
 _SWEEP_SECONDS = 60.0
@@ -37,8 +37,8 @@ class Outcomes:
         self._journal = journal
         self._limit = limit
         self._rest = stored.rest
-        self._kept: dict[AgentKey, KeptOutcome] = {}
-        self._owed: dict[AgentKey, tuple[KeptOutcome, Agent]] = {}
+        self._kept: dict[tuple[str, str], KeptOutcome] = {}
+        self._owed: dict[tuple[str, str], tuple[KeptOutcome, Agent]] = {}
         self.nbytes = 0
         self.owed_bytes = 0
         for kept in stored.newest:

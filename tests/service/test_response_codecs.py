@@ -18,7 +18,7 @@ from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.errors import OutcomeUnreadable
 from warmkv_server.kv.store import RequestOutcome
 from warmkv_server.service import convert
-from warmkv_server.service.codecs import codecs
+from warmkv_server.service.response_codecs import response_codecs
 
 IDENTITY = Identity("retry-me", b"body")
 CACHE = CacheReport(Source.WARM, 10, 1, 2, 3, 4, Fallback.CHECKSUM)
@@ -30,7 +30,7 @@ EVENTS: list[GenerateEvent] = [
 
 
 async def test_a_generate_is_kept_to_the_last_digit() -> None:
-    codec = codecs().generate
+    codec = response_codecs().generate
     run = codec.replay(codec.outcome(IDENTITY, EVENTS))
     with run.watch() as watch:
         replayed = [event async for event in watch]
@@ -41,7 +41,7 @@ async def test_a_generate_is_kept_to_the_last_digit() -> None:
 
 
 def test_bytes_that_are_no_message_are_not_replayed() -> None:
-    codec = codecs().generate
+    codec = response_codecs().generate
     good = codec.outcome(IDENTITY, EVENTS).payload
     bad = good[:6] + b"\xff" * (len(good) - 6)
     with pytest.raises(OutcomeUnreadable):

@@ -8,15 +8,15 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from warmkv.v1 import agent_service_pb2 as pb
-from warmkv_server.agents.idempotency import Codec, Codecs
+from warmkv_server.agents.idempotency import ResponseCodec, ResponseCodecs
 from warmkv_server.agents.types import Recorded
 from warmkv_server.service import convert
 
-Event = TypeVar("Event")
+EventT = TypeVar("EventT")
 
 
-def codecs() -> Codecs:
-    return Codecs(
+def response_codecs() -> ResponseCodecs:
+    return ResponseCodecs(
         prime=_codec(pb.PrimeResponse, lambda result: [convert.prime_response(result)]),
         extend=_codec(pb.ExtendResponse, lambda result: [convert.extend_response(result)]),
         generate=_codec(pb.GenerateResponse, convert.generate_responses),
@@ -24,7 +24,7 @@ def codecs() -> Codecs:
     )
 
 
-def _codec(kind: type[Message], messages_of: Callable[[Event], Iterable[Message]]) -> Codec[Event]:
+def _codec(kind: type[Message], messages_of: Callable[[EventT], Iterable[Message]]) -> ResponseCodec[EventT]:
     def decode(content: bytes) -> Recorded:
         message = kind()
         try:
@@ -33,4 +33,4 @@ def _codec(kind: type[Message], messages_of: Callable[[Event], Iterable[Message]
             raise ValueError("not a message of its kind") from error
         return Recorded(message)
 
-    return Codec(lambda event: [message.SerializeToString() for message in messages_of(event)], decode)
+    return ResponseCodec(lambda event: [message.SerializeToString() for message in messages_of(event)], decode)
