@@ -60,6 +60,18 @@ class ContextTooLong(WarmKVError):
     reason = "CONTEXT_TOO_LONG"
 
 
+class ConstraintTooComplex(WarmKVError):
+    """A response format takes too much to prepare, found before anything was computed."""
+
+    reason = "CONSTRAINT_TOO_COMPLEX"
+
+
+class ConstraintRanOut(WarmKVError):
+    """A response format took too much for a token of the answer, in its midst."""
+
+    reason = "CONSTRAINT_TOO_COMPLEX"
+
+
 class MalformedMessage(WarmKVError):
     reason = "MALFORMED_MESSAGE"
 

@@ -143,6 +143,11 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
     async def UpdateAgent(self, request: pb.UpdateAgentRequest, context: Any) -> pb.UpdateAgentResponse:
         raise NotImplementedError("the benchmark does not update")
 
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
+        """The benchmark doesn't ask for it."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, request.agent_id)
+        yield pb.ScoreResponse()
+
     async def ForkAgent(self, request: pb.ForkAgentRequest, context: Any) -> pb.ForkAgentResponse:
         source = await self._known(request.source_agent_id, context)
         self.agents[request.agent_id] = Held(list(source.tokens), source.hot)

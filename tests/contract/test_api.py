@@ -23,7 +23,7 @@ UNARY_RPCS = {
     "AgentService": "Prime Extend ForkAgent EvictAgent GetAgent ListAgents UpdateAgent DeleteAgent",
     "ServerService": "GetServerInfo GetServerStats CountTokens",
 }
-STREAMING_RPCS = {"AgentService": "Generate", "ServerService": ""}
+STREAMING_RPCS = {"AgentService": "Generate Score", "ServerService": ""}
 
 # Each message with its fields as NAME:TYPE. `?` behind the type marks an `optional` field, `*` a repeated one, and `|`
 # before the name a member of the message's oneof. Braces are a map.
@@ -40,11 +40,16 @@ ToolCall: id:string name:string arguments_json:string
 PrimeRequest: agent_id:string content:Content pinned:bool? ttl:Duration? labels:{string,string} expected_revision:int64?
  request_id:string
 PrimeResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
-ExtendRequest: agent_id:string content:Content expected_revision:int64? request_id:string
+ExtendRequest: agent_id:string content:Content expected_revision:int64? request_id:string generation_prompt:bool
+ScoreRequest: agent_id:string content:Content top_logprobs:int32
+ScoreResponse: tokens:TokenLogprobs* logprob_sum:double? cache:CacheReport timings:Timings
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?
- request_id:string parse_mode:ParseMode reasoning_retention:ReasoningRetention
+ request_id:string response_format:ResponseFormat candidates:int32 candidate_agent_ids:string*
+ parse_mode:ParseMode reasoning_retention:ReasoningRetention
+ResponseFormat: |json_schema:string |regex:string |lark:string |choices:Choices
+Choices: texts:string*
 SamplingParams: temperature:float? top_p:float? top_k:int32? min_p:float? repetition_penalty:float?
  presence_penalty:float? frequency_penalty:float? logit_bias:{int32,float} seed:uint64?
 GenerateResponse: |started:GenerateStarted |prefill_progress:PrefillProgress |delta:GenerateDelta
@@ -52,17 +57,20 @@ GenerateResponse: |started:GenerateStarted |prefill_progress:PrefillProgress |de
 GenerateStarted: agent_id:string cache:CacheReport
 PrefillProgress: tokens_done:int32 tokens_total:int32
 GenerateDelta: text:string token_ids:int32* logprobs:TokenLogprobs* reasoning:string tool_calls:ToolCallDelta*
+ candidate:int32
 ToolCallDelta: index:int32 |started:ToolCallStarted |arguments:string |finished:ToolCallFinished
 ToolCallStarted: id:string name:string
 ToolCallFinished: call:ToolCall status:ToolCallStatus raw:string
 GenerateFinished: finish_reason:FinishReason matched_stop:string usage:Usage cache:CacheReport timings:Timings
- agent:Agent persisted:bool tool_calls:ToolCallFinished*
+ agent:Agent persisted:bool tool_calls:ToolCallFinished* candidates:CandidateFinished*
+CandidateFinished: finish_reason:FinishReason matched_stop:string completion_tokens:int32 logprob_sum:double agent:Agent
+ tool_calls:ToolCallFinished*
 TokenLogprobs: token_id:int32 logprob:float top:TopLogprob*
 TopLogprob: token_id:int32 logprob:float
 CacheReport: source:CacheSource prompt_tokens:int32 cached_tokens:int32 hot_tokens:int32 warm_tokens:int32
  shared_tokens:int32 prefilled_tokens:int32 bytes_loaded:int64 fallback_reason:FallbackReason held_tokens:int32
 Timings: queue:Duration load:Duration prefill:Duration first_token:Duration decode:Duration commit:Duration
-Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32 reasoning_tokens:int32
+Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32 reasoning_tokens:int32 forced_tokens:int32
 Agent: agent_id:string tier:Tier token_count:int32 revision:int64 hot_bytes:int64 warm_bytes:int64 shared_bytes:int64
  pinned:bool ttl:Duration labels:{string,string} create_time:Timestamp update_time:Timestamp last_used_time:Timestamp
  expire_time:Timestamp parent_agent_id:string activity:Activity tokens_done:int32 tokens_total:int32

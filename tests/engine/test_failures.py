@@ -19,6 +19,7 @@ from warmkv_server.contract.kv import Span
 from warmkv_server.engine.engine import Engine, Handle
 from warmkv_server.engine.output import sampling
 from warmkv_server.engine.output.answer_text import AnswerText
+from warmkv_server.engine.output.constraint import Mask
 from warmkv_server.engine.steps import batch
 from warmkv_server.errors import EngineError
 
@@ -117,10 +118,12 @@ async def test_sampling_that_fails_at_the_first_token(
 class Sober(sampling.Chooser):
     """Breaks at the third token of those who ask for one logprob."""
 
-    def choose(self, logits: mx.array, position: int, last: mx.array | None) -> sampling.Choice:
+    def choose(
+        self, logits: mx.array, position: int, last: mx.array | None, mask: Mask | None = None
+    ) -> sampling.Choice:
         if self.top_logprobs == 1 and position == 42 + 2:
             raise RuntimeError("can't choose a token")
-        return super().choose(logits, position, last)
+        return super().choose(logits, position, last, mask)
 
 
 async def test_sampling_that_fails_in_a_batch_ends_only_its_own_row(

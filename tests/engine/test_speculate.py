@@ -35,7 +35,7 @@ from warmkv_server.contract.generation import Answer, Delta, Finish, Job, Sampli
 from warmkv_server.contract.kv import Growth
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.steps.sequence import Sequence as Stream
-from warmkv_server.engine.steps.speculate import Speculator
+from warmkv_server.engine.steps.speculate import Proposal, Speculator
 from warmkv_server.errors import OperatorError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -79,7 +79,7 @@ def guessing(truth: Sequence[int], plan: Plan) -> Iterator[None]:
     """Let the engine guess as planned, over and over, about an answer that begins so."""
     step = 0
 
-    def propose(_: Speculator, stream: Stream) -> list[int]:
+    def propose(_: Speculator, stream: Stream) -> Proposal:
         nonlocal step
         right, wrong = plan[step % len(plan)]
         step += 1
@@ -87,7 +87,7 @@ def guessing(truth: Sequence[int], plan: Plan) -> Iterator[None]:
         pending = stream.pending
         assert pending is not None
         pending.read()
-        return [*behind[:right], *((token + 1) % 300 for token in [*behind[right:], *[7] * wrong][:wrong])]
+        return Proposal([*behind[:right], *((token + 1) % 300 for token in [*behind[right:], *[7] * wrong][:wrong])])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Speculator, "propose", propose)

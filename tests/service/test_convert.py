@@ -63,7 +63,7 @@ def test_every_word_has_its_name_on_the_wire(words: type[StrEnum], names: dict[A
 
 
 def test_a_stream_ends_for_one_of_three_reasons() -> None:
-    assert set(Finish) - set(convert.FINISHES) == {Finish.CANCELLED, Finish.PREFILLED}
+    assert set(Finish) - set(convert.FINISHES) == {Finish.CANCELLED, Finish.TOO_COMPLEX, Finish.PREFILLED}
 
 
 def test_sampling_is_the_defaults_with_what_is_set() -> None:

@@ -7,9 +7,10 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from warmkv_server.agents import generate, manage, prime
+from warmkv_server.agents import candidates, generate, manage, prime, score
 from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.answer_log import AnswerEvents
+from warmkv_server.agents.candidate_log import CandidateEvents
 from warmkv_server.agents.compute import Tallies, Tools
 from warmkv_server.agents.context import count
 from warmkv_server.agents.idempotency import Requests, ResponseCodecs
@@ -25,6 +26,8 @@ from warmkv_server.agents.types import (
     PrimeRequest,
     PrimeResult,
     Recorded,
+    ScoreEvent,
+    ScoreRequest,
 )
 from warmkv_server.contract.content import Content, Encoded
 from warmkv_server.contract.fairness import Bound, Tenants
@@ -78,10 +81,18 @@ class Agents:
         codec = self._codecs.generate
 
         def begin() -> Run[GenerateEvent]:
+            if request.candidates:
+                several = CandidateEvents(request.candidates)
+                work = partial(candidates.generate_candidates, self._tools, request)
+                return self._begin("generate", work, several)
             events = AnswerEvents(keep=request.identity is not None)
             return self._begin("generate", partial(generate.generate, self._tools, request, codec, events), events)
 
         return await self._requests.run_once(request.key, request.identity, codec, begin)
+
+    async def score(self, request: ScoreRequest) -> Run[ScoreEvent]:
+        """Begin to score; `watch` the run for its events."""
+        return self._begin("score", partial(score.score, self._tools, request))
 
     async def fork(self, source: AgentKey, target: AgentKey, identity: Identity | None) -> AgentView | Recorded:
         codec = self._codecs.fork

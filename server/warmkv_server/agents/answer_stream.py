@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Protocol
 
 from warmkv_server.agents import talk
 from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.compute import Computation
-from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import GenerateEvent, GenerateRequest, GenerateStarted, PrefillProgress
 from warmkv_server.contract.calls import CallFinished, CallStatus
 from warmkv_server.contract.conversation import ChatState
@@ -21,6 +21,10 @@ from warmkv_server.text.reader import MessageReader, Pieces
 
 _ID_CHARACTERS = 9
 """Of the names that the server gives to calls: as many as the strictest chat templates take, letters and digits."""
+
+
+class Publisher(Protocol):
+    def publish(self, event: GenerateEvent) -> None: ...
 
 
 class AnswerStream:
@@ -34,9 +38,7 @@ class AnswerStream:
         calls: that the answer has made, once it is closed.
     """
 
-    def __init__(
-        self, request: GenerateRequest, run: Run[GenerateEvent], work: Computation, published: AnswerLog
-    ) -> None:
+    def __init__(self, request: GenerateRequest, run: Publisher, work: Computation, published: AnswerLog) -> None:
         self._request = request
         self._run = run
         self._work = work

@@ -16,10 +16,11 @@ from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, CacheReport, Doing, Timings
-from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Started
+from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Score, Started
 from warmkv_server.contract.kv import Reuse, inner_boundaries
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.output.constraint import Constraint
 from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, OutcomeOf, RequestOutcome, Store, TokenIds
 
 
@@ -90,6 +91,10 @@ class Computation:
     """One context on its way: what was reused for it, what is computed, and what gets committed.
 
     Made at the agent's turn; its lease is released by whoever made it.
+
+    Attributes:
+        constraint: on the answer.
+        score: what to tell of the context's own tokens, instead of an answer.
     """
 
     tools: Tools
@@ -98,6 +103,8 @@ class Computation:
     context: Context
     timings: Timings
     lease: Lease
+    constraint: Constraint | None = None
+    score: Score | None = None
     reuse: Reuse = field(default_factory=Reuse)
 
     @property
@@ -132,11 +139,13 @@ class Computation:
         """
         tokens: list[int] = self.context.tokens.tolist()
         snapshot_at: frozenset[int] = frozenset()
-        if self.tools.engine.info.layout.has_state:
+        if self.tools.engine.info.layout.has_state and self.score is None:
             snapshot_at = inner_boundaries(len(tokens))
             if answer is None:  # So that the same content again replays one token; an answer stops there anyway.
                 snapshot_at |= {len(tokens) - 1}
-        handle = self.tools.engine.submit(Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant))
+        handle = self.tools.engine.submit(
+            Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant, self.score), self.constraint
+        )
         self.run.doing = Doing(Activity.QUEUED)
         try:
             with self.run.interrupted_by(handle.cancel):

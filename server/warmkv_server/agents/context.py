@@ -76,6 +76,7 @@ async def assemble(
     *,
     append: bool,
     answer: bool,
+    generation_prompt: bool = False,
 ) -> Context:
     """Put content behind the held context, or in its place.
 
@@ -83,6 +84,7 @@ async def assemble(
         append: whether it goes behind the held context.
         answer: whether an answer is going to follow, so that a chat gets its generation prompt, and no content means
             to go on from where the context is.
+        generation_prompt: whether a chat gets it all the same.
 
     Raises:
         EmptyContent: if there is nothing to work on.
@@ -94,8 +96,9 @@ async def assemble(
     agent, held, ending = _held(engine, store, key, append)
     if is_empty(content):
         content = None
+    prompted = answer or (generation_prompt and content is not None)
     conversation = ChatState.of(agent.ending) if agent is not None else NOTHING_YET
-    new, conversation = await encode(engine, key.tenant, content, held, ending, conversation, answer=answer)
+    new, conversation = await encode(engine, key.tenant, content, held, ending, conversation, answer=prompted)
     if not new.tokens.size and not (answer and held.size):
         raise empty_content()
     tokens = np.concatenate([held[: len(held) - new.replaced], new.tokens])
@@ -104,7 +107,7 @@ async def assemble(
             f"the context would have {len(tokens)} tokens, and this server takes {engine.info.context_limit}; "
             "send less, or start a new context with CONTEXT_MODE_REPLACE"
         )
-    after = ending_after(content, answered=answer, previous=ending, holds_back=new.holds_back)
+    after = ending_after(content, answered=prompted, previous=ending, holds_back=new.holds_back)
     context = Context(agent, tokens, after, conversation, new.thinks)
     if len(context.kept) > _MOST_KEPT:
         field = "content.chat.messages" if new.holds_back else "content.chat.tools"

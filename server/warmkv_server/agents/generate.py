@@ -13,8 +13,10 @@ from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
 from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
-from warmkv_server.errors import AgentDeleted
+from warmkv_server.errors import AgentDeleted, ConstraintRanOut
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
+
+CUT_SHORT = (Finish.CANCELLED, Finish.TOO_COMPLEX)
 
 
 async def generate(
@@ -39,23 +41,25 @@ async def generate(
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
-        answer = _fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
+        answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
+        grammar = request.answer.grammar
+        constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         # The last token is computed again for its logits, also where its KV is there.
         limit = len(context.tokens) - (answer is not None)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
-            work = Computation(tools, key, run, context, timings, lease)
+            work = Computation(tools, key, run, context, timings, lease, constraint)
             async with work.loaded(answer):
                 stream = AnswerStream(request, run, work, events.answer)
                 finished = await _answer(work, answer, stream)
                 if not isinstance(run.stopped, AgentDeleted):
                     await stream.close()
-                cut_short = finished is not None and finished.finish is Finish.CANCELLED
+                cut_short = finished is not None and finished.finish in CUT_SHORT
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
-                    run.check()
+                    raise_why(run)
                 result = await _keep(work, request, codec, stream, finished)
         tools.tallies.add(work.key.tenant, work.cache, work.timings.first_token)
         if cut_short:
-            run.check()
+            raise_why(run)
         run.publish(result)
 
 
@@ -95,12 +99,13 @@ async def _keep(
             persisted=persisted,
             calls=stream.calls,
             reasoning_tokens=stream.reasoning_tokens,
+            forced_tokens=finished.forced if finished is not None else 0,
         )
 
     def write(event: GenerateFinished) -> RequestOutcome:
         assert request.identity is not None
         sent: list[GenerateEvent] = [stream.started, stream.answer]
-        if finish is Finish.CANCELLED:
+        if finish in CUT_SHORT:
             return codec.outcome(request.identity, sent, cancelled=True)
         return codec.outcome(request.identity, [*sent, event])
 
@@ -112,6 +117,15 @@ async def _keep(
     return recorded.result(committed.agent, committed.persisted)
 
 
-def _fitting(answer: Answer, room: int) -> Answer | None:
+def raise_why(run: Run[GenerateEvent]) -> None:
+    """End an answer that was cut short with what cut it."""
+    run.check()
+    raise ConstraintRanOut(
+        "the response format took too much work for the next token, or left none; what was sampled until then is kept "
+        "where the request keeps anything"
+    )
+
+
+def fitting(answer: Answer, room: int) -> Answer | None:
     """The answer cut to the room left in the context; None if there is none."""
     return replace(answer, max_tokens=min(answer.max_tokens, room)) if room else None

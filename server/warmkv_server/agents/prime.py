@@ -23,7 +23,15 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
         if agent is None and request.append:
             raise AgentNotFound(f"there is no agent {key.agent_id!r}; create it with Prime or Generate")
         check_revision(agent, request.expected_revision)
-        context = await assemble(tools.engine, tools.store, key, request.content, append=request.append, answer=False)
+        context = await assemble(
+            tools.engine,
+            tools.store,
+            key,
+            request.content,
+            append=request.append,
+            answer=False,
+            generation_prompt=request.generation_prompt,
+        )
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
             work = Computation(tools, key, run, context, timings, lease)
             async with work.loaded(None):

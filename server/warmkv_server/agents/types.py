@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import Content
-from warmkv_server.contract.generation import Answer, Delta, Finish
+from warmkv_server.contract.generation import Answer, Delta, Finish, Scored
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, Reuse, Source
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.store import AgentRecord
@@ -57,6 +57,7 @@ class PrimeRequest:
 
     Attributes:
         append: whether the content goes behind the held context, which must exist then.
+        generation_prompt: whether a chat gets it, for an answer that comes later.
         pinned, ttl, labels: new values; None leaves them as they are. `ttl` in seconds.
         arrived: `time.perf_counter()` when the request came in.
     """
@@ -64,6 +65,7 @@ class PrimeRequest:
     key: AgentKey
     content: Content | None
     append: bool = False
+    generation_prompt: bool = False
     pinned: bool | None = None
     ttl: float | None = None
     labels: Mapping[str, str] | None = None
@@ -82,6 +84,8 @@ class GenerateRequest:
         ephemeral: change nothing.
         told_apart: whether reasoning and tool calls are told apart from the text.
         drops_reasoning: whether the next user's message drops this answer's reasoning.
+        candidates: answers to sample; 0 for the one of the agent itself.
+        candidate_ids: agents to make of them.
     """
 
     key: AgentKey
@@ -92,8 +96,24 @@ class GenerateRequest:
     ephemeral: bool = False
     told_apart: bool = False
     drops_reasoning: bool = False
+    candidates: int = 0
+    candidate_ids: tuple[str, ...] = ()
     expected_revision: int | None = None
     identity: Identity | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Tell how probable content is, and keep nothing.
+
+    Attributes:
+        top: likeliest alternatives of each token.
+    """
+
+    key: AgentKey
+    content: Content | None
+    top: int = 0
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -194,6 +214,44 @@ class GenerateFinished:
     persisted: bool
     calls: tuple[CallFinished, ...] = ()
     reasoning_tokens: int = 0
+    forced_tokens: int = 0
+    candidates: tuple[CandidateFinished, ...] = ()
+
+
+@dataclass(frozen=True)
+class CandidateDelta:
+    """More of one of several answers."""
+
+    candidate: int
+    delta: Delta
+
+
+@dataclass(frozen=True)
+class CandidateFinished:
+    """How one of several answers ended.
+
+    Attributes:
+        agent: that was made of it, if one was.
+    """
+
+    finish: Finish
+    matched_stop: str
+    completion_tokens: int
+    logprob_sum: float
+    agent: AgentView | None
+    calls: tuple[CallFinished, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoreFinished:
+    """The last event of a score."""
+
+    logprob_sum: float
+    cache: CacheReport
+    timings: Timings
+
+
+ScoreEvent = Scored | ScoreFinished
 
 
 @dataclass(frozen=True)
@@ -203,7 +261,7 @@ class Recorded:
     message: Any
 
 
-GenerateEvent = GenerateStarted | PrefillProgress | Delta | GenerateFinished | Recorded
+GenerateEvent = GenerateStarted | PrefillProgress | Delta | CandidateDelta | GenerateFinished | Recorded
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+import numpy.typing as npt
+
 from warmkv_server.contract.calls import CallNews
+from warmkv_server.contract.grammar import Grammar
 from warmkv_server.contract.kv import Growth, Reuse
 
 
@@ -34,6 +38,7 @@ class Answer:
         stop: strings that end the answer and are not part of it.
         ignore_eos: go on after an end-of-sequence token.
         top_logprobs: alternatives reported for each token; 0 reports no logprobs at all.
+        grammar: what its text must be a sentence of.
     """
 
     sampling: Sampling = Sampling()
@@ -41,6 +46,15 @@ class Answer:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Tell the log probability of each token from `first` on, which is at least 1, with `top` alternatives."""
+
+    first: int
+    top: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,9 @@ class Job:
         answer: None prefills only.
         snapshot_at: context lengths after which state that can't be cut is captured, besides the end.
         tenant: takes turns with others where jobs wait.
+        prefix: KV that was computed before behind the reused part, for this prompt and for others; of fewer tokens than
+            the prompt has. It counts as this job's own growth.
+        score: what is to be told of the tokens themselves; there is no answer then, and no growth.
     """
 
     tokens: Sequence[int]
@@ -60,6 +77,8 @@ class Job:
     answer: Answer | None = None
     snapshot_at: frozenset[int] = frozenset()
     tenant: str = ""
+    score: Score | None = None
+    prefix: Growth | None = None
 
 
 class Finish(StrEnum):
@@ -73,6 +92,8 @@ class Finish(StrEnum):
     """There was no answer to generate."""
     CANCELLED = "cancelled"
     """`Handle.cancel` was called."""
+    TOO_COMPLEX = "too_complex"
+    """Its grammar took too much for the next token."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,22 @@ class Delta:
     calls: tuple[CallNews, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Log probabilities of the next tokens of the prompt, the model's own.
+
+    Attributes:
+        token_ids: (tokens,).
+        logprobs: (tokens,); minus infinity for an id that no text has.
+        top_ids, top: the likeliest, (tokens, alternatives), likeliest first.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top: npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Finished:
     """The last event of a job that didn't fail.
@@ -124,6 +161,7 @@ class Finished:
             a stop string not.
         growth: the KV from the reused prefix to the end of prompt + completion. After a cancel during prefill it
             covers what was computed, with an empty completion: it is the caller's to drop.
+        forced: tokens of the completion that the grammar left no choice of, and that no step was spent on.
     """
 
     finish: Finish
@@ -132,9 +170,10 @@ class Finished:
     matched_stop: str = ""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    forced: int = 0
 
 
-Event = Started | Progress | Delta | Finished
+Event = Started | Progress | Scored | Delta | Finished
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,15 @@ class Settings:
             "alone; 0 for none.",
         ),
     ] = 0
+    force_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=64,
+            description="Most tokens that a response format forces and that are checked in one step of an answer that "
+            "is computed alone; 0 for none.",
+        ),
+    ] = 16
     default_max_tokens: Annotated[int, Field(ge=1, description="Length of an answer where the request names none.")] = (
         256
     )

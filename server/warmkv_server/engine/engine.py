@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 from warmkv_server.contract.fairness import Bound, Tenants
 from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Started
+from warmkv_server.contract.grammar import Grammar
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.codecs.choose import codecs_for
@@ -20,6 +21,8 @@ from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
 from warmkv_server.engine.model.load import ModelInfo
 from warmkv_server.engine.model.memory_need import MemoryNeeds
+from warmkv_server.engine.output.compiler import Compiler
+from warmkv_server.engine.output.constraint import Constraint, Vocabulary
 from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
 from warmkv_server.engine.steps.running_set import EventTo
@@ -132,6 +135,7 @@ class Engine:
             self._tell_from_thread,
             settings,
         )
+        self._compiler = Compiler(self._vocabulary, self.text.try_grammar)
         self.lost: asyncio.Future[str] = self._asyncio.create_future()
         """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
@@ -179,8 +183,20 @@ class Engine:
         """Of text that a context can hold at most; None if the tokenizer doesn't tell."""
         return self.text.bytes_per_token * self.info.context_limit or None
 
-    def submit(self, job: Job) -> Handle:
+    async def constrain(self, grammar: Grammar, tenant: str) -> Constraint:
+        """What holds one answer to a grammar, for `submit`.
+
+        Raises:
+            InvalidField, Unsupported, ConstraintTooComplex: if it can't be followed.
+            QueueFull, Draining: as all text work.
+        """
+        return await self._compiler.compile(grammar, tenant)
+
+    def submit(self, job: Job, constraint: Constraint | None = None) -> Handle:
         """Queue a job.
+
+        Args:
+            constraint: on the answer, of its own.
 
         Raises:
             Draining: once `stop` was called.
@@ -198,7 +214,7 @@ class Engine:
             raise QueueFull(f"{len(self._handles)} requests are running or waiting; try again", retry_after=1.0)
         ident = next(self._idents)
         handle = self._handles[ident] = Handle(self, ident, job)
-        self._loop.send(Submit(ident, job, time.perf_counter()))
+        self._loop.send(Submit(ident, job, constraint, time.perf_counter()))
         return handle
 
     def check_fits(self, tokens: int, reused: int, answer: int) -> None:
@@ -237,6 +253,11 @@ class Engine:
         self._loop.send(Stop())
         await asyncio.to_thread(self._loop.join)
         await asyncio.to_thread(self._delivery.close)
+
+    def _vocabulary(self) -> Vocabulary:
+        loaded = self._loop.loaded
+        assert loaded is not None
+        return Vocabulary(loaded.tokenizer, loaded.spelling, loaded.choosable.count, loaded.info.eos_token_ids)
 
     def _tell_from_thread(self, news: News) -> None:
         self._asyncio.call_soon_threadsafe(self._hear, news)

@@ -44,12 +44,23 @@ class AgentServicer:
         wanted = convert.generate_request(
             request, call.key(request.agent_id), call.arrived, info.sampling_defaults, self.settings.default_max_tokens
         )
+        for each in request.candidate_agent_ids:
+            call.key(each)
         run = await call.agents.generate(wanted)
         with run.watch() as events:
             async for event in events:
                 if isinstance(event, GenerateFinished):
                     self.metrics.answered(event)
                 for message in convert.generate_responses(event):
+                    await call.send(message)
+
+    async def score(self, request: pb.ScoreRequest, call: Call) -> None:
+        validate.score(request, call.model)
+        wanted = convert.score_request(request, call.key(request.agent_id), call.arrived)
+        run = await call.agents.score(wanted)
+        with run.watch() as events:
+            async for event in events:
+                for message in convert.score_responses(event):
                     await call.send(message)
 
     async def fork_agent(self, request: pb.ForkAgentRequest, call: Call) -> pb.ForkAgentResponse:

@@ -16,6 +16,7 @@ from warmkv_server.agents.types import (
     Activity,
     AgentView,
     CacheReport,
+    CandidateDelta,
     EvictResult,
     GenerateEvent,
     GenerateFinished,
@@ -26,11 +27,15 @@ from warmkv_server.agents.types import (
     PrimeRequest,
     PrimeResult,
     Recorded,
+    ScoreEvent,
+    ScoreFinished,
+    ScoreRequest,
     Timings,
 )
 from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
 from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent, Tool, ToolCall
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
+from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.store import Tier
@@ -141,10 +146,15 @@ def extend_request(request: pb.ExtendRequest, key: AgentKey, arrived: float) -> 
         key=key,
         content=content(request.content),
         append=True,
+        generation_prompt=request.generation_prompt,
         expected_revision=_expected_revision(request),
         identity=identity(request),
         arrived=arrived,
     )
+
+
+def score_request(request: pb.ScoreRequest, key: AgentKey, arrived: float) -> ScoreRequest:
+    return ScoreRequest(key, content(request.content), request.top_logprobs, arrived)
 
 
 def generate_request(
@@ -159,20 +169,39 @@ def generate_request(
             stop=tuple(request.stop),
             ignore_eos=request.ignore_eos,
             top_logprobs=request.top_logprobs,
+            grammar=grammar(request.response_format),
         ),
         replace=request.context_mode == pb.CONTEXT_MODE_REPLACE,
         whole=request.stream_mode == pb.STREAM_MODE_FINAL,
         ephemeral=request.ephemeral,
         told_apart=told_apart(request),
         drops_reasoning=request.reasoning_retention == pb.REASONING_RETENTION_DROP,
+        candidates=_candidates(request),
+        candidate_ids=tuple(request.candidate_agent_ids),
         expected_revision=_expected_revision(request),
         identity=identity(request),
         arrived=arrived,
     )
 
 
+def grammar(message: pb.ResponseFormat) -> Grammar | None:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return None
+    texts = message.choices.texts if kind == "choices" else [getattr(message, kind)]
+    return Grammar(GrammarKind(kind), tuple(texts))
+
+
+def _candidates(request: pb.GenerateRequest) -> int:
+    """How many answers; 0 for the one of the agent itself."""
+    wanted = request.candidates or len(request.candidate_agent_ids)
+    return wanted if wanted > 1 or request.candidate_agent_ids else 0
+
+
 def told_apart(request: pb.GenerateRequest) -> bool:
-    """Whether the answer is read as a message."""
+    """Whether the answer is read as a message. What is held to a format is text."""
+    if request.HasField("response_format"):
+        return False
     default = pb.PARSE_MODE_MESSAGE if request.content.HasField("chat") else pb.PARSE_MODE_TEXT
     return (request.parse_mode or default) == pb.PARSE_MODE_MESSAGE
 
@@ -231,19 +260,41 @@ def generate_responses(event: GenerateEvent) -> Iterator[pb.GenerateResponse]:
         case PrefillProgress(done, total):
             yield pb.GenerateResponse(prefill_progress=pb.PrefillProgress(tokens_done=done, tokens_total=total))
         case Delta():
-            for piece in _pieces(event):
-                delta = pb.GenerateDelta(
-                    text=piece.text,
-                    token_ids=piece.token_ids,
-                    logprobs=[_logprobs(each) for each in piece.logprobs],
-                    reasoning=piece.reasoning,
-                    tool_calls=[_call_news(news) for news in piece.calls],
-                )
-                yield pb.GenerateResponse(delta=delta)
+            yield from _delta(event)
+        case CandidateDelta(number, delta):
+            yield from _delta(delta, number)
         case GenerateFinished():
             yield pb.GenerateResponse(finished=_finished(event))
         case Recorded(message):
             yield message
+
+
+def _delta(delta: Delta, candidate: int = 0) -> Iterator[pb.GenerateResponse]:
+    for piece in _pieces(delta):
+        message = pb.GenerateDelta(
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=[_logprobs(each) for each in piece.logprobs],
+            reasoning=piece.reasoning,
+            tool_calls=[_call_news(news) for news in piece.calls],
+            candidate=candidate,
+        )
+        yield pb.GenerateResponse(delta=message)
+
+
+def score_responses(event: ScoreEvent) -> Iterator[pb.ScoreResponse]:
+    """The messages of an event: one, unless it is of more tokens than go into one."""
+    if isinstance(event, ScoreFinished):
+        yield pb.ScoreResponse(
+            logprob_sum=event.logprob_sum, cache=cache_report(event.cache), timings=timings(event.timings)
+        )
+        return
+    rows = zip(
+        event.token_ids.tolist(), event.logprobs.tolist(), event.top_ids.tolist(), event.top.tolist(), strict=True
+    )
+    told = [Logprobs(token, value, tuple(zip(ids, top, strict=True))) for token, value, ids, top in rows]
+    for first in range(0, len(told), limits.SCORED_TOKENS):
+        yield pb.ScoreResponse(tokens=[_logprobs(each) for each in told[first : first + limits.SCORED_TOKENS]])
 
 
 def agent(view: AgentView) -> pb.Agent:
@@ -368,22 +419,37 @@ def _call_finished(news: CallFinished) -> pb.ToolCallFinished:
 
 
 def _finished(event: GenerateFinished) -> pb.GenerateFinished:
-    calls = event.calls and event.finish is Finish.STOP
     return pb.GenerateFinished(
-        finish_reason=pb.FINISH_REASON_TOOL_CALLS if calls else FINISHES[event.finish],
+        finish_reason=_finish_reason(event.finish, event.calls),
         matched_stop=event.matched_stop,
         usage=pb.Usage(
             prompt_tokens=event.cache.prompt_tokens,
             cached_tokens=event.cache.cached_tokens,
             completion_tokens=event.completion_tokens,
             reasoning_tokens=event.reasoning_tokens,
+            forced_tokens=event.forced_tokens,
         ),
         cache=cache_report(event.cache),
         timings=timings(event.timings),
         agent=agent(event.agent) if event.agent is not None else None,
         persisted=event.persisted,
         tool_calls=[_call_finished(call) for call in event.calls],
+        candidates=[
+            pb.CandidateFinished(
+                finish_reason=_finish_reason(each.finish, each.calls),
+                matched_stop=each.matched_stop,
+                completion_tokens=each.completion_tokens,
+                logprob_sum=each.logprob_sum,
+                agent=agent(each.agent) if each.agent is not None else None,
+                tool_calls=[_call_finished(call) for call in each.calls],
+            )
+            for each in event.candidates
+        ],
     )
+
+
+def _finish_reason(finish: Finish, calls: tuple[CallFinished, ...]) -> pb.FinishReason.ValueType:
+    return pb.FINISH_REASON_TOOL_CALLS if calls and finish is Finish.STOP else FINISHES[finish]
 
 
 def _logprobs(value: Logprobs) -> pb.TokenLogprobs:

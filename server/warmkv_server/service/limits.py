@@ -28,6 +28,7 @@ LABEL_VALUE_CHARACTERS = 255
 REQUEST_ID_CHARACTERS = 128
 ROLE_CHARACTERS = 64
 STOPS = 16
+CANDIDATES = 16
 STOP_CHARACTERS = 256
 """Of one stop string."""
 STOPS_CHARACTERS = 2_048
@@ -46,6 +47,9 @@ UPDATE_PATHS = 16
 
 VIOLATIONS = 20
 """That a refusal names; the rest it counts."""
+
+SCORED_TOKENS = 256
+"""Of one ScoreResponse."""
 
 # Of an answer. Clients take messages of 4 MiB unless they are told to take more.
 PAGE_BYTES = 3 << 20

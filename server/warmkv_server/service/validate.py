@@ -103,6 +103,8 @@ def prime(request: pb.PrimeRequest, model: Model) -> None:
 
 def extend(request: pb.ExtendRequest, model: Model) -> None:
     faults = Faults()
+    chat = request.content.WhichOneof("kind") == "chat"
+    faults.need(chat or not request.generation_prompt, "generation_prompt", "needs content.chat")
     _agent_id(faults, "agent_id", request.agent_id)
     _content(faults, request.content, model.vocab_size, model.context_limit)
     faults.need_content(_is_given(request.content))
@@ -132,13 +134,25 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
     _sampling(faults, request.sampling, model.vocab_size)
     faults.need(request.max_tokens >= 0, "max_tokens", "must be 0 (the server's default) or more")
     _stop(faults, request.stop)
-    most = min(limits.TOP_LOGPROBS, model.vocab_size)
-    faults.need(0 <= request.top_logprobs <= most, "top_logprobs", f"must be 0 to {most}")
+    _candidates(faults, request)
+    if request.HasField("response_format"):
+        _response_format(faults, request)
+    _top_logprobs(faults, request.top_logprobs, model.vocab_size)
     _expected_revision(faults, request)
     _request_id(faults, request.request_id)
     if request.request_id:
         faults.need(not request.ephemeral, "request_id", "can't be kept for an ephemeral request")
         faults.need(bool(request.agent_id), "request_id", "needs an agent_id")
+    faults.refuse()
+
+
+def score(request: pb.ScoreRequest, model: Model) -> None:
+    faults = Faults()
+    if request.agent_id:
+        _agent_id(faults, "agent_id", request.agent_id)
+    _content(faults, request.content, model.vocab_size, model.context_limit)
+    faults.need_content(_is_given(request.content))
+    _top_logprobs(faults, request.top_logprobs, model.vocab_size)
     faults.refuse()
 
 
@@ -194,6 +208,11 @@ def _agent_id(faults: Faults, field: str, value: str) -> None:
     faults.need(AGENT_ID.fullmatch(value) is not None, field, AGENT_ID_RULE)
 
 
+def _top_logprobs(faults: Faults, value: int, vocab_size: int) -> None:
+    most = min(limits.TOP_LOGPROBS, vocab_size)
+    faults.need(0 <= value <= most, "top_logprobs", f"must be 0 to {most}")
+
+
 def _stop(faults: Faults, stop: Sequence[str]) -> None:
     """They are looked for in every piece of the answer, all at once, by what is built of all their characters."""
     faults.need(len(stop) <= limits.STOPS, "stop", f"may have {limits.STOPS} strings at most")
@@ -203,6 +222,43 @@ def _stop(faults: Faults, stop: Sequence[str]) -> None:
         faults.need(0 < length <= limits.STOP_CHARACTERS, f"stop[{number}]", rule)
     rule = f"may have {limits.STOPS_CHARACTERS} characters at most in all"
     faults.need(sum(lengths) <= limits.STOPS_CHARACTERS, "stop", rule)
+
+
+def _candidates(faults: Faults, request: pb.GenerateRequest) -> None:
+    ids, most = request.candidate_agent_ids, limits.CANDIDATES
+    faults.need(0 <= request.candidates <= most, "candidates", f"must be 0 (one) to {most}")
+    faults.need(len(ids) <= most, "candidate_agent_ids", f"may have {most} entries at most")
+    for number, value in enumerate(ids[: most + 1]):
+        _agent_id(faults, f"candidate_agent_ids[{number}]", value)
+    if ids:
+        faults.need(request.candidates in (0, len(ids)), "candidates", "must be as many as candidate_agent_ids, or 0")
+        distinct = len({request.agent_id, *ids}) == len(ids) + 1
+        faults.need(distinct, "candidate_agent_ids", "must all be different, and none the agent's own")
+        faults.need(not request.ephemeral, "candidate_agent_ids", "can't be made by an ephemeral request")
+    elif request.candidates > 1:
+        free = request.ephemeral or not request.agent_id
+        faults.need(free, "candidates", "need candidate_agent_ids, ephemeral, or no agent_id: an agent has one context")
+    if ids or request.candidates > 1:
+        faults.need(not request.request_id, "request_id", "can't be kept for candidates")
+
+
+def _response_format(faults: Faults, request: pb.GenerateRequest) -> None:
+    """What is in it is judged where it can be tried (text/trial.py)."""
+    wanted = request.response_format
+    kind = wanted.WhichOneof("kind")
+    forms = "json_schema, regex, lark or choices"
+    faults.need(kind is not None, "response_format", f"must have one of {forms}")
+    faults.need(not request.ignore_eos, "ignore_eos", "can't be had with a response_format, which says where it ends")
+    as_text = request.parse_mode != pb.PARSE_MODE_MESSAGE
+    faults.need(as_text, "parse_mode", "can't be PARSE_MODE_MESSAGE with a response_format: the answer is text")
+    if kind == "choices":
+        texts = wanted.choices.texts
+        size = sum(len(text.encode()) for text in texts)
+        faults.need(bool(texts), "response_format.choices.texts", "must have at least one text")
+        faults.need(all(texts), "response_format.choices.texts", "must have no empty text")
+        faults.need(len(set(texts)) == len(texts), "response_format.choices.texts", "must all be different")
+        most = limits.STRING_BYTES
+        faults.need(size <= most, "response_format.choices.texts", f"may have {most} bytes at most in all")
 
 
 def _is_given(content: pb.Content) -> bool:

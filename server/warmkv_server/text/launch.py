@@ -16,6 +16,7 @@ from collections.abc import Callable
 from warmkv_server.errors import OperatorError
 from warmkv_server.text.process import without_mlx
 from warmkv_server.text.task import FORK, FORKS, HEADER, KILL, LENGTH, ORDER, Task, TokenizerSource, packed
+from warmkv_server.text.trial import Trial
 
 LOAD_SECONDS = 600.0
 """For a process to import what it needs and to load the tokenizer."""
@@ -44,7 +45,7 @@ class Process(asyncio.Protocol):
         self._received = bytearray()
         self._dead = False
 
-    def send(self, task: Task) -> None:
+    def send(self, task: Task | Trial) -> None:
         assert self._transport is not None
         self._transport.write(packed(task))
 

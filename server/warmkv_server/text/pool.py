@@ -18,7 +18,8 @@ import numpy as np
 
 from warmkv_server.contract.content import Chat, Encoded
 from warmkv_server.contract.fairness import Bound, FairLine
-from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
+from warmkv_server.contract.grammar import Grammar
+from warmkv_server.errors import Draining, OperatorError, QueueFull
 from warmkv_server.text.launch import Launcher, Process, StartedProcess
 from warmkv_server.text.task import (
     ANSWER,
@@ -32,6 +33,8 @@ from warmkv_server.text.task import (
     refusal_of,
 )
 from warmkv_server.text.traits import Traits
+from warmkv_server.text.trial import SECONDS as TRIAL_SECONDS
+from warmkv_server.text.trial import Trial
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ _MEMORY = f"took more than {MEMORY_BYTES >> 20} MiB of memory"
 
 @dataclass(eq=False)
 class _Job:
-    task: Task
+    task: Task | Trial
     tenant: str
     characters: int
     done: asyncio.Future[Any]
@@ -60,6 +63,8 @@ class _Job:
     @property
     def seconds(self) -> float:
         """The most that it may take."""
+        if isinstance(self.task, Trial):
+            return TRIAL_SECONDS
         if self.characters <= SHORT_CHARACTERS:
             return _SHORT_SECONDS
         return _LONG_SECONDS + self.characters / _CHARACTERS_PER_SECOND
@@ -69,9 +74,9 @@ class _Job:
             self.done.set_exception(error)
 
     def refuse(self, why: str) -> None:
-        """It was stopped: the client is told which part of its request, and whose work on it, took too much."""
+        """It was stopped: the client is told why."""
         log.warning("%s (%d characters) %s, and was stopped", self.task.work, self.characters, why)
-        self.fail(InvalidField.of(self.task.field, f"{self.task.work} {why}, and was stopped; send less"))
+        self.fail(self.task.refusal(why))
 
 
 class TextPool:
@@ -152,7 +157,17 @@ class TextPool:
             self.traits = Traits.of(self._traits)
         return findings
 
-    async def _do(self, task: Task, tenant: str) -> Any:
+    async def try_grammar(self, grammar: Grammar, tenant: str) -> None:
+        """Try a grammar, where it does no harm.
+
+        Raises:
+            InvalidField, Unsupported, ConstraintTooComplex: if it can't be followed.
+            QueueFull: if too many wait.
+            Draining: once `stop` was called.
+        """
+        await self._do(Trial(grammar), tenant)
+
+    async def _do(self, task: Task | Trial, tenant: str) -> Any:
         if self._stopping:
             raise Draining("the server is shutting down")
         await self.ready()
@@ -187,7 +202,8 @@ class TextPool:
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
     def _line(self, job: _Job) -> FairLine[_Job]:
-        return self._short if job.characters <= SHORT_CHARACTERS else self._long
+        short = job.characters <= SHORT_CHARACTERS and not isinstance(job.task, Trial)
+        return self._short if short else self._long
 
     def _again(self, job: _Job) -> None:
         self._line(job).go_ahead(job.tenant, job)

@@ -38,7 +38,10 @@ FORK, KILL = b"F", b"K"
 TAIL = 16
 """Of a context's last tokens, those that content behind it may have to do with."""
 
-_ERRORS = {kind.__name__: kind for kind in (errors.InvalidField, errors.Unsupported, errors.ContextTooLong)}
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (errors.InvalidField, errors.Unsupported, errors.ContextTooLong, errors.ConstraintTooComplex)
+}
 _MESSAGE_CHARACTERS = 1000
 
 
@@ -104,6 +107,10 @@ class Task:
         if self.arguments:
             return "looking at a call's arguments"
         return "tokenising it" if isinstance(self.content, RawText) else "the model's chat template, and tokenising,"
+
+    def refusal(self, why: str) -> errors.WarmKVError:
+        """The error for one that was stopped: which part of its request, and whose work on it, took too much."""
+        return errors.InvalidField.of(self.field, f"{self.work} {why}, and was stopped; send less")
 
 
 def packed(value: object) -> bytes:

@@ -46,6 +46,7 @@ from warmkv_server.text.task import (
 )
 from warmkv_server.text.text import Text
 from warmkv_server.text.traits import Traits
+from warmkv_server.text.trial import Trial
 
 _PR_SET_PDEATHSIG = 1
 _RENEW_BYTES = 96 << 20
@@ -113,7 +114,7 @@ def _work(connection: socket.socket, text: Text) -> None:
     before = _most_resident()
     leaving = False
     while not leaving:
-        task: Task | None = receive(connection)
+        task: Task | Trial | None = receive(connection)
         if task is None:
             return
         kind, body = _result(text, task)
@@ -121,8 +122,11 @@ def _work(connection: socket.socket, text: Text) -> None:
         connection.sendall(HEADER.pack(kind, leaving, len(body)) + body)
 
 
-def _result(text: Text, task: Task) -> tuple[bytes, bytes]:
+def _result(text: Text, task: Task | Trial) -> tuple[bytes, bytes]:
     try:
+        if isinstance(task, Trial):
+            task.run()
+            return FINDINGS, b"{}"
         if task.arguments:
             return FINDINGS, json.dumps([satisfies(schema, said) for schema, said in task.arguments]).encode()
         if task.content is None:

@@ -689,6 +689,85 @@ class ToolCall(_message.Message):
 Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
+class ResponseFormat(_message.Message):
+    """ResponseFormat is a language that the answer's text is a sentence of, from its first token on.
+
+    Whatever the sampling parameters are, a token is chosen only if the text can still become such a sentence behind it.
+    Where the text is a sentence and nothing can follow, the answer ends, with FINISH_REASON_STOP; where it is one and more
+    can follow, the model decides. An answer that ends in another way (`max_tokens`, `stop`, a cancel) can end within a
+    sentence. The same request gives the same tokens with and without other requests beside it, as without a format.
+
+    What is wrong by itself is INVALID_FIELD: no JSON, no JSON Schema, no regular expression, a language without
+    sentences. What a server cannot enforce is UNSUPPORTED, and the message names the keyword. A format that takes more
+    than 5 seconds or 768 MiB to prepare is CONSTRAINT_TOO_COMPLEX, and so is one over a limit of its form below, or one
+    that is found while the answer is sampled to take too much work for one token. Not together with `ignore_eos`.
+    UNSUPPORTED where no token ends the model's answers, or where the bytes of its tokens are not known.
+
+    The answer is text, whatever it is an answer to: PARSE_MODE_MESSAGE can't be had with it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    LARK_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON Schema (2020-12), as JSON text. The properties come in the schema's order, with as much white space as the
+    model likes between two tokens of JSON, at most 8 spaces or line ends. Every such answer satisfies the schema. At
+    most 2,000 properties and 5,000 alternatives (entries of enum, anyOf, oneOf and allOf) in all, 100 levels deep.
+    """
+    regex: _builtins.str
+    """A regular expression that matches the whole answer (Rust syntax; no look-around)."""
+    lark: _builtins.str
+    """A context-free grammar in llguidance's Lark dialect. At most 5,000 lines and alternatives in all."""
+    @_builtins.property
+    def choices(self) -> Global___Choices:
+        """One of these texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        lark: _builtins.str = ...,
+        choices: Global___Choices | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "json_schema", b"json_schema", "kind", b"kind", "lark", b"lark", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "regex", "lark", "choices"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___ResponseFormat: _TypeAlias = ResponseFormat  # noqa: Y015
+
+@_typing.final
+class Choices(_message.Message):
+    """Choices are texts to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, none empty, all different. At most 1,024, of 65,536 bytes in all."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
 class SamplingParams(_message.Message):
     """SamplingParams says how tokens are chosen. A field that is unset takes the server's default, which GetServerInfo
     reports as `sampling_defaults`. What the server cannot apply it refuses with UNSUPPORTED; nothing is ignored.
@@ -925,6 +1004,7 @@ class Usage(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    FORCED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the whole context before the answer."""
     cached_tokens: _builtins.int
@@ -935,6 +1015,8 @@ class Usage(_message.Message):
     """
     reasoning_tokens: _builtins.int
     """The part of completion_tokens that is reasoning, its marks included."""
+    forced_tokens: _builtins.int
+    """The part of completion_tokens that the response format forced, so that no step of the model was spent on each."""
     def __init__(
         self,
         *,
@@ -942,10 +1024,11 @@ class Usage(_message.Message):
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         reasoning_tokens: _builtins.int = ...,
+        forced_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "forced_tokens", b"forced_tokens", "prompt_tokens", b"prompt_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1238,12 +1321,15 @@ class ExtendRequest(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent to extend. It must exist."""
     expected_revision: _builtins.int
     """As PrimeRequest.expected_revision."""
     request_id: _builtins.str
     """As PrimeRequest.request_id."""
+    generation_prompt: _builtins.bool
+    """Also adds the chat template's generation prompt, so that this agent's forks can answer without content. Needs a chat."""
     @_builtins.property
     def content(self) -> Global___Content:
         """What is appended to its context. Required."""
@@ -1255,10 +1341,11 @@ class ExtendRequest(_message.Message):
         content: Global___Content | None = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        generation_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "expected_revision", b"expected_revision", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "expected_revision", b"expected_revision", "generation_prompt", b"generation_prompt", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1324,6 +1411,9 @@ class GenerateRequest(_message.Message):
     EPHEMERAL_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    CANDIDATE_AGENT_IDS_FIELD_NUMBER: _builtins.int
     PARSE_MODE_FIELD_NUMBER: _builtins.int
     REASONING_RETENTION_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
@@ -1353,6 +1443,11 @@ class GenerateRequest(_message.Message):
     `finished`; one still running is joined from its start; a cancelled one replays its tokens and ends ABORTED /
     REQUEST_CANCELLED. Refused with `ephemeral` or without agent_id.
     """
+    candidates: _builtins.int
+    """Answers to sample behind the one prompt, which is computed once; at most 16. 0: one, or as many as there are
+    candidate_agent_ids. More than one only with `candidate_agent_ids`, `ephemeral` or without agent_id, and without
+    request_id. Each draws by itself: candidate n as a request alone with the seed + n. There must be room for an answer.
+    """
     parse_mode: Global___ParseMode.ValueType
     """How the answer is read."""
     reasoning_retention: Global___ReasoningRetention.ValueType
@@ -1373,6 +1468,17 @@ class GenerateRequest(_message.Message):
         each and 2,048 in all.
         """
 
+    @_builtins.property
+    def response_format(self) -> Global___ResponseFormat:
+        """What the answer's text must look like."""
+
+    @_builtins.property
+    def candidate_agent_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Agents to create, one for each candidate, with the prompt and its answer. The agent itself stays as it is. They must
+        not exist (ALREADY_EXISTS, AGENT_EXISTS), and all be different. Each is committed by itself, when all have ended;
+        those that share the prompt share its KV.
+        """
+
     def __init__(
         self,
         *,
@@ -1388,12 +1494,15 @@ class GenerateRequest(_message.Message):
         ephemeral: _builtins.bool = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        response_format: Global___ResponseFormat | None = ...,
+        candidates: _builtins.int = ...,
+        candidate_agent_ids: _abc.Iterable[_builtins.str] | None = ...,
         parse_mode: Global___ParseMode.ValueType = ...,
         reasoning_retention: Global___ReasoningRetention.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "candidate_agent_ids", b"candidate_agent_ids", "candidates", b"candidates", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1510,12 +1619,15 @@ class GenerateDelta(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is certain: whole characters, and no part of a possible stop string. Can be empty. What was held back
     comes with a later delta.
     """
     reasoning: _builtins.str
     """Reasoning that is certain, as `text`."""
+    candidate: _builtins.int
+    """The candidate that this belongs to, from 0. Deltas of several come in any order."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens of this piece, in order. A delta that only releases held-back text has none."""
@@ -1536,10 +1648,11 @@ class GenerateDelta(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         reasoning: _builtins.str = ...,
         tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
+        candidate: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1718,12 +1831,13 @@ class GenerateFinished(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     PERSISTED_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why the answer ended."""
     matched_stop: _builtins.str
     """The stop string that ended the answer; empty with any other finish reason."""
     persisted: _builtins.bool
-    """As PrimeResponse.persisted. Always false with `ephemeral` or without agent_id."""
+    """As PrimeResponse.persisted. Always false with `ephemeral` or without agent_id. With candidate_agent_ids: of all of them."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Token counts."""
@@ -1746,6 +1860,12 @@ class GenerateFinished(_message.Message):
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallFinished]:
         """The answer's tool calls, all of them."""
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateFinished]:
+        """How each candidate ended, if there was more than one or candidate_agent_ids named it; the fields above are of the
+        first.
+        """
+
     def __init__(
         self,
         *,
@@ -1757,14 +1877,137 @@ class GenerateFinished(_message.Message):
         agent: Global___Agent | None = ...,
         persisted: _builtins.bool = ...,
         tool_calls: _abc.Iterable[Global___ToolCallFinished] | None = ...,
+        candidates: _abc.Iterable[Global___CandidateFinished] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "persisted", b"persisted", "timings", b"timings", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "candidates", b"candidates", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "persisted", b"persisted", "timings", b"timings", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateFinished: _TypeAlias = GenerateFinished  # noqa: Y015
+
+@_typing.final
+class CandidateFinished(_message.Message):
+    """CandidateFinished is how one of several candidates ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    MATCHED_STOP_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_SUM_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended."""
+    matched_stop: _builtins.str
+    """As GenerateFinished.matched_stop."""
+    completion_tokens: _builtins.int
+    """As Usage.completion_tokens."""
+    logprob_sum: _builtins.float
+    """Sum of its tokens' log probabilities, of the model's own distribution."""
+    @_builtins.property
+    def agent(self) -> Global___Agent:
+        """Its agent after the commit, if candidate_agent_ids named one."""
+
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallFinished]:
+        """Its tool calls."""
+
+    def __init__(
+        self,
+        *,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        matched_stop: _builtins.str = ...,
+        completion_tokens: _builtins.int = ...,
+        logprob_sum: _builtins.float = ...,
+        agent: Global___Agent | None = ...,
+        tool_calls: _abc.Iterable[Global___ToolCallFinished] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "logprob_sum", b"logprob_sum", "matched_stop", b"matched_stop", "tool_calls", b"tool_calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CandidateFinished: _TypeAlias = CandidateFinished  # noqa: Y015
+
+@_typing.final
+class ScoreRequest(_message.Message):
+    """Request of Score."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    """The agent behind whose context the content is scored. Empty: the content alone."""
+    top_logprobs: _builtins.int
+    """As GenerateRequest.top_logprobs, but 0 still reports the tokens' own."""
+    @_builtins.property
+    def content(self) -> Global___Content:
+        """What is scored. Required. A chat gets no generation prompt."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        content: Global___Content | None = ...,
+        top_logprobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "content", b"content", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """Some of Score's tokens, in order. The last has the sums."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROB_SUM_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    logprob_sum: _builtins.float
+    """Sum over all tokens. Only in the last."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """At most 256. Natural logarithms of the model's own distribution, as TokenLogprobs says. Minus infinity for a token that
+        is in the model's vocabulary and that no text has.
+        """
+
+    @_builtins.property
+    def cache(self) -> Global___CacheReport:
+        """What was reused and what was computed. Only in the last."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """How long it took. Only in the last."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        logprob_sum: _builtins.float | None = ...,
+        cache: Global___CacheReport | None = ...,
+        timings: Global___Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_sum", b"_logprob_sum", "cache", b"cache", "logprob_sum", b"logprob_sum", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_sum", b"_logprob_sum", "cache", b"cache", "logprob_sum", b"logprob_sum", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob_sum: _TypeAlias = _typing.Literal["logprob_sum"]  # noqa: Y015
+    _WhichOneofArgType__logprob_sum: _TypeAlias = _typing.Literal["_logprob_sum", b"_logprob_sum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob_sum) -> _WhichOneofReturnType__logprob_sum | None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
 
 @_typing.final
 class ForkAgentRequest(_message.Message):

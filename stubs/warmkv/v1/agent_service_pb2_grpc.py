@@ -62,6 +62,11 @@ class AgentServiceStub:
                 request_serializer=warmkv_dot_v1_dot_agent__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=warmkv_dot_v1_dot_agent__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_stream(
+                '/warmkv.v1.AgentService/Score',
+                request_serializer=warmkv_dot_v1_dot_agent__service__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_agent__service__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.ForkAgent = channel.unary_unary(
                 '/warmkv.v1.AgentService/ForkAgent',
                 request_serializer=warmkv_dot_v1_dot_agent__service__pb2.ForkAgentRequest.SerializeToString,
@@ -156,8 +161,24 @@ class AgentServiceServicer:
         appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
         that wait for results belong to the agent: they survive restarts, and forks have them too.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
-        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+        (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+        (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Score returns the log probability of each token of content, behind an agent's context or alone.
+
+        Nothing is kept or changed. Takes its turn as the others, and reuses the agent's KV; the content is always computed.
+        The first token of a context has no log probability and is left out. Tokens are told of as they are computed, and
+        the last message has the sums.
+
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+        (AGENT_NOT_FOUND) and ABORTED (AGENT_DELETED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,6 +278,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=warmkv_dot_v1_dot_agent__service__pb2.GenerateRequest.FromString,
                     response_serializer=warmkv_dot_v1_dot_agent__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_stream_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=warmkv_dot_v1_dot_agent__service__pb2.ScoreRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_agent__service__pb2.ScoreResponse.SerializeToString,
             ),
             'ForkAgent': grpc.unary_unary_rpc_method_handler(
                     servicer.ForkAgent,
@@ -383,6 +409,33 @@ class AgentService:
             '/warmkv.v1.AgentService/Generate',
             warmkv_dot_v1_dot_agent__service__pb2.GenerateRequest.SerializeToString,
             warmkv_dot_v1_dot_agent__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/warmkv.v1.AgentService/Score',
+            warmkv_dot_v1_dot_agent__service__pb2.ScoreRequest.SerializeToString,
+            warmkv_dot_v1_dot_agent__service__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -113,8 +113,20 @@ class AgentServiceStub:
     appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
     that wait for results belong to the agent: they survive restarts, and forks have them too.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
-    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+    (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+    (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    """
+    Score: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.ScoreRequest, _agent_service_pb2.ScoreResponse]
+    """Score returns the log probability of each token of content, behind an agent's context or alone.
+
+    Nothing is kept or changed. Takes its turn as the others, and reuses the agent's KV; the content is always computed.
+    The first token of a context has no log probability and is left out. Tokens are told of as they are computed, and
+    the last message has the sums.
+
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+    (AGENT_NOT_FOUND) and ABORTED (AGENT_DELETED).
     """
     ForkAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -226,8 +238,20 @@ class AgentServiceAsyncStub(AgentServiceStub):
     appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
     that wait for results belong to the agent: they survive restarts, and forks have them too.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
-    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+    (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+    (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    """
+    Score: _aio.UnaryStreamMultiCallable[_agent_service_pb2.ScoreRequest, _agent_service_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Score returns the log probability of each token of content, behind an agent's context or alone.
+
+    Nothing is kept or changed. Takes its turn as the others, and reuses the agent's KV; the content is always computed.
+    The first token of a context has no log probability and is left out. Tokens are told of as they are computed, and
+    the last message has the sums.
+
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+    (AGENT_NOT_FOUND) and ABORTED (AGENT_DELETED).
     """
     ForkAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]  # type: ignore[assignment]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -354,8 +378,26 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
         that wait for results belong to the agent: they survive restarts, and forks have them too.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
-        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG, CONSTRAINT_TOO_COMPLEX), RESOURCE_EXHAUSTED
+        (CONSTRAINT_TOO_COMPLEX, in mid-answer: it is committed as if it had been cancelled), FAILED_PRECONDITION
+        (UNSUPPORTED, TOOLS_CHANGED, NO_PENDING_CALL), ALREADY_EXISTS (AGENT_EXISTS, of a candidate), ABORTED
+        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _agent_service_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_service_pb2.ScoreResponse], _abc.AsyncIterator[_agent_service_pb2.ScoreResponse]]:
+        """Score returns the log probability of each token of content, behind an agent's context or alone.
+
+        Nothing is kept or changed. Takes its turn as the others, and reuses the agent's KV; the content is always computed.
+        The first token of a context has no log probability and is left out. Tokens are told of as they are computed, and
+        the last message has the sums.
+
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
+        (AGENT_NOT_FOUND) and ABORTED (AGENT_DELETED).
         """
 
     @_abc_1.abstractmethod

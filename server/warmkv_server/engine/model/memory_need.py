@@ -6,7 +6,7 @@ scores of attention, copies) depends on the model's code and on the device's ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES
 from warmkv_server.engine.cache.layout import CacheMap, Stack
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.step_plan import StepPlan, Wanted
+from warmkv_server.engine.output.scoring import COPIES, scored_at_once
 
 _COPIED_LAYERS = 2
 """Layers that are there twice while rows join or leave a batch; the next is copied when one is done."""
@@ -135,7 +136,10 @@ class MemoryNeeds:
         )
 
     def of_job(self, job: Job) -> MemoryNeed:
-        return self.of(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
+        need = self.of(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
+        if job.score is None:
+            return need
+        return replace(need, step=need.step + COPIES * 4 * self.vocab_size * scored_at_once(self.vocab_size))
 
     def _layer(self, keys: Stack, values: Stack, tokens: int) -> int:
         """Bytes of one layer's cache."""

@@ -49,6 +49,10 @@ class ModelRunner:
         """Feed the only row a token and a guess. Returns the logits behind each, (tokens, vocabulary)."""
         return self._feed(self.model, plan, caches)[0]
 
+    def score(self, plan: StepPlan, caches: Sequence[Any]) -> mx.array:
+        """Have the caches take a chunk of the only row. Returns the logits behind each token, (tokens, vocabulary)."""
+        return self._feed(self.model, plan, caches)[0, : plan.rows[0].length]
+
     def probe(self, plan: StepPlan, caches: Sequence[Any]) -> mx.array:
         """Run a step to see what comes of it.
 

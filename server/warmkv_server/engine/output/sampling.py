@@ -12,6 +12,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from warmkv_server.contract.generation import Logprobs, Sampling
+from warmkv_server.engine.output.constraint import Mask, bias_of
 
 _MASK64 = (1 << 64) - 1
 
@@ -108,20 +109,22 @@ class Chooser:
         """Whether the choice at a position depends on no token but through the logits."""
         return not (self._on_context or self._on_answer)
 
-    def choose_each(self, logits: mx.array, position: int) -> list[Choice]:
+    def choose_each(self, logits: mx.array, position: int, masks: Sequence[Mask | None] | None = None) -> list[Choice]:
         """Choose from logits of shape (tokens, vocabulary), of a `memoryless` sequence.
 
         Args:
             position: length of the context that the first of the chosen tokens will follow.
+            masks: of what may be chosen at each; None for everything.
         """
         if self.plain:
-            logits = self._choosable(logits)
+            logits = constrained(self._choosable(logits), masks)
             best = mx.argmax(logits, axis=-1)
             scores = Scores.of(logits, best)
             return [Choice(best[row : row + 1], scores, row) for row in range(len(logits))]
-        return [self.choose(logits[row : row + 1], position + row, None) for row in range(len(logits))]
+        each = masks if masks is not None else [None] * len(logits)
+        return [self.choose(logits[row : row + 1], position + row, None, each[row]) for row in range(len(logits))]
 
-    def choose(self, logits: mx.array, position: int, last: mx.array | None) -> Choice:
+    def choose(self, logits: mx.array, position: int, last: mx.array | None, mask: Mask | None = None) -> Choice:
         """Choose from the model's logits of shape (1, vocabulary).
 
         The log-probabilities that go with the choice are the model's own, of these logits before bias and penalties:
@@ -130,13 +133,14 @@ class Chooser:
         Args:
             position: length of the context that the token will follow.
             last: the token of the answer that the logits follow, shape (1,); None for the first.
+            mask: of what may be chosen; None for everything.
         """
         if last is not None and self._on_answer:
             self._answer = mx.concatenate([self._answer, last.astype(mx.uint32)])
         if last is not None and self._on_context:
             self._context = mx.concatenate([self._context, last.astype(mx.uint32)])
         # Now: the processors write into their logits.
-        own = _logprobs(self._choosable(logits)) if self.top_logprobs else None
+        own = logprobs_of(self._choosable(logits)) if self.top_logprobs else None
         for process in self._bias:
             logits = process(self._answer, logits)
         for process in self._on_context:
@@ -144,12 +148,14 @@ class Chooser:
         for process in self._on_answer:
             logits = process(self._answer, logits)
         logits = self._choosable(logits)  # now: bias and penalties may name any id
+        if mask is not None:
+            logits = constrained(logits, [mask])
         if self.greedy:
             weighed, token = logits, mx.argmax(logits, axis=-1)
         else:
             # One call of the generator seeds it; what is drawn here touches no other sequence's stream.
             mx.random.seed((self._seed + position * 0x9E3779B97F4A7C15) & _MASK64)
-            weighed = _logprobs(logits)
+            weighed = logprobs_of(logits)
             token = self._draw(weighed)
         scores = Scores.of(weighed, token)
         if own is None:
@@ -164,7 +170,13 @@ class Chooser:
         )
 
 
-def _logprobs(logits: mx.array) -> mx.array:
+def constrained(logits: mx.array, masks: Sequence[Mask | None] | None) -> mx.array:
+    """Logits, (rows, vocabulary), of which the masked ones are minus infinity. Lazy."""
+    return logits if masks is None else logits + bias_of(masks, logits.shape[-1], logits.dtype)
+
+
+def logprobs_of(logits: mx.array) -> mx.array:
+    """In 32 bits. Lazy."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from warmkv_server.contract.generation import Scored
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.model.step_plan import Row, StepKind, StepPlan, Wanted
-from warmkv_server.engine.output.sampling import Choice, Scores
+from warmkv_server.engine.output.constraint import Mask
+from warmkv_server.engine.output.sampling import Choice, Scores, constrained
+from warmkv_server.engine.output.scoring import score, scored_at_once
 from warmkv_server.engine.steps.sequence import Sequence, first_tokens
 
 PADDING = 0.25
@@ -142,17 +146,20 @@ class Batch:
         self._count_step()
         return choices
 
-    def verify(self, guess: list[int]) -> list[Choice]:
+    def verify(self, guess: list[int], masks: list[Mask | None] | None = None) -> list[Choice]:
         """Feed the only row's last token and a guess of what follows it, and start choosing a token behind each.
 
         What turns out to be wrong is for `cut`, before anything else is done with the batch.
+
+        Args:
+            masks: of what may be chosen behind each; None for everything.
         """
         (sequence,) = self.sequences
         assert sequence.pending is not None
         assert sequence.chooser is not None
         plan = plan_check(sequence, [sequence.pending.read(), *guess])
         logits = sequence.loaded.runner.verify(plan, self.caches)
-        choices = sequence.chooser.choose_each(logits, sequence.done + 1)
+        choices = sequence.chooser.choose_each(logits, sequence.done + 1, masks)
         mx.async_eval([choice.arrays for choice in choices])
         sequence.done += 1 + len(guess)
         return choices
@@ -194,8 +201,25 @@ class Batch:
             leaf.even = even
 
     def _choose(self, logits: mx.array, fed: list[mx.array]) -> list[Choice | Exception]:
+        if all(row.constraint is None for row in self.sequences):
+            return self._choose_from(logits, fed, None)
+        mx.async_eval(logits)  # computed while the masks are: those wait for the tokens of the step before
+        masks: list[Mask | None] = []
+        broken: dict[int, Exception] = {}
+        for number, row in enumerate(self.sequences):
+            try:
+                masks.append(row.mask())
+            except Exception as error:
+                masks.append(None)
+                broken[number] = error
+        choices = self._choose_from(logits, fed, masks)
+        return [broken.get(number, choice) for number, choice in enumerate(choices)]
+
+    def _choose_from(
+        self, logits: mx.array, fed: list[mx.array], masks: list[Mask | None] | None
+    ) -> list[Choice | Exception]:
         if all(row.chooser is not None and row.chooser.plain for row in self.sequences):
-            logits = self.sequences[0].loaded.choosable(logits)
+            logits = constrained(self.sequences[0].loaded.choosable(logits), masks)
             best = mx.argmax(logits, axis=-1)
             scores = Scores.of(logits, best)
             if len(self.sequences) == 1:
@@ -208,7 +232,8 @@ class Batch:
             assert sequence.chooser is not None
             try:
                 last = fed[row] if sequence.completion else None  # of the answer
-                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, last))
+                mask = masks[row] if masks is not None else None
+                choices.append(sequence.chooser.choose(logits[row : row + 1], sequence.done + 1, last, mask))
             except Exception as error:  # this row's alone: the step itself went well
                 choices.append(error)
         return choices
@@ -235,7 +260,7 @@ def next_boundary(sequence: Sequence, chunk: int) -> int:
     return min([end, *wanted])
 
 
-def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int]) -> StepPlan:
+def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int], wanted: Wanted = Wanted.NOTHING) -> StepPlan:
     """To compute each prompt up to its end, in one chunk. Rows of several begin at one place."""
     rows = tuple(
         [
@@ -246,7 +271,7 @@ def plan_chunk(sequences: Sequences[Sequence], ends: Sequences[int]) -> StepPlan
     start, end = rows[0].start, max(ends)
     shapes = sequences[0].loaded.cache_map.shapes
     fed, read = (end - start, end) if shapes is None or end == start else shapes.chunk(start, end)
-    return StepPlan(StepKind.PREFILL, rows, fed, read, Wanted.NOTHING)
+    return StepPlan(StepKind.PREFILL, rows, fed, read, wanted)
 
 
 def plan_step(sequences: Sequences[Sequence]) -> StepPlan:
@@ -284,6 +309,24 @@ def run_chunk(sequence: Sequence, chunk: int) -> None:
             sequence.keep_snapshot(sequence.loaded.cache_map.snapshot(sequence.caches))
 
 
+def score_chunk(sequence: Sequence, chunk: int) -> Scored | None:
+    """As `run_chunk`, and tell the log probabilities of the tokens that follow; None if none of them is asked for."""
+    job, start = sequence.job, sequence.done
+    assert job.score is not None
+    end = next_boundary(sequence, min(chunk, scored_at_once(sequence.loaded.info.vocab_size)))
+    logits = sequence.loaded.runner.score(plan_chunk([sequence], [end], Wanted.LOGITS), sequence.caches)
+    first = max(start, job.score.first - 1, sequence.scored)
+    scored = None
+    if first < end:
+        targets = np.asarray(job.tokens[first + 1 : end + 1], np.int32)
+        scored = score(sequence.loaded.choosable(logits[first - start :]), targets, job.score.top)
+    mx.eval(kinds.arrays(sequence.caches))
+    sequence.done = end
+    sequence.scored = max(sequence.scored, end)
+    sequence.collect()
+    return scored
+
+
 def choose_first(sequence: Sequence) -> None:
     """Feed the last token, alone, and sample the first token of the answer, or the next one, from its logits."""
     assert sequence.chooser is not None
@@ -291,7 +334,7 @@ def choose_first(sequence: Sequence) -> None:
     logits = sequence.loaded.runner.decode(plan_token(sequence, last, Wanted.LOGITS), sequence.caches)
     sequence.done += 1
     fed = mx.array([last]) if sequence.completion else None
-    sequence.pending = sequence.chooser.choose(logits, sequence.done, fed)
+    sequence.pending = sequence.chooser.choose(logits, sequence.done, fed, sequence.mask())
     mx.eval(sequence.pending.arrays)
     sequence.collect()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from warmkv_server.contract.generation import Logprobs
+from warmkv_server.engine.output.constraint import RanOut
 from warmkv_server.engine.output.sampling import Choice
 from warmkv_server.engine.steps.batch import Batch, feed_last
 from warmkv_server.engine.steps.running_set import RunningSet
@@ -121,6 +122,8 @@ class Decoder:
             with self._failing_alone(sequence, failed):
                 if sampled is not None:
                     self._emit(sequence, *sampled)
+                if sequence.finish is None and isinstance(choice, RanOut):
+                    sequence.run_out(choice)
                 if sequence.finish is None and isinstance(choice, Exception):
                     raise choice
             if sequence in failed:
@@ -155,11 +158,12 @@ class Decoder:
             return False
         batch, sequence = self._running.batches[0], self._running.batches[0].sequences[0]
         with self._running.containing(sequence):
-            guess = speculator.propose(sequence)
+            proposal = speculator.propose(sequence)
+            guess = proposal.tokens
             if not guess:
                 return False
             self.rows = 1
-            choices = batch.verify(guess)
+            choices = batch.verify(guess, proposal.masks)
             if not sequence.sent:
                 self._emit(sequence, *sequence.sampled())
             self._running.flush()
@@ -169,7 +173,7 @@ class Decoder:
                 self._emit(sequence, guess[right], choices[right].logprobs())
                 right += 1
             batch.cut(len(guess) - right)
-            speculator.learn(sequence, len(guess), right)
+            speculator.learn(sequence, proposal, right)
             choices[right].read()
             sequence.pending, sequence.sent = choices[right], False
             if sequence.finish is not None:

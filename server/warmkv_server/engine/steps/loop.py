@@ -22,6 +22,7 @@ from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.memory_need import MemoryNeeds
+from warmkv_server.engine.output.constraint import Constraint
 from warmkv_server.engine.steps.decode import Decoder
 from warmkv_server.engine.steps.prefill import Pace, Prefiller
 from warmkv_server.engine.steps.running_set import Deliver, RunningSet
@@ -67,6 +68,7 @@ News = Failed | Restarted
 class Submit:
     ident: int
     job: Job
+    constraint: Constraint | None
     time: float
 
 
@@ -187,8 +189,8 @@ class StepLoop:
 
     def _new_speculator(self) -> Speculator | None:
         assert self.loaded is not None
-        most = self._settings.speculate_tokens
-        return Speculator(most, self.loaded) if most else None
+        most, force = self._settings.speculate_tokens, self._settings.force_tokens
+        return Speculator(most, force, self.loaded) if most or force else None
 
     def _supervise(self) -> None:
         """Serve, also after it broke once."""
@@ -277,20 +279,24 @@ class StepLoop:
                 continue
             idle = False
             match command:
-                case Submit(ident, job, submitted):
-                    self._take(ident, job, submitted)
+                case Submit():
+                    self._take(command)
                 case Cancel(ident):
                     self._cancel(ident)
                 case Stop():
                     return False
 
-    def _take(self, ident: int, job: Job, submitted: float) -> None:
+    def _take(self, submit: Submit) -> None:
         assert self.loaded is not None
         assert self.needs is not None
         try:
-            self._running.add(Sequence(ident, job, self.loaded, self.needs.of_job(job), submitted=submitted))
+            need = self.needs.of_job(submit.job)
+            sequence = Sequence(
+                submit.ident, submit.job, self.loaded, need, submitted=submit.time, constraint=submit.constraint
+            )
+            self._running.add(sequence)
         except Exception:
-            self._running.fail_new(ident)
+            self._running.fail_new(submit.ident)
 
     def _admit(self) -> None:
         """Let in whom there is room for, or for whom others give way."""

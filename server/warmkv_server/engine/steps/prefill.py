@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from warmkv_server.contract.generation import Progress
-from warmkv_server.engine.steps.batch import Batch, choose_first, run_chunk
+from warmkv_server.engine.output.constraint import RanOut
+from warmkv_server.engine.steps.batch import Batch, choose_first, run_chunk, score_chunk
 from warmkv_server.engine.steps.decode import Decoder
 from warmkv_server.engine.steps.running_set import RunningSet, ran_out
 from warmkv_server.engine.steps.sequence import Sequence
@@ -157,7 +158,12 @@ class Prefiller:
                     self._running.finish(sequence)
                     return
                 if sequence.pending is None:
-                    choose_first(sequence)
+                    try:
+                        choose_first(sequence)
+                    except RanOut as error:
+                        sequence.run_out(error)
+                        self._running.finish(sequence)
+                        return
             self.prefilled += sequence.done - before
             self._report(sequence)
             if sequence.pending is not None:
@@ -209,7 +215,13 @@ class Prefiller:
 
     def _run_chunk(self, sequence: Sequence) -> None:
         prefix, began = sequence.done, time.perf_counter()
-        run_chunk(sequence, self.pace.tokens(prefix, decoding=bool(self._running.batches)))
+        tokens = self.pace.tokens(prefix, decoding=bool(self._running.batches))
+        if sequence.job.score is None:
+            run_chunk(sequence, tokens)
+        elif sequence.done < sequence.prefill_end:
+            if (scored := score_chunk(sequence, tokens)) is not None:
+                self._running.send(sequence.ident, scored)
+            return  # which is another pace
         if sequence.done > prefix and not self._is_new_shape(sequence, prefix):
             self.pace.record(sequence.done - prefix, prefix, time.perf_counter() - began)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import abc
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,10 @@ from warmkv_server.engine.cache.codecs.codec import join
 from warmkv_server.engine.model.load import LoadedModel
 from warmkv_server.engine.model.memory_need import MemoryNeed
 from warmkv_server.engine.output.answer_text import AnswerText
+from warmkv_server.engine.output.constraint import Constraint, Mask, RanOut
 from warmkv_server.engine.output.sampling import Choice, Chooser
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -42,6 +46,9 @@ class Sequence:
         reported: tokens of the prompt that its client was told of.
         submitted: when it was sent, on `time.perf_counter`.
         came: when it left the queue last, on the same clock.
+        constraint: what the answer's text may become; None for anything.
+        scored: tokens behind which the log probabilities were told.
+        forced: tokens of the answer that the constraint left no choice of, and that no step was spent on.
     """
 
     ident: int
@@ -62,6 +69,9 @@ class Sequence:
     reported: int = -1
     submitted: float = 0.0
     came: float = 0.0
+    constraint: Constraint | None = None
+    forced: int = 0
+    scored: int = 0
     chooser: Chooser | None = None
     text: AnswerText | None = None
     _grown: list[tuple[int, Mapping[PartKind, Tensors]]] = field(default_factory=list)
@@ -74,6 +84,9 @@ class Sequence:
     def __post_init__(self) -> None:
         self.to_prefill: abc.Sequence[int] = self.job.tokens
         self._reuse = self.job.reuse
+        if (prefix := self.job.prefix) is not None and prefix.count:
+            self._grown, self._snapshots = [(prefix.count, prefix.tensors)], dict(prefix.snapshots)
+            self._reuse = self._held(prefix.end)
 
     @property
     def prompt_length(self) -> int:
@@ -90,8 +103,8 @@ class Sequence:
 
     @property
     def prefill_end(self) -> int:
-        """Tokens to prefill in chunks: all, or all but the last, whose logits choose the next token."""
-        return len(self.to_prefill) - self.wants_token
+        """Tokens to prefill in chunks: all, or all but the last, whose logits choose a token or are nobody's."""
+        return len(self.to_prefill) - (self.wants_token or self.job.score is not None)
 
     @property
     def left(self) -> int:
@@ -157,6 +170,8 @@ class Sequence:
         self._reuse, self.done = Reuse(end, tuple(spans)), end
         if self.chooser is not None:
             self.chooser.rewind(self.completion)
+        if self.constraint is not None:
+            self.constraint.go_back(min(self.constraint.taken, len(self.completion)))
 
     @property
     def parked_bytes(self) -> int:
@@ -176,15 +191,15 @@ class Sequence:
             self.collect()
             if self.done not in self._snapshots:
                 self.keep_snapshot(self.loaded.cache_map.snapshot(self.caches))
-        self._reuse = self._held()
+        self._reuse = self._held(self.done)
         if self.pending is not None:
             mx.eval(self.pending.arrays)
         self.parked, self.caches, self.opening = True, [], None
 
-    def _held(self) -> Reuse:
-        """What is reused and what was computed behind it, as a prefix that can be put in place."""
+    def _held(self, done: int) -> Reuse:
+        """What is reused and what was computed behind it, up to there, as a prefix that can be put in place."""
         reuse, end = self.job.reuse, self.job.reuse.length
-        if self.done <= end:
+        if done <= end:
             return reuse
         spans = list(reuse.spans)
         if spans:
@@ -193,10 +208,10 @@ class Sequence:
             spans.append(Span(end, count, parts))
             end += count
         if self.loaded.cache_map.states:
-            words = spans.pop() if self._grown else Span(end, self.done - end, {})
-            spans.append(Span(words.start, words.count, {**words.parts, PartKind.STATE: self._snapshots[self.done]}))
+            words = spans.pop() if self._grown else Span(end, done - end, {})
+            spans.append(Span(words.start, words.count, {**words.parts, PartKind.STATE: self._snapshots[done]}))
             end = spans[-1].end
-        assert end == self.done
+        assert end == done
         mx.eval([[list(tensors.values()) for tensors in span.parts.values()] for span in spans[len(reuse.spans) :]])
         return Reuse(end, tuple(spans))
 
@@ -204,6 +219,8 @@ class Sequence:
         """Begin again, after a chunk failed that others had a part in."""
         self.apart, self.caches, self.done, self.pending, self.sent = True, [], 0, None, False
         self._grown = []
+        if self.constraint is not None:
+            self.constraint.go_back(0)
         self.opening = self.open()
 
     def collect(self) -> None:
@@ -225,6 +242,34 @@ class Sequence:
         """The pending token, shape (1,); lazy."""
         assert self.pending is not None
         return self.pending.token
+
+    def mask(self) -> Mask | None:
+        """What may follow the pending token; None for anything. Waits for that token if there is a constraint.
+
+        Raises:
+            RanOut
+        """
+        if self.constraint is None:
+            return None
+        self.constrain()
+        return self.constraint.mask()
+
+    def constrain(self) -> None:
+        """Have the constraint stand behind the pending token. Waits for it.
+
+        Raises:
+            RanOut
+        """
+        assert self.constraint is not None
+        behind = self.completion[self.constraint.taken :]
+        if self.pending is not None and not self.sent and self.constraint.taken <= len(self.completion):
+            behind.append(self.pending.read())
+        self.constraint.take(behind)
+
+    def run_out(self, why: RanOut) -> None:
+        """End here: nothing can be chosen, and all that was sent has its KV."""
+        log.warning("an answer ends: its response format can't be followed: %s", " ".join(str(why).split())[:200])
+        self.finish = Finish.TOO_COMPLEX
 
     def sampled(self) -> tuple[int, Logprobs | None]:
         """The pending token and what is to be reported of it; waits for the step that computes them."""
@@ -268,16 +313,20 @@ class Sequence:
         text = self.text
         behind = text.tokens_behind_stop() if text is not None and text.matched_stop else 0
         completion = self.completion[: len(self.completion) - behind]
-        if self.finish is Finish.CANCELLED:  # perhaps after `rewind`: what isn't computed again yet is not kept
+        if self.finish in (
+            Finish.CANCELLED,
+            Finish.TOO_COMPLEX,
+        ):  # perhaps after `rewind`: what isn't computed again yet is not kept
             completion = completion[: max(0, self.done - self.prompt_length)]
         now = time.perf_counter()
         return Finished(
             finish=self.finish or Finish.PREFILLED,
             completion=tuple(completion),
-            growth=self._growth(min(self.done, self.prompt_length + len(completion))),
+            growth=self._growth(min(self.done, self.prompt_length + len(completion)) if self.job.score is None else 0),
             matched_stop=text.matched_stop if text is not None else "",
             prefill_seconds=(self._first_token or now) - self._began,
             decode_seconds=now - self._first_token if self._first_token else 0.0,
+            forced=self.forced,
         )
 
     def _growth(self, end: int) -> Growth:

@@ -8,18 +8,23 @@ a token behind each of them. As long as choice and guess are equal, the guess is
 A choice depends on its own logits and position only, so that this samples from the same distribution as deciding token
 by token; greedy or with a seed it gives the same tokens, wherever rounding doesn't decide. What is guessed depends on
 the sequence's tokens and the device, and on no clock: the same request alone takes the same steps.
+
+Where an answer is held to a grammar, what that forces is guessed first, in the tokens that the tokenizer would write it
+with. Each choice is made under the grammar's mask: which tokens spell the forced text is still the model's choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from warmkv_server.engine.model.load import LoadedModel
+from warmkv_server.engine.output.constraint import Mask, RanOut
+from warmkv_server.engine.output.sampling import Choice
 from warmkv_server.engine.steps.sequence import Sequence as Stream
 from warmkv_server.errors import OperatorError
 
@@ -113,28 +118,46 @@ class Purse:
         self.steps = min(MOST, self.steps + steps)
 
 
+class Proposal(NamedTuple):
+    """A guess of what follows the pending token.
+
+    Attributes:
+        masks: of what may be chosen behind that and behind each; None for anything.
+        forced: whether a grammar leaves no other text.
+    """
+
+    tokens: list[int]
+    masks: list[Mask | None] | None = None
+    forced: bool = False
+
+
+_NOTHING = Proposal([])
+
+
 class Speculator:
     """Guesses for whichever sequence decodes alone.
 
     Args:
-        limit: most tokens of a guess.
+        limit: most tokens of a guess from the context.
+        force: most tokens of one that a grammar forces.
 
     Attributes:
         proposed: tokens that were guessed and checked.
         accepted: those of them that were right.
 
     Raises:
-        OperatorError: if the model has caches that can't forget a wrong guess.
+        OperatorError: if guesses from the context are wanted of a model whose caches can't forget a wrong one.
     """
 
-    def __init__(self, limit: int, loaded: LoadedModel) -> None:
-        if not loaded.cache_map.can_be_cut:
+    def __init__(self, limit: int, force: int, loaded: LoadedModel) -> None:
+        if limit and not loaded.cache_map.can_be_cut:
             raise OperatorError(
                 "--speculate-tokens needs a model whose caches keep every token, and this one has layers with a window "
                 "or a recurrent state, which can't take back a wrong guess; start without it"
             )
         self.proposed = self.accepted = 0
         self._limit = limit
+        self._force = force if loaded.cache_map.can_be_cut else 0
         self._loaded = loaded
         weights = [array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(loaded.model.parameters()))]
         self._weight_bytes = sum(array.nbytes for array in weights)
@@ -147,24 +170,39 @@ class Speculator:
         self._purse = Purse()
         self._reach = FIRST_GUESS
 
-    def propose(self, stream: Stream) -> list[int]:
-        """The tokens that will follow the pending one, perhaps. Empty to go on without a guess.
+    def propose(self, stream: Stream) -> Proposal:
+        """The tokens that will follow the pending one, perhaps. None to go on without a guess.
 
-        Waits for the pending token if there is something to guess behind it, and only then.
+        Waits for the pending token if there is something to guess behind it, or a grammar, and only then.
         """
         answer, pending = stream.job.answer, stream.pending
         assert answer is not None
         assert pending is not None
         assert stream.chooser is not None
-        if not stream.chooser.memoryless:
-            return []
+        constraint = stream.constraint
+        if not stream.chooser.memoryless or not (self._limit if constraint is None else self._limit or self._force):
+            return _NOTHING
         total = min(answer.max_tokens, stream.loaded.info.context_limit - stream.prompt_length)
         if stream.ident != self._ident:
             self._ident, self._purse, self._reach = stream.ident, Purse(), FIRST_GUESS
             self._lookup = Lookup(stream.job.tokens, total)
         self._purse.earn(ALLOWANCE)
         left = total - len(stream.completion) - (not stream.sent)
-        count = min(self._limit, self._reach, left - 1, self._purse.affords(self._check, self._price(stream.done)))
+        affords = min(left - 1, self._purse.affords(self._check, self._price(stream.done)))
+        if constraint is None:
+            return Proposal(self._look_up(stream, pending, min(affords, self._limit, self._reach)))
+        if affords < 1:
+            return _NOTHING
+        try:
+            stream.constrain()
+            forced = constraint.forced(min(affords, self._force))
+            guess = forced or self._look_up(stream, pending, min(affords, self._limit, self._reach))
+            return Proposal(*constraint.masks(guess), forced=bool(forced)) if guess else _NOTHING
+        except RanOut:  # the next step says so
+            return _NOTHING
+
+    def _look_up(self, stream: Stream, pending: Choice, count: int) -> list[int]:
+        """A guess from the context, of so many tokens at most."""
         if count < 1:
             return []
         known = stream.completion[len(self._lookup) - stream.prompt_length :]
@@ -179,11 +217,17 @@ class Speculator:
             return []
         return guess[1:]
 
-    def learn(self, stream: Stream, proposed: int, accepted: int) -> None:
-        """What came of a guess."""
-        self.proposed += proposed
-        self.accepted += accepted
-        self._reach = 2 * accepted + 1
+    def learn(self, stream: Stream, proposal: Proposal, accepted: int) -> None:
+        """What came of a guess, which the answer has now as far as it was right."""
+        proposed = len(proposal.tokens)
+        if stream.constraint is not None:
+            stream.constraint.go_back(len(stream.completion))
+        if proposal.forced:
+            stream.forced += accepted
+        else:
+            self.proposed += proposed
+            self.accepted += accepted
+            self._reach = 2 * accepted + 1
         self._purse.earn(accepted - self._check - proposed * self._price(stream.done))
 
     def _price(self, length: int) -> float:

@@ -1,0 +1,200 @@
+"""From what a client says of an answer's text to a grammar of llguidance, and from its complaints to errors.
+
+llguidance (M. Moskal and others, MIT) compiles a grammar lazily and says for each token of a vocabulary whether the
+text can still become a sentence behind it. What it takes for one token is bounded by `LIMITS`. What compiling takes is
+not, and some grammars end the process: see trial.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from warmkv_server.contract.grammar import Grammar, GrammarKind
+from warmkv_server.errors import ConstraintTooComplex, InvalidField, Unsupported, WarmKVError
+
+PROPERTIES = 2_000
+"""In all objects of a schema."""
+ALTERNATIVES = 5_000
+"""Entries of enum, anyOf, oneOf and allOf in a schema; lines and alternatives of a Lark grammar."""
+DEPTH = 100
+"""Levels of a schema. llguidance and JSON's readers take a few more."""
+
+LIMITS = LLParserLimits(
+    max_items_in_row=400,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=500_000,
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
+"""For one token: measured on 2 cores, the worst grammars found take some 10 ms before they run out, ambiguous ones 60.
+States take up to 2 kB each. With llguidance's own limits a token took more than a second."""
+
+_JSON = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    # Nothing at all makes small models worse, and without an end they sometimes write nothing else.
+    "whitespace_pattern": r"[ \n]{1,8}",
+    "coerce_one_of": False,
+    "lenient": False,
+    # One spelling for each name: with others a second value for a property escapes what the schema says of it.
+    "json_allowed_escapes": '"\\bfnrt',
+}
+
+_DATA = ("const", "enum", "default", "examples")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTED = ("anyOf", "oneOf", "allOf", "enum")
+_SPELLED = "\b\f\n\r\t"
+"""The control characters that have an escape of their own."""
+
+_MUCH = (
+    "too big",
+    "too large",
+    "too many",
+    "too complex",
+    "too deep",
+    "recursion limit",
+    "limit for",
+    "fuel",
+    "max is",
+)
+_COMPLAINTS = {
+    "Unknown format": "format",
+    "oneOf constraints": "oneOf",
+    "circular references": "$ref",
+    "Resource '": "$ref",
+    "min/maxProperties": "minProperties or maxProperties",
+    "patternProperty": "patternProperties",
+    "integer range": "minimum or maximum",
+    "number range": "minimum or maximum",
+    "multipleOf": "multipleOf",
+    "regex": "pattern",
+}
+_CHARACTERS = 200
+
+
+def source(grammar: Grammar) -> str:
+    """The grammar as llguidance takes it.
+
+    Raises:
+        InvalidField: for a schema that is no JSON.
+    """
+    match grammar.kind:
+        case GrammarKind.JSON_SCHEMA:
+            try:
+                return LLMatcher.grammar_from_json_schema(_of_this_draft(grammar.texts[0]), overrides=_JSON)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise InvalidField.of(grammar.field, f"is no JSON: {_short(str(error))}") from error
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(grammar.texts[0])
+        case GrammarKind.LARK:
+            return LLMatcher.grammar_from_lark(grammar.texts[0])
+        case GrammarKind.CHOICES:
+            return LLMatcher.grammar_from_regex(
+                "|".join(re.sub(r"[][\\.+*?()|{}^$#&~-]", r"\\\g<0>", t) for t in grammar.texts)
+            )
+
+
+def complaint(grammar: Grammar, message: str) -> WarmKVError:
+    """What llguidance says of a grammar, as the error that the client gets."""
+    short = _short(message)
+    if any(word in message for word in _MUCH):
+        return ConstraintTooComplex(f"{grammar.field} takes too much to follow ({short}); give a simpler one")
+    looks = "look-around" in message or "backreference" in message
+    if grammar.kind is not GrammarKind.JSON_SCHEMA:
+        return Unsupported(f"{grammar.field}: {short}") if looks else InvalidField.of(grammar.field, short)
+    if keys := re.search(r"Unimplemented keys: \[(.*?)\]", message):
+        return unsupported(grammar, keys[1].replace('"', ""))
+    if "Unsatisfiable" in message or "does not exist" in message or ("regex parse error" in message and not looks):
+        return InvalidField.of(grammar.field, short)
+    keyword = next((name for words, name in _COMPLAINTS.items() if words in message), "")
+    return unsupported(grammar, keyword, short)
+
+
+def unsupported(grammar: Grammar, keyword: str, why: str = "") -> Unsupported:
+    """A schema has a keyword that can't be enforced."""
+    said = f" ({why})" if why else ""
+    what = f"the keyword {keyword}" if keyword else "what it says"
+    return Unsupported(f"{grammar.field}: this server can't enforce {what}{said}; leave it out and check it yourself")
+
+
+def check_size(grammar: Grammar) -> None:
+    """Refuse what has more parts than are taken, and schemas that llguidance would follow in another sense.
+
+    Raises:
+        ConstraintTooComplex, InvalidField, Unsupported
+    """
+    if grammar.kind is GrammarKind.LARK:
+        parts = sum(text.count("\n") + text.count("|") for text in grammar.texts)
+        _require(grammar, parts, ALTERNATIVES, "lines and alternatives")
+    if grammar.kind is not GrammarKind.JSON_SCHEMA:
+        return
+    properties = alternatives = 0
+    for key, value in _keywords(grammar):
+        properties += len(value) if key == "properties" and isinstance(value, dict) else 0
+        alternatives += len(value) if key in _LISTED and isinstance(value, list) else 0
+        if key == "multipleOf" and isinstance(value, float) and not value.is_integer():
+            raise unsupported(grammar, "multipleOf", "with a value that isn't whole, validators differ")
+        if key in ("const", "enum") and not _can_be_spelled(value):
+            raise unsupported(grammar, key, "with control characters")
+    _require(grammar, properties, PROPERTIES, "properties")
+    _require(grammar, alternatives, ALTERNATIVES, "alternatives")
+
+
+def _keywords(grammar: Grammar) -> Iterator[tuple[str, Any]]:
+    """Every keyword of every schema in the schema, with its value."""
+    try:
+        whole = json.loads(grammar.texts[0])
+    except (ValueError, RecursionError) as error:
+        raise InvalidField.of(grammar.field, f"is no JSON: {_short(str(error))}") from error
+    waiting = [(whole, False, 1)]
+    while waiting:
+        part, named, level = waiting.pop()
+        _require(grammar, level, DEPTH, "levels")
+        if isinstance(part, list):
+            waiting += [(each, False, level + 1) for each in part]
+        elif isinstance(part, dict) and named:
+            waiting += [(each, False, level + 1) for each in part.values()]
+        elif isinstance(part, dict):
+            yield from part.items()
+            waiting += [(each, key in _MAPS, level + 1) for key, each in part.items() if key not in _DATA]
+
+
+def _require(grammar: Grammar, count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ConstraintTooComplex(f"{grammar.field} has more than {most} {what}; give a smaller one")
+
+
+def _of_this_draft(schema: str) -> str:
+    """The schema without `$schema`: whatever that says, it is read as one of 2020-12."""
+    found = json.loads(schema)
+    if not isinstance(found, dict) or "$schema" not in found:
+        return schema
+    return json.dumps({key: value for key, value in found.items() if key != "$schema"}, ensure_ascii=False)
+
+
+def _can_be_spelled(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, str) and any(letter < " " and letter not in _SPELLED for letter in part):
+            return False
+    return True
+
+
+def _short(message: str) -> str:
+    """In one line, and without what can be said of the inside."""
+    line = " ".join(message.replace("<non-verbose/>", "").split())
+    return line if len(line) <= _CHARACTERS else f"{line[: _CHARACTERS - 1]}…"
