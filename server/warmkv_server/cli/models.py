@@ -23,6 +23,7 @@ def _models() -> None:
 def check(
     model: Annotated[str, typer.Argument(help="As --model of `warmkv serve`: a folder, builtin:tiny, ORG/NAME[@REV].")],
     adapter: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
+    kv: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_bits: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_group_size: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
@@ -31,7 +32,7 @@ def check(
     of a text, and which messages its chat template writes. Loads it, and exits with 2 where it would be refused."""
     from warmkv_server.offline.checking import check as look
 
-    given = {"model": model, "adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
+    given = {"model": model, "adapter": adapter, "kv": kv, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
     try:
         found = look(config.read({name: value for name, value in given.items() if value is not None}))
     except OperatorError as error:

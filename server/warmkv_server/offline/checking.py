@@ -9,7 +9,7 @@ from typing import Any
 
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.contract.settings import Settings
-from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.choose import codecs_of
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.errors import InvalidField
@@ -29,7 +29,7 @@ def check(settings: Settings) -> dict[str, Any]:
     loaded = models.load(
         settings.model,
         adapter=settings.adapter,
-        codecs=codecs_for(settings.kv_bits, settings.kv_group_size),
+        codecs=codecs_of(settings),
         context_limit=settings.context_limit,
         tokenizer_found=sources.append,
     )

@@ -96,12 +96,13 @@ class QuantiseFirst(Kept):
 
     def take(self) -> tuple[Words, Words]:
         runs: list[Coded] = []
-        for computed, run in itertools.groupby(self.log, key=attrgetter("computed")):
+        for stepped, run in itertools.groupby(self.log, key=attrgetter("stepped")):
             updates = list(run)
             joined = join_tokens([update.coded for update in updates])
-            runs.append(self.codec.encode_computed(joined, updates[0].start) if computed else joined)
+            runs.append(apart(self.codec.words_of(joined, updates[0].start) if stepped else joined))
         self.log = []
-        return apart(join_tokens(runs))
+        keys, values = join_tokens(runs)
+        return keys, values
 
     def arrays(self) -> list[mx.array]:
         held = [] if self.keys is None else [self.keys, self.values]

@@ -20,13 +20,13 @@ class Update(NamedTuple):
     """What one call of the model had a layer store.
 
     Attributes:
-        computed: whether `coded` is what was computed, of which the words are yet to be made. So it is for updates of
-            one token: what a step of decoding costs is the count of its operations, and many words are made at once.
+        stepped: whether `coded` is what the words are yet to be made of. So it is for updates of one token: what a step
+            of decoding costs is the count of its operations, and many words are made at once.
         start: position of the first token.
     """
 
     coded: Coded
-    computed: bool
+    stepped: bool
     start: Position
 
 
