@@ -57,8 +57,12 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for end in found["ends"]:
         yield "ends an answer", f"{end['id']} {end['text']} ({', '.join(end['named_by'])})"
     yield "caches", ", ".join(f"{count} {kind}" for kind, count in found["caches"].items())
-    codec = f"{found['kv_bits']} bits in groups of {found['kv_group_size']}" if found["kv_bits"] else "as computed"
-    yield "kept KV", f"{codec}, {found['kv_bytes_per_token']:,} bytes a token"
+    yield "kept KV", f"{found['kv_bytes_per_token']:,} bytes a token"
+    for coded in found["kv_codecs"]:
+        groups = f" in groups of {coded['group_size']}" if coded["group_size"] else ""
+        lost = f", loses at most {coded['most_lost']:.1%}" if coded["most_lost"] is not None else ""
+        because = f" ({coded['reason']})" if coded["reason"] else ""
+        yield f"{coded['of']} of {coded['caches']} caches", f"{coded['codec']}{groups}{lost}{because}"
     if "tokenizer" in found:
         tokenizer = found["tokenizer"]
         kept = "not every text comes back as it was" if tokenizer["changes"] else "texts come back as they were"

@@ -35,6 +35,20 @@ class End:
 
 
 @dataclass(frozen=True)
+class StreamInfo:
+    """How a cache's keys or values are stored."""
+
+    codec: str
+    """Such as affine4, or exact."""
+    bits: int
+    group_size: int
+    loss: float | None = None
+    """The share of what tells tokens apart that it loses on a short text; None where it wasn't measured."""
+    reason: str = ""
+    """Why it isn't the codec that was asked for."""
+
+
+@dataclass(frozen=True)
 class LayerInfo:
     """One cache of the model. A model whose layers share KV has fewer of them than layers."""
 
@@ -46,6 +60,9 @@ class LayerInfo:
     window: int = 0
     members: tuple[LayerInfo, ...] = ()
     """The parts of a composite cache."""
+    keys: StreamInfo | None = None
+    values: StreamInfo | None = None
+    """How they are stored; None for recurrent and composite caches."""
 
 
 @dataclass(frozen=True)

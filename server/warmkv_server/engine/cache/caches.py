@@ -47,6 +47,8 @@ class QuantiseFirst(Kept):
     even = False
     codec: LayerCodec
     log: list[Update]
+    starts: tuple[int, ...] | None = None
+    """Of a batch: the positions of the rows' next tokens, where whoever feeds them knows: `offset` is on the device."""
 
     @property
     def batches(self) -> bool:
@@ -79,7 +81,8 @@ class QuantiseFirst(Kept):
     def quantised(self, keys: mx.array, values: mx.array, kept: int) -> tuple[mx.array, mx.array]:
         """What attention reads of them. The first `kept` tokens are logged."""
         coded: Coded
-        tokens, start, dtype = keys.shape[-2], self.offset, keys.dtype
+        tokens, dtype = keys.shape[-2], keys.dtype
+        start, self.starts = self.offset if self.starts is None else self.starts, None
         if kept == 1:
             coded, keys, values = self.codec.read_back(keys, values, start)
         else:

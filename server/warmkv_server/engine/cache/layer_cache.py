@@ -58,6 +58,9 @@ class LayerCache(Protocol):
 class TokenCache(LayerCache, Protocol):
     """One that keeps keys and values, (rows, kv_heads, tokens, head_dim), of all tokens or of the last ones."""
 
+    starts: tuple[int, ...] | None
+    """Of a batch: the positions of the tokens that the rows are fed next, if they are known."""
+
     def take(self) -> tuple[Words, Words]:
         """Keys' and values' words of what was stored since the last time."""
 

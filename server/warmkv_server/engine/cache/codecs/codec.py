@@ -19,8 +19,9 @@ from warmkv_server.contract.kv_choice import KvChoice
 Words = tuple[mx.array, ...]
 """What is stored of one stream: its components, each (rows, kv_heads, tokens, width)."""
 
-Position = int | mx.array
-"""Of the first token, in its context: one for all rows, or one for each, (rows,)."""
+Position = int | tuple[int, ...] | mx.array
+"""Of the first token, in its context: one for all rows, or one for each, (rows,) where it isn't known before the device
+has computed it."""
 
 Coded = tuple[Words, ...]
 """A layer's keys' words and its values'; or both as one, side by side along the axis of heads."""

@@ -44,8 +44,8 @@ class Rotation:
         self.partner = partner
         first = np.array(rows[0], dtype=np.float64)
         self.gain = first[0] ** 2 + first[1] ** 2
-        self._at: tuple[int, int] | None = None
-        self._found: dict[object, mx.array] = {}
+        self._at: tuple[int | tuple[int, ...], int] | None = None
+        self._found: dict[tuple[int, int, bool], mx.array] = {}
 
     @classmethod
     def of(cls, module: Any, head_dim: int, positions: int) -> Rotation:
@@ -112,20 +112,26 @@ class Rotation:
         turned[self.partner, np.arange(dims)] += sines
         return turned
 
-    def at(self, start: Position, tokens: int, heads: int, still: int = 0) -> mx.array:
+    def at(self, start: Position, tokens: int, heads: int, still: int = 0, *, flat: bool = False) -> mx.array:
         """Cosines and sines of the tokens, (rows, heads, tokens, 2, head_dim) or what broadcasts to it.
 
         Args:
             still: so many heads follow that are not rotated.
+            flat: cosines and sines behind each other, along one axis.
         """
-        if not isinstance(start, int):
-            return self._with_still(_gathered(self.rows, start, tokens), heads, still)
-        if self._at != (start, tokens):
-            self._at, self._found = (start, tokens), {}
-        key = heads if still else 0, still
+        at = None if isinstance(start, mx.array) else (start, tokens)
+        if at is None or at != self._at:
+            self._at, self._found = at, {}
+        key = (heads if still else 0, still, flat)
         if key not in self._found:
-            self._found[key] = self._with_still(self.rows[start : start + tokens][None, None], heads, still)
+            rows = self.rows[start : start + tokens][None] if isinstance(start, int) else self._gathered(start, tokens)
+            turned = self._with_still(rows[:, None], heads, still)
+            self._found[key] = turned.flatten(-2) if flat else turned
         return self._found[key]
+
+    def _gathered(self, start: tuple[int, ...] | mx.array, tokens: int) -> mx.array:
+        # Rows of a batch are padded on their left: what is there has no position, and any will do.
+        return self.rows[mx.maximum(positions_of(start, tokens), 0)]
 
     def _with_still(self, rows: mx.array, heads: int, still: int) -> mx.array:
         if not still:
@@ -141,15 +147,10 @@ class Rotation:
         )
 
 
-def positions_of(start: mx.array, tokens: int) -> mx.array:
+def positions_of(start: tuple[int, ...] | mx.array, tokens: int) -> mx.array:
     """Of the tokens of rows that begin at different positions, (rows, tokens)."""
-    first = start.reshape(-1, 1)
+    first = mx.array(start).reshape(-1, 1)
     return first if tokens == 1 else first + mx.arange(tokens)
-
-
-def _gathered(rows: mx.array, start: mx.array, tokens: int) -> mx.array:
-    # Rows of a batch are padded on their left: what is there has no position, and any will do.
-    return rows[mx.maximum(positions_of(start, tokens), 0)][:, None]
 
 
 def _turn(module: Any, x: mx.array, start: int, tokens: int) -> mx.array:

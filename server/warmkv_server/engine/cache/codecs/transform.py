@@ -35,6 +35,10 @@ _SHRINK = 0.97
 """Of the range of a group of 4 bits or fewer: what lies outside is rounded farther, and all else less far."""
 
 
+_SMALLEST = 2.0**-14
+"""Scale, of values whose variance is about one: below, 16 bits have fewer digits."""
+
+
 @dataclass(frozen=True)
 class Basis:
     """Constants of one stream, for heads that each have their own.
@@ -100,23 +104,28 @@ class TransformCodec:
         )
 
     def encode(self, x: mx.array, start: Position = 0) -> Words:
-        grouped = self._into(x, start)
-        scales, zeros, numbers = _fitted(grouped, self.bits)
-        return self._packed(scales, zeros, numbers)
+        return self._packed(*_fitted(self._grouped(self._into(x, start)), self.bits))
 
     def decode(self, words: Words, dtype: mx.Dtype, start: Position = 0) -> mx.array:
         packed, scales, zeros = words
         numbers = packing.unpacked(packed, self.bits).reshape(*scales.shape, self.group_size)
         numbers = numbers.astype(mx.float32) - zeros.astype(mx.float32)[..., None]
-        return self._back(numbers, scales[..., None], start).astype(dtype)
+        if len(self._arrays.back) == 1:
+            return self._back(numbers[..., 0, :], scales.astype(mx.float32), start).astype(dtype)
+        return self._back(numbers, scales.astype(mx.float32)[..., None], start).astype(dtype)
 
     def step(self, x: mx.array, start: Position) -> tuple[Words, mx.array]:
-        scales, zeros, numbers = _quick(self._into(x, start), self.bits)
-        return (scales[..., 0], zeros[..., 0], numbers.flatten(-2)), self._back(numbers, scales, start).astype(x.dtype)
+        y = self._into(x, start)
+        if len(self._arrays.back) == 1:
+            numbers, scales = _quick(y, self.bits)
+            return (numbers, scales), self._back(numbers, scales, start).astype(x.dtype)
+        numbers, scales = _quick(self._grouped(y), self.bits)
+        read = self._back(numbers, scales, start).astype(x.dtype)
+        return (numbers.flatten(-2), scales[..., 0]), read
 
     def words_of(self, stepped: Words, _: Position) -> Words:
-        scales, zeros, numbers = stepped
-        return self._packed(scales[..., None], zeros[..., None], numbers.reshape(*scales.shape, self.group_size))
+        numbers, scales = self._grouped(stepped[0]), stepped[1][..., None]
+        return self._packed(numbers, scales, mx.minimum(numbers.min(axis=-1, keepdims=True), 0))
 
     def beside(self, other: object) -> TransformCodec | None:
         alike = (
@@ -139,49 +148,46 @@ class TransformCodec:
         heads = keys.shape[1]
         return (stepped,), read[:, :heads], read[:, heads:]
 
-    def _packed(self, scales: mx.array, zeros: mx.array, numbers: mx.array) -> Words:
+    def _packed(self, numbers: mx.array, scales: mx.array, zeros: mx.array) -> Words:
         words = (numbers - zeros).astype(mx.uint8).flatten(-2)
         # A group's numbers begin at or below zero, so that it has one, and end at or above it.
         return packing.packed(words, self.bits), scales[..., 0].astype(mx.float16), (-zeros[..., 0]).astype(mx.uint8)
 
+    def _grouped(self, y: mx.array) -> mx.array:
+        """(rows, heads, tokens, groups, group size)"""
+        return y.reshape(*y.shape[:-1], -1, self.group_size)
+
     def _into(self, x: mx.array, start: Position) -> mx.array:
-        """In the other basis, by groups, (rows, heads, tokens, groups, group size)."""
+        """In the other basis, (rows, heads, tokens, head_dim)."""
         x = x.astype(mx.float32)
-        arrays = self._arrays
+        arrays, tokens = self._arrays, x.shape[-2]
         if self.rotation is not None:
-            turning = x[..., None, :] * self._turn(start, x.shape[-2])
-            x = turning.flatten(-2)
-        coded = x @ arrays.into - self._at(start, x.shape[-2], arrays.mean_into, arrays.first_into)
-        return coded.reshape(*coded.shape[:-1], -1, self.group_size)
+            x = (x[..., None, :] * self._turn(start, tokens)).flatten(-2)
+        return x @ arrays.into - _at(start, tokens, arrays.mean_into, arrays.first_into)
 
     def _back(self, numbers: mx.array, scales: mx.array, start: Position) -> mx.array:
-        """Values of whole numbers, (rows, heads, tokens, groups, group size), that have these scales."""
+        """Values of whole numbers, (rows, heads, tokens, groups, group size), that have these scales.
+
+        Of one group, without the axis of groups.
+        """
         arrays = self._arrays
-        tokens = numbers.shape[-3]
-        found = self._at(start, tokens, arrays.mean, arrays.first)
-        # One group after the other, so that what is added is added in one order.
-        for group, back in enumerate(arrays.back):
-            found = (numbers[..., group, :] @ back) * scales[..., group, :] + found
+        tokens = numbers.shape[2]
+        found = _at(start, tokens, arrays.mean, arrays.first)
+        if len(arrays.back) == 1:
+            found = (numbers @ arrays.back[0]) * scales + found
+        else:
+            # One group after the other, so that what is added is added in one order.
+            for group, back in enumerate(arrays.back):
+                found = (numbers[..., group, :] @ back) * scales[..., group, :] + found
         if self.rotation is None:
             return found
-        turned = found * self._turn(start, tokens).flatten(-2)
+        turned = found * self._turn(start, tokens, flat=True)
         half = turned.shape[-1] // 2
         return turned[..., :half] + turned[..., half:]
 
-    def _turn(self, start: Position, tokens: int) -> mx.array:
+    def _turn(self, start: Position, tokens: int, *, flat: bool = False) -> mx.array:
         assert self.rotation is not None
-        return self.rotation.at(start, tokens, self.basis.back.shape[0] - self.still, self.still)
-
-    def _at(self, start: Position, tokens: int, mean: mx.array, first: mx.array) -> mx.array:
-        """What is the same for all tokens but the first of a context, (heads, tokens or 1, width)."""
-        if not isinstance(start, int):
-            return mx.where((positions_of(start, tokens) == 0)[:, None, :, None], first, mean)
-        if start:
-            return mean
-        if tokens == 1:
-            return first
-        heads, _, width = mean.shape
-        return mx.concatenate([first, mx.broadcast_to(mean, (heads, tokens - 1, width))], axis=-2)
+        return self.rotation.at(start, tokens, self.basis.back.shape[0] - self.still, self.still, flat=flat)
 
     @cached_property
     def _arrays(self) -> _Arrays:
@@ -240,32 +246,43 @@ class _Arrays:
         return made
 
 
-def _quick(y: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Scales, zeros and whole numbers: a value is scale x number, and numbers begin at their group's zero.
+def _at(start: Position, tokens: int, mean: mx.array, first: mx.array) -> mx.array:
+    """What is the same for all tokens but the first of a context, (heads, tokens or 1, width) or rows of it."""
+    if isinstance(start, mx.array) or (isinstance(start, tuple) and 0 in start):
+        return mx.where((positions_of(start, tokens) == 0)[:, None, :, None], first, mean)
+    if isinstance(start, tuple) or start:
+        return mean
+    if tokens == 1:
+        return first
+    heads, _, width = mean.shape
+    return mx.concatenate([first, mx.broadcast_to(mean, (heads, tokens - 1, width))], axis=-2)
 
-    In few operations: what a step of decoding costs is their count.
-    """
+
+def _quick(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Whole numbers and scales: a value is number x scale. In few operations: what a step of decoding costs is their
+    count."""
     most = (1 << bits) - 1
+    high = mx.maximum(y.max(axis=-1, keepdims=True), _SMALLEST * most)
     low = mx.minimum(y.min(axis=-1, keepdims=True), 0)
-    high = mx.maximum(y.max(axis=-1, keepdims=True), 0)
-    scales = _stored((high - low) * (1 / most))
-    zeros = mx.round(low / scales)
-    return scales, zeros, mx.minimum(mx.round(y / scales), zeros + most)
+    # A little more than the range needs, so that no more numbers come out than there are, also after rounding the scale.
+    scales = _stored((high - low) * ((1 + 2**-9) / most))
+    return mx.round(y / scales), scales
 
 
 def _fitted(y: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The same with less error: a narrower range, and the scale of least squares."""
+    """The same with less error, and the zeros at which numbers begin: a narrower range, and the scale of least
+    squares."""
     most = (1 << bits) - 1
+    high = mx.maximum(y.max(axis=-1, keepdims=True), _SMALLEST * most)
     low = mx.minimum(y.min(axis=-1, keepdims=True), 0)
-    high = mx.maximum(y.max(axis=-1, keepdims=True), 0)
     shrink = _SHRINK if bits <= 4 else 1.0
-    scales = _stored((high - low) * (shrink / most))
-    zeros = mx.round(low / scales + (1 - shrink) / 2 * most / shrink)
+    scales = (high - low) * (shrink / most)
+    zeros = mx.clip(mx.round(low / scales + (1 - shrink) / 2 * most / shrink), -most, 0)
     numbers = mx.clip(mx.round(y / scales), zeros, zeros + most)
     fit = (y * numbers).sum(axis=-1, keepdims=True) / mx.maximum(mx.square(numbers).sum(axis=-1, keepdims=True), 1)
-    return _stored(fit), zeros, numbers
+    return numbers, _stored(mx.maximum(fit, _SMALLEST)), zeros
 
 
 def _stored(scales: mx.array) -> mx.array:
     """As they will be read."""
-    return mx.clip(scales, 1e-6, 65504).astype(mx.float16).astype(mx.float32)
+    return scales.astype(mx.float16).astype(mx.float32)
