@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from warmkv_server.contract.kv_choice import AFFINE, CALIBRATED, EXACT, HADAMARD, CodecName, KvChoice
 from warmkv_server.engine.cache.codecs.affine import AffineCodec
 from warmkv_server.engine.cache.codecs.codec import KEYS, Codec, CodecPlan, Finding, Stream
-from warmkv_server.engine.cache.codecs.rotation import Rotation, UnknownRotationError
+from warmkv_server.engine.cache.codecs.rotation import Rotation, UnknownRotationError, signature_of
 from warmkv_server.engine.cache.codecs.transform import TransformCodec
 from warmkv_server.engine.model import basis, statistics
 from warmkv_server.engine.model.constants import Constants, StreamConstants
@@ -95,8 +95,7 @@ class Rotations:
             UnknownRotationError
         """
         module = self._modules[name]
-        near = Rotation.of(module, head_dim, min(64, self._positions))
-        signature = np.array(near.rows).tobytes()
+        signature = signature_of(module, head_dim)
         if signature not in self._found:
             self._found[signature] = Rotation.of(module, head_dim, self._positions)
         return self._found[signature]
@@ -132,7 +131,8 @@ class _Stream:
         self.cost = basis.cost(sample, rotation)
         values = basis.still(sample, rotation)
         mean = values[:, ~pieces].mean(axis=1, keepdims=True)
-        self.spread = np.einsum("htd,hde,hte->h", values[:, pieces] - mean, self.cost, values[:, pieces] - mean)
+        self.spread = _size(values[:, pieces] - mean, self.cost)
+        self.whole = _size(sample.values, np.abs(self.cost))
 
     def chosen(self) -> StreamConstants:
         if self.asked.kind == EXACT:
@@ -147,40 +147,45 @@ class _Stream:
         return StreamConstants(CodecName(EXACT, 0), 0, Finding(0.0, lost))
 
     def _best(self, bits: int) -> StreamConstants:
-        tried = sorted(self._tried(bits), key=lambda each: each.finding.loss)
-        plain = next((each for each in tried if each.codec.kind == AFFINE), None)
-        best = tried[0] if tried else None
-        if best is None:
-            return StreamConstants(
-                CodecName(EXACT, 0), 0, Finding(0.0, f"heads of {self.dims} values can't be quantised together")
-            )
-        if plain is not None and best.finding.loss >= _WORTH * plain.finding.loss:
+        best: StreamConstants | None = None
+        plain = self._plain(bits)
+        for kind in self._kinds(bits):
+            best = self._transformed(kind, bits)
+            if plain is None or best.finding.loss < _WORTH * plain.finding.loss:
+                break
+        if best is None and plain is None:
+            reason = f"heads of {self.dims} values can't be quantised together"
+            return StreamConstants(CodecName(EXACT, 0), 0, Finding(0.0, reason))
+        if best is None or (plain is not None and best.finding.loss >= _WORTH * plain.finding.loss):
+            assert plain is not None
             best = plain
         if best.codec.kind == self.asked.kind:
             return best
-        reason = self.reason or f"it loses {best.finding.loss:.1%} of what tells tokens apart, no more than {self.asked}"
+        reason = self.reason or f"{self.asked} loses as much as that, {best.finding.loss:.1%} of what tells tokens apart"
         return dataclasses.replace(best, finding=Finding(best.finding.loss, reason))
 
-    def _tried(self, bits: int) -> Iterator[StreamConstants]:
-        if self.dims % self.group_size == 0:
-            yield StreamConstants(
-                CodecName(AFFINE, bits), self.group_size, Finding(self._lost(AffineCodec(bits, self.group_size)))
-            )
-        group_size = _fitting(self.dims, self.group_size)
-        if self.asked.kind == AFFINE or group_size is None or self.dims * bits % 32:
-            return
-        for kind, made in ((CALIBRATED, basis.calibrated), (HADAMARD, basis.hadamard)):
-            if kind == CALIBRATED and self.asked.kind == HADAMARD:
-                continue
-            own = made(self.learned, self.rotation)
-            codec = TransformCodec(kind, bits, group_size, own, "", self.rotation)
-            yield StreamConstants(
-                CodecName(kind, bits),
-                group_size,
-                Finding(self._lost(codec)),
-                own,
-                self.sample.rotated_by if self.rotation is not None else "",
-            )
+    def _kinds(self, bits: int) -> tuple[str, ...]:
+        """Of changes of basis, those that can be had in place of what was asked for."""
+        if self.asked.kind == AFFINE or self._groups is None or self.dims * bits % 32:
+            return ()
+        return (CALIBRATED, HADAMARD) if self.asked.kind == CALIBRATED else (HADAMARD,)
+
+    @property
+    def _groups(self) -> int | None:
+        return _fitting(self.dims, self.group_size)
+
+    def _plain(self, bits: int) -> StreamConstants | None:
+        if self.dims % self.group_size:
+            return None
+        lost = self._lost(AffineCodec(bits, self.group_size))
+        return StreamConstants(CodecName(AFFINE, bits), self.group_size, Finding(lost))
+
+    def _transformed(self, kind: str, bits: int) -> StreamConstants:
+        group_size = self._groups
+        assert group_size is not None
+        own = (basis.calibrated if kind == CALIBRATED else basis.hadamard)(self.learned, self.rotation)
+        lost = self._lost(TransformCodec(kind, bits, group_size, own, "", self.rotation))
+        return StreamConstants(CodecName(kind, bits), group_size, Finding(lost), own, self.sample.rotated_by)
 
     def _lost(self, codec: Codec) -> float:
         """Of what tells tokens apart, by what an error costs, in the head for which it is worst."""
@@ -188,11 +193,15 @@ class _Stream:
         read = codec.decode(codec.encode(x, 0), mx.float32, 0)
         wrong = dataclasses.replace(self.sample, values=np.array(read - x, dtype=np.float64)[0])
         error = basis.still(wrong, self.rotation)[:, self.measured]
-        lost = np.einsum("htd,hde,hte->h", error, self.cost, error)
         # Where all tokens have the same there is nothing to lose.
-        size = np.einsum("htd,hde,hte->h", self.sample.values, np.abs(self.cost), self.sample.values)
-        differs = self.spread > 1e-9 * size
-        return float(np.where(differs, lost / np.maximum(self.spread, 1e-30), 0).max())
+        differs = self.spread > 1e-9 * self.whole
+        return float(np.where(differs, _size(error, self.cost) / np.maximum(self.spread, 1e-30), 0).max())
+
+
+def _size(values: Floats, cost: Floats) -> Floats:
+    """Of vectors, (heads, tokens, head_dim), all together, by a metric of each head."""
+    size: Floats = ((values @ cost) * values).sum(axis=(1, 2))
+    return size
 
 
 def _fitting(dims: int, wanted: int) -> int | None:

@@ -151,7 +151,8 @@ def keep(folder: Path, key: str, found: Constants) -> Constants:
     """
     path = folder / f"{key}.npz"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for own in (folder.parent, folder):
+            own.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{key}.", suffix=".tmp") as file:
             file.write(found.encode())
             file.flush()

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -188,6 +188,16 @@ def _sources(model: Any) -> list[Path]:
     """mlx-lm's files that the model is implemented in: another version of one may compute another KV."""
     names = {type(module).__module__ for module in model.modules()}
     return sorted(Path(str(sys.modules[name].__file__)) for name in names if name.startswith("mlx_lm."))
+
+
+def recoded(loaded: LoadedModel, codecs: CodecPlan) -> LoadedModel:
+    """The same model with its KV coded in another way, whatever that loses. Its `info` stays as it was."""
+    if codecs.asked is not None:
+        tokens = loaded.tokenizer.encode(calibration_text.TEXT, add_special_tokens=False)
+        known = [token for token in tokens if token < loaded.info.vocab_size]
+        start, limit = loaded.tokenizer.bos_token_id, loaded.info.context_limit
+        codecs = _made(loaded.runner, codecs, known[:limit], start, limit, {}, None)
+    return replace(loaded, cache_map=discover(loaded.runner, codecs))
 
 
 def _made(

@@ -147,6 +147,20 @@ class Rotation:
         )
 
 
+def signature_of(module: Any, head_dim: int) -> bytes:
+    """What tells a module that rotates from another one.
+
+    Raises:
+        UnknownRotationError
+    """
+    try:
+        return np.array(_turn(module, mx.ones((head_dim,)), 0, 64)).tobytes()
+    except UnknownRotationError:
+        raise
+    except Exception as error:
+        raise UnknownRotationError(f"{type(module).__name__} can't be tried: {error}") from error
+
+
 def positions_of(start: tuple[int, ...] | mx.array, tokens: int) -> mx.array:
     """Of the tokens of rows that begin at different positions, (rows, tokens)."""
     first = mx.array(start).reshape(-1, 1)

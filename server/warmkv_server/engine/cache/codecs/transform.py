@@ -31,9 +31,9 @@ WHOLE = 511
 """Largest whole number in the matrix that words are multiplied by. With words of 8 bits and groups of 128 the largest
 sum is just below 2 to the 24th: what 32-bit numbers count to without a gap."""
 
-_SHRINK = 0.97
-"""Of the range of a group of 4 bits or fewer: what lies outside is rounded farther, and all else less far."""
-
+_RANGES = (1.0, 0.94, 0.88)
+"""Of the range of a group, the parts that are tried for words of 4 bits or fewer: what lies outside is rounded farther,
+and all else less far."""
 
 _SMALLEST = 2.0**-14
 """Scale, of values whose variance is about one: below, 16 bits have fewer digits."""
@@ -270,17 +270,27 @@ def _quick(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
 
 
 def _fitted(y: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The same with less error, and the zeros at which numbers begin: a narrower range, and the scale of least
+    """The same with less error, and the zeros at which numbers begin: of some ranges the best, with the scale of least
     squares."""
     most = (1 << bits) - 1
     high = mx.maximum(y.max(axis=-1, keepdims=True), _SMALLEST * most)
     low = mx.minimum(y.min(axis=-1, keepdims=True), 0)
-    shrink = _SHRINK if bits <= 4 else 1.0
-    scales = (high - low) * (shrink / most)
-    zeros = mx.clip(mx.round(low / scales + (1 - shrink) / 2 * most / shrink), -most, 0)
-    numbers = mx.clip(mx.round(y / scales), zeros, zeros + most)
-    fit = (y * numbers).sum(axis=-1, keepdims=True) / mx.maximum(mx.square(numbers).sum(axis=-1, keepdims=True), 1)
-    return numbers, _stored(mx.maximum(fit, _SMALLEST)), zeros
+    best: tuple[mx.array, ...] = ()
+    for part in _RANGES if bits <= 4 else _RANGES[:1]:
+        scales = (high - low) * (part / most)
+        zeros = mx.clip(mx.round(low / scales + (1 - part) / 2 * most / part), -most, 0)
+        numbers = mx.clip(mx.round(y / scales), zeros, zeros + most)
+        along = (y * numbers).sum(axis=-1, keepdims=True)
+        squares = mx.maximum(mx.square(numbers).sum(axis=-1, keepdims=True), 1)
+        # What the scale of least squares leaves of the error is less by this.
+        found = mx.square(along) / squares, numbers, along / squares, zeros
+        if not best:
+            best = found
+        else:
+            better = found[0] > best[0]
+            best = tuple(mx.where(better, *pair) for pair in zip(found, best, strict=True))
+    _, numbers, scales, zeros = best
+    return numbers, _stored(mx.maximum(scales, _SMALLEST)), zeros
 
 
 def _stored(scales: mx.array) -> mx.array:
