@@ -9,8 +9,9 @@ from warmkv_server.contract.content import RawText
 from warmkv_server.text.text import Text
 
 _NAMES = (
-    "Alice Bruno Carla David Elena Frank Grace Hugo Irene Jonas Karen Liam Mona Nadia Oscar Peter Rosa Simon Tara Victor"
-).split()
+    *("Alice", "Bruno", "Carla", "David", "Elena", "Frank", "Grace", "Hugo", "Irene", "Jonas"),
+    *("Karen", "Liam", "Mona", "Nadia", "Oscar", "Peter", "Rosa", "Simon", "Tara", "Victor"),
+)
 _QUESTIONS = 10
 """In each context."""
 
@@ -38,7 +39,9 @@ def quizzes(text: Text, filler: str, length: int, count: int) -> list[Quiz]:
 def _quiz(text: Text, filler: str, length: int, chance: random.Random) -> Quiz:
     def tokens(said: str, *, starts: bool = False) -> list[int]:
         content = RawText(said)
-        found: list[int] = text.encode(content, starts=starts, ending="raw", held=0, tail=(), answer=False).tokens.tolist()
+        found: list[int] = text.encode(
+            content, starts=starts, ending="raw", held=0, tail=(), answer=False
+        ).tokens.tolist()
         return found
 
     names = chance.sample(_NAMES, _QUESTIONS)

@@ -9,7 +9,6 @@ from warmkv_server.contract.content import RawText
 from warmkv_server.errors import OperatorError
 from warmkv_server.text.text import Text
 
-
 _PROGRAMS = ("argparse", "ast", "configparser", "datetime", "decimal", "difflib", "doctest", "inspect", "tarfile")
 _TURN = 12_000
 """Characters."""

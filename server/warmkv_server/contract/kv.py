@@ -296,9 +296,7 @@ def inner_boundaries(length: int) -> frozenset[int]:
     stride before the end, or there is no more than that to compute anyway. Each is among those of every shorter context
     that reaches it, so a context that grows never wants one that was let go of.
     """
-    return frozenset(
-        boundary for stride in STRIDES for boundary in _last_multiples(stride, length - 1) if boundary > 0
-    )
+    return frozenset(boundary for stride in STRIDES for boundary in _last_multiples(stride, length - 1) if boundary > 0)
 
 
 def _last_multiples(stride: int, most: int) -> tuple[int, int]:

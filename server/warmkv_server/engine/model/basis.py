@@ -37,22 +37,23 @@ def still(sample: StreamSample, rotation: Rotation | None) -> Floats:
         return sample.values
     rows = np.array(rotation.rows[mx.array(sample.positions)], dtype=np.float64)
     turned = sample.values[..., rotation.partner]
-    return (sample.values * rows[:, 0] - turned * rows[:, 1]) / rotation.gain
+    back: Floats = (sample.values * rows[:, 0] - turned * rows[:, 1]) / rotation.gain
+    return back
 
 
 def cost(sample: StreamSample, rotation: Rotation | None) -> Floats:
-    """What an error costs, (heads, head_dim, head_dim): of keys by the queries that meet them, of values by what is done
-    with them. Where that isn't known all directions count alike."""
+    """What an error costs, (heads, head_dim, head_dim): of keys by the queries that meet them, of values by what is
+    done with them. Where that isn't known all directions count alike."""
     heads, _, dims = sample.values.shape
     if sample.output is not None:
         return sample.output
     if sample.queries is None:
-        return np.broadcast_to(np.eye(dims), (heads, dims, dims))
+        return np.tile(np.eye(dims), (heads, 1, 1))
     queries = sample.queries
-    moment = queries.swapaxes(1, 2) @ queries / queries.shape[1]
+    moment: Floats = queries.swapaxes(1, 2) @ queries / queries.shape[1]
     if rotation is None:
         return moment
-    distances = _DISTANCES[_DISTANCES < len(rotation.rows)]
+    distances = _DISTANCES[len(rotation.rows) > _DISTANCES]
     turns = [rotation.matrix(int(distance)) for distance in distances]
     return sum((turn.T @ moment @ turn for turn in turns), np.zeros_like(moment)) / len(turns)
 

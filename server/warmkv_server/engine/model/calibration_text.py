@@ -53,8 +53,8 @@ class Harbour:
 {"ship": "Aurelia", "crates": 42, "owner": {"name": "K. Lund", "paid": true}, "notes": ["fragile", null, 3.75]}
 
 User: Which of the three brought the most, and may I collect mine after lunch? I am K. Lund.
-Assistant: The Marguerite brought the most, 113 crates. Yours are the 42 crates of the Aurelia; they are paid for, so you
-can collect them at any time until six. Please bring a cart: they are marked as fragile.
+Assistant: The Marguerite brought the most, 113 crates. Yours are the 42 crates of the Aurelia; they are paid for, so
+you can collect them at any time until six. Please bring a cart: they are marked as fragile.
 User: Thank you. Write me a short note that I can give to the driver.
 Assistant: Of course. Here it is:
 

@@ -65,7 +65,9 @@ def choose(
         return Constants({})
     tokens = tokens[:TOKENS]
     firsts = list(dict.fromkeys(tokens[:: max(1, len(tokens) // _FIRSTS)]))[:_FIRSTS]
-    samples = statistics.sample(runner, tokens, [*firsts, *[start] * (len(firsts) // 4 if start is not None else 0)])
+    if start is not None:
+        firsts += [start] * (len(firsts) // 4)
+    samples = statistics.sample(runner, tokens, firsts)
     rotations = Rotations(runner.model, positions)
     streams = {}
     for stream, sample in samples.items():
@@ -161,7 +163,9 @@ class _Stream:
             best = plain
         if best.codec.kind == self.asked.kind:
             return best
-        reason = self.reason or f"{self.asked} loses as much as that, {best.finding.loss:.1%} of what tells tokens apart"
+        reason = (
+            self.reason or f"{self.asked} loses as much as that, {best.finding.loss:.1%} of what tells tokens apart"
+        )
         return dataclasses.replace(best, finding=Finding(best.finding.loss, reason))
 
     def _kinds(self, bits: int) -> tuple[str, ...]:

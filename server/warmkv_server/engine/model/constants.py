@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -94,7 +95,7 @@ class Constants:
     def encode(self) -> bytes:
         """The content of a file, with a checksum."""
         told = []
-        arrays: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+        arrays: dict[str, Any] = {}
         for number, (stream, own) in enumerate(self.streams.items()):
             told.append([*stream, *own.codec, own.group_size, *own.finding, own.rotated_by, own.basis is not None])
             if own.basis is not None:

@@ -148,7 +148,9 @@ def load(
 
     try:
         if codecs.asked is not None:
-            codecs = _made(runner, codecs, tokens(calibration_text.TEXT), tokenizer.bos_token_id, limit, fields, constants)
+            codecs = _made(
+                runner, codecs, tokens(calibration_text.TEXT), tokenizer.bos_token_id, limit, fields, constants
+            )
             say(codecs, spec)
         else:
             codecs = refined(runner, codecs, tokens(TEXT)[:TOKENS])

@@ -47,8 +47,8 @@ class StreamSample:
         firsts: of tokens that each stand at position 0, (heads, tokens, head_dim).
         positions: of the text's tokens.
         rotated_by: the name of the module that rotated them; "" if none did that is known.
-        queries: of the same layer before their rotation, (heads, those of all query heads that it has, head_dim); None if
-            not known, and of values.
+        queries: of the same layer before their rotation, (heads, those of all its query heads, head_dim); None if not
+            known, and of values.
         output: what an error of values costs: the Gram matrix of the product behind attention, (heads, head_dim,
             head_dim); None if not known.
     """
@@ -178,7 +178,8 @@ def _output(attention: Any, heads: int, query_heads: int, dims: int) -> Floats |
         weights = _weights(product, query_heads * dims)
         if weights is not None:
             grouped = weights.reshape(heads, query_heads // heads, dims, -1)
-            return np.einsum("hrdw,hrew->hde", grouped, grouped, optimize=True)
+            gram: Floats = (grouped @ grouped.swapaxes(2, 3)).sum(axis=1)
+            return gram
     return None
 
 
@@ -188,9 +189,10 @@ def _weights(product: Any, inputs: int) -> Floats | None:
         weight = product.weight
         return _floats(weight).T if weight.ndim == 2 and weight.shape[1] == inputs else None
     try:
-        return _floats(product(mx.eye(inputs)[None]) - product(mx.zeros((1, 1, inputs))))[0]
+        read: Floats = _floats(product(mx.eye(inputs)[None]) - product(mx.zeros((1, 1, inputs))))[0]
     except (ValueError, TypeError):
         return None
+    return read
 
 
 def _floats(values: mx.array) -> Floats:

@@ -91,7 +91,7 @@ class PairCodec(Codec, Protocol):
     """
 
     def beside(self, other: Codec, /) -> PairCodec | None:
-        """The codec of keys that this is the codec of, and of values that the other one is of; None if there is none."""
+        """The codec of both at once, of keys as this one and of values as the other; None if there is none."""
 
     def read_back(self, keys: mx.array, values: mx.array, start: Position, /) -> tuple[Coded, mx.array, mx.array]:
         """What attention reads of both, where their words can wait: in as few operations as the device allows.

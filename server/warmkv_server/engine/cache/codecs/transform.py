@@ -7,7 +7,8 @@ it is quantised in groups. The matrices and means are constants of the model: se
 What is read must not depend on how many tokens are read at once, and products do: BLAS sums in another order for one
 row than for many. So words are small whole numbers, and the matrix that they are multiplied by when they are read has
 whole numbers too, but for a power of two for each column: then every partial sum is exact in 32 bits, and the order of
-summing doesn't matter. Nor does the device, or whether it rounds factors to eleven bits. All else is done value by value.
+summing doesn't matter. Nor does the device, or whether it rounds factors to eleven bits. All else is done value by
+value.
 """
 
 from __future__ import annotations
@@ -57,7 +58,13 @@ class Basis:
     @classmethod
     def of(cls, back: Floats, mean: Floats, first: Floats) -> Basis:
         """Of any matrix that can be inverted; the nearest one of the form that it has to have."""
-        return cls(whole(back), mean.astype(np.float32) + 0.0, first.astype(np.float32) + 0.0)
+        return cls(whole(back), _single(mean), _single(first))
+
+
+def _single(values: Floats) -> Floats:
+    """What 32 bits keep of them, without negative zeros."""
+    kept: Floats = values.astype(np.float32).astype(np.float64) + 0.0
+    return kept
 
 
 def whole(matrix: Floats) -> Floats:
@@ -264,7 +271,7 @@ def _quick(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     most = (1 << bits) - 1
     high = mx.maximum(y.max(axis=-1, keepdims=True), _SMALLEST * most)
     low = mx.minimum(y.min(axis=-1, keepdims=True), 0)
-    # A little more than the range needs, so that no more numbers come out than there are, also after rounding the scale.
+    # A little more than the range needs: no more numbers come out than there are, also after the scale is rounded.
     scales = _stored((high - low) * ((1 + 2**-9) / most))
     return mx.round(y / scales), scales
 
