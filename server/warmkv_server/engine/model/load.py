@@ -152,9 +152,12 @@ def load(
                 runner, codecs, tokens(calibration_text.TEXT), tokenizer.bos_token_id, limit, fields, constants
             )
             say(codecs, spec)
+            cache_map = discover(runner, codecs)
         else:
-            codecs = refined(runner, codecs, tokens(TEXT)[:TOKENS])
-        cache_map = discover(runner, codecs)
+            cache_map = discover(runner, codecs)  # says what is wrong with a codec that doesn't fit at all
+            finer = refined(runner, codecs, tokens(TEXT)[:TOKENS])
+            if finer is not codecs:
+                codecs, cache_map = finer, discover(runner, finer)
     except OperatorError:
         raise
     except (
