@@ -4,7 +4,7 @@
 
 Builds the sdist and, from it, the wheel. Installs the wheel into two clean environments: the client's without extras,
 and the server's with the extra that the lock file is named after; versions in both, with their hashes, are the lock's.
-In the first the stubs are imported and the command says what is missing; in the second the built-in model is served,
+In the first the client is imported and the command says what is missing; in the second the built-in model is served,
 and the client of the first asks it for an answer. Then the server is killed.
 """
 
@@ -28,16 +28,16 @@ ENVIRONMENT = {
 }
 ASK = """
 import sys
-import grpc
-from warmkv import v1
+from warmkv.client import Client, WarmKVError
 
-with grpc.insecure_channel(sys.argv[1]) as channel:
-    agents = v1.AgentServiceStub(channel)
-    content = v1.Content(chat=v1.ChatMessages(messages=[v1.ChatMessage(role="user", content="What is a cache?")]))
-    request = v1.GenerateRequest(agent_id="ada", content=content, max_tokens=16)
-    *events, last = agents.Generate(request, timeout=120)
-    assert any(event.HasField("delta") for event in events), events
-    assert last.finished.persisted, last
+with Client(sys.argv[1], timeout=120) as client:
+    answer = client.chat("ada", "What is a cache?", max_tokens=16)
+    assert answer.text, answer
+    assert answer.finished.persisted, answer
+    try:
+        client.get("nobody")
+    except WarmKVError as error:
+        assert error.reason == "AGENT_NOT_FOUND", error
 """
 
 
@@ -90,12 +90,12 @@ def environment(folder: Path, wheel: Path, extra: str, lock: Path) -> Path:
 
 
 def check_client(commands: Path) -> None:
-    """The stubs need grpcio and protobuf alone, and the command says what else there is."""
+    """The client needs gRPC and protobuf alone, and the command says what else there is."""
     listing = "import importlib.metadata as m; print(*(each.name for each in m.distributions()))"
     names = {name.replace("_", "-") for name in out_of(commands / "python", "-c", listing).split()}
-    if names != {"grpcio", "protobuf", "typing-extensions", "warmkv"}:
+    if names != {"googleapis-common-protos", "grpcio", "grpcio-status", "protobuf", "typing-extensions", "warmkv"}:
         raise SystemExit(f"without extras, the wheel brings {', '.join(sorted(names))}")
-    out_of(commands / "python", "-c", "from warmkv import v1; v1.PrimeRequest(agent_id='a')")
+    out_of(commands / "python", "-c", "from warmkv.client import Client, text; Client().close()")
     if "pip install" not in out_of(commands / "warmkv", "serve", status=2):
         raise SystemExit("`warmkv serve` without the server's packages doesn't say what to install")
     say("the client alone imports, and its command says what the server needs")

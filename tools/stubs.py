@@ -1,6 +1,6 @@
 """Generates the Python stubs in stubs/ from the contract in proto/, or checks the committed ones.
 
-    python tools/stubs.py            writes stubs/warmkv/
+    python tools/stubs.py            writes stubs/warmkv/v1/
     python tools/stubs.py --check    fails if the committed stubs differ
 
 For each .proto file there are the messages (`*_pb2.py`), the clients and servicers (`*_pb2_grpc.py`), and the
@@ -28,15 +28,13 @@ PACKAGE = "warmkv/v1"
 
 
 def generate(target: Path) -> None:
-    """Writes the package `warmkv` into the folder `target`, in place of one that is there."""
-    shutil.rmtree(target / "warmkv", ignore_errors=True)
+    """Writes the package `warmkv.v1` into the folder `target`, in place of one that is there."""
+    shutil.rmtree(target / PACKAGE, ignore_errors=True)
     (target / PACKAGE).mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         descriptors = Path(scratch) / "descriptors"
         _protoc(target, descriptors)
         files = FileDescriptorSet.FromString(descriptors.read_bytes()).file
-    (target / "warmkv/__init__.py").write_text('"""WarmKV\'s client stubs."""\n')
-    (target / "warmkv/py.typed").touch()
     (target / PACKAGE / "__init__.py").write_text(_exports(list(files)))
 
 
@@ -94,9 +92,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         generate(Path(scratch))
-        differing = drift(Path(scratch) / "warmkv", STUBS / "warmkv")
+        differing = drift(Path(scratch) / PACKAGE, STUBS / PACKAGE)
     for name in differing:
-        print(f"stubs/warmkv/{name} is not what proto/ generates; run `make stubs`", file=sys.stderr)
+        print(f"stubs/{PACKAGE}/{name} is not what proto/ generates; run `make stubs`", file=sys.stderr)
     return 1 if differing else 0
 
 

@@ -36,7 +36,10 @@ from warmkv_bench.workloads.cli import app as workloads
 INVALID, INTERRUPTED = 1, 130
 
 app = typer.Typer(
-    help="Measure a WarmKV server, and prove what was measured.", no_args_is_help=True, add_completion=False
+    help="Measure a WarmKV server, and prove what was measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(workloads, name="workload")
 app.command()(peers)

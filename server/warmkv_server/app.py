@@ -7,27 +7,29 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Coroutine
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from warmkv_server.agents.agents import Agents
+from warmkv_server.contract.model import ModelInfo
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import CONSTANTS, LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.steps.loop import SOON_SECONDS
-from warmkv_server.errors import InvalidField, ServerFailed
+from warmkv_server.errors import InvalidField, OperatorError, ServerFailed
 from warmkv_server.kv.store import Fingerprint, Store
-from warmkv_server.platform import blas, descriptors
-from warmkv_server.platform.signals import StopSignals
+from warmkv_server.platform import blas, descriptors, memory
+from warmkv_server.platform.signals import StopSignals, on_hangup
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.auth import BearerTokens, Open
+from warmkv_server.service.auth import Auth, BearerTokens, Open
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.response_codecs import response_codecs
 from warmkv_server.service.server import GrpcServer
 from warmkv_server.service.server_servicer import ServerServicer
+from warmkv_server.service.tls import Certificate
 from warmkv_server.shutdown import Shutdown
 from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.probe import unusual
@@ -36,11 +38,29 @@ log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
-async def serve(settings: Settings, text: StartedProcess) -> int:
+@dataclass(frozen=True)
+class Serving:
+    """What is served, once it is.
+
+    Attributes:
+        address: HOST:PORT.
+        agents: of all tenants.
+        stale: those whose KV this model can't use, by the reason.
+    """
+
+    address: str
+    settings: Settings
+    info: ModelInfo
+    agents: int
+    stale: Mapping[str, int]
+
+
+async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Serving], None]) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
         text: the first process for text work.
+        tell: is called when calls are served.
 
     Returns:
         The exit status; see shutdown.py.
@@ -51,14 +71,19 @@ async def serve(settings: Settings, text: StartedProcess) -> int:
     """
     signals, pressure = StopSignals(), MemoryPressure()
     gate, metrics = Gate(), Metrics()
-    auth = BearerTokens.load(settings.token_file) if settings.token_file is not None else Open()
+    auth = BearerTokens(settings.token_file) if settings.token_file is not None else Open()
+    certificate = Certificate.of(settings)
+    lock = await Store.take(settings)
     server = GrpcServer(
         settings,
         Endpoints(gate, auth, metrics, settings),
         AgentServicer(settings, metrics),
         ServerServicer(settings, auth.tenants),
         connections := descriptors.for_connections(),
+        certificate,
     )
+    _reload_on_hangup(auth, certificate)
+    _warn_of_budgets(settings)
     if settings.token_file is not None and settings.tls_cert is None and settings.host not in LOOPBACK:
         log.warning(
             "tokens and conversations cross the network of --host %s in clear: give --tls-cert and --tls-key, unless "
@@ -83,6 +108,7 @@ async def serve(settings: Settings, text: StartedProcess) -> int:
                 settings,
                 replace(engine.info.layout, vocabulary=engine.info.vocab_size),
                 Fingerprint.of_model(engine.info.fingerprint_fields),
+                lock=lock,
                 tenants=auth.tenants,
                 pressure=pressure,
                 busy=lambda: engine.decoding,
@@ -98,7 +124,8 @@ async def serve(settings: Settings, text: StartedProcess) -> int:
                 gc.collect()
                 gc.freeze()
                 server.announce()
-                print(f"listening on {settings.host}:{port}", flush=True)
+                agents_now = sum(store.stats().agents_by_tier.values())
+                tell(Serving(f"{settings.host}:{port}", settings, engine.info, agents_now, store.stale()))
 
                 stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
                 await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)
@@ -125,6 +152,33 @@ async def serve(settings: Settings, text: StartedProcess) -> int:
         )
     log.info("stopped")
     return status
+
+
+def _reload_on_hangup(auth: Auth, certificate: Certificate | None) -> None:
+    """Where there are files of tokens or a certificate, SIGHUP has them read again; a bad one changes nothing."""
+    files = [each for each in (auth, certificate) if isinstance(each, BearerTokens | Certificate)]
+
+    def reload() -> None:
+        for each in files:
+            try:
+                log.info("SIGHUP: read again %s", each.reload())
+            except OperatorError as error:
+                log.error("SIGHUP changed nothing: %s", error)
+
+    if files:
+        on_hangup(reload)
+
+
+def _warn_of_budgets(settings: Settings) -> None:
+    memory_bytes = memory.usable_bytes()
+    budgets = settings.hot_bytes + 2 * settings.inflight_bytes
+    if budgets > memory_bytes:
+        log.warning(
+            "--hot-bytes and twice --inflight-bytes are %d bytes together, and this machine, or the container, has %d: "
+            "with full budgets the system ends the server; give less, and leave room for the model",
+            budgets,
+            memory_bytes,
+        )
 
 
 async def _loaded(settings: Settings, starting: Coroutine[Any, Any, Engine]) -> Engine:

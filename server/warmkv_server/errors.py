@@ -88,6 +88,14 @@ class Unsupported(WarmKVError):
     reason = "UNSUPPORTED"
 
 
+class ToolsChanged(WarmKVError):
+    reason = "TOOLS_CHANGED"
+
+
+class NoPendingCall(WarmKVError):
+    reason = "NO_PENDING_CALL"
+
+
 class RevisionMismatch(WarmKVError):
     reason = "REVISION_MISMATCH"
 

@@ -1,1 +1,1 @@
-"""WarmKV's client stubs."""
+"""WarmKV for clients: the stubs of the contract (`v1`), and a thin client on them (`client`)."""

@@ -30,8 +30,13 @@ STREAMING_RPCS = {"AgentService": "Generate", "ServerService": ""}
 MESSAGES = """
 Content: |text:string |token_ids:TokenIds |chat:ChatMessages
 TokenIds: ids:int32*
-ChatMessages: messages:ChatMessage*
-ChatMessage: role:string content:string
+ChatMessages: messages:ChatMessage* tools:ToolList template_variables:Struct continue_last:bool
+ChatMessage: role:string content:string parts:ContentPart* reasoning:string tool_calls:ToolCall* tool_call_id:string
+ name:string
+ContentPart: |text:string |image:bytes
+ToolList: tools:Tool*
+Tool: name:string description:string parameters_json:string strict:bool
+ToolCall: id:string name:string arguments_json:string
 PrimeRequest: agent_id:string content:Content pinned:bool? ttl:Duration? labels:{string,string} expected_revision:int64?
  request_id:string
 PrimeResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
@@ -39,22 +44,25 @@ ExtendRequest: agent_id:string content:Content expected_revision:int64? request_
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?
- request_id:string
+ request_id:string parse_mode:ParseMode reasoning_retention:ReasoningRetention
 SamplingParams: temperature:float? top_p:float? top_k:int32? min_p:float? repetition_penalty:float?
  presence_penalty:float? frequency_penalty:float? logit_bias:{int32,float} seed:uint64?
 GenerateResponse: |started:GenerateStarted |prefill_progress:PrefillProgress |delta:GenerateDelta
  |finished:GenerateFinished
 GenerateStarted: agent_id:string cache:CacheReport
 PrefillProgress: tokens_done:int32 tokens_total:int32
-GenerateDelta: text:string token_ids:int32* logprobs:TokenLogprobs*
+GenerateDelta: text:string token_ids:int32* logprobs:TokenLogprobs* reasoning:string tool_calls:ToolCallDelta*
+ToolCallDelta: index:int32 |started:ToolCallStarted |arguments:string |finished:ToolCallFinished
+ToolCallStarted: id:string name:string
+ToolCallFinished: call:ToolCall status:ToolCallStatus raw:string
 GenerateFinished: finish_reason:FinishReason matched_stop:string usage:Usage cache:CacheReport timings:Timings
- agent:Agent persisted:bool
+ agent:Agent persisted:bool tool_calls:ToolCallFinished*
 TokenLogprobs: token_id:int32 logprob:float top:TopLogprob*
 TopLogprob: token_id:int32 logprob:float
 CacheReport: source:CacheSource prompt_tokens:int32 cached_tokens:int32 hot_tokens:int32 warm_tokens:int32
- shared_tokens:int32 prefilled_tokens:int32 bytes_loaded:int64 fallback_reason:FallbackReason
+ shared_tokens:int32 prefilled_tokens:int32 bytes_loaded:int64 fallback_reason:FallbackReason held_tokens:int32
 Timings: queue:Duration load:Duration prefill:Duration first_token:Duration decode:Duration commit:Duration
-Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32
+Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32 reasoning_tokens:int32
 Agent: agent_id:string tier:Tier token_count:int32 revision:int64 hot_bytes:int64 warm_bytes:int64 shared_bytes:int64
  pinned:bool ttl:Duration labels:{string,string} create_time:Timestamp update_time:Timestamp last_used_time:Timestamp
  expire_time:Timestamp parent_agent_id:string activity:Activity tokens_done:int32 tokens_total:int32
@@ -76,6 +84,9 @@ GetServerInfoResponse: model_id:string model_kind:ModelKind weights_digest:strin
  blas:string context_limit:int32 layers:LayerInfo* kv_bits:int32 kv_group_size:int32 kv_bytes_per_token:int64
  hot_bytes_limit:int64 disk_bytes_limit:int64 durability:Durability versions:{string,string}
  sampling_defaults:SamplingParams default_max_tokens:int32 end_tokens:EndToken*
+ features:ModelFeatures
+ModelFeatures: tool_format:string reasoning_marks:string* template_variables:string* image_types:string*
+ template_keeps_reasoning:bool
 EndToken: token_id:int32 text:string sources:EndTokenSource*
 LayerInfo: cache_kind:CacheKind kv_heads:int32 key_dim:int32 value_dim:int32 kv_bits:int32 window:int32
  members:LayerInfo* keys:StreamCodec values:StreamCodec
@@ -85,6 +96,7 @@ GetServerStatsResponse: start_time:Timestamp counters:ServerCounters gauges:Serv
 ServerCounters: requests_by_source:{string,int64} fallbacks_by_reason:{string,int64} hot_tokens_reused:int64
  warm_tokens_reused:int64 shared_tokens_reused:int64 prefilled_tokens:int64 bytes_loaded:int64 kv_bytes_written:int64
  metadata_bytes_written:int64 evictions:int64 quarantined:int64 commits_failed:int64
+ answers_by_source:{string,int64} first_token_by_source:{string,Duration}
 ServerGauges: hot_bytes:int64 disk_bytes:int64 agents_by_tier:{string,int64} queue_depth:int32 batch_size:int32
  stale_agents:int32
 CountTokensRequest: content:Content agent_id:string context_mode:ContextMode include_token_ids:bool
@@ -96,7 +108,10 @@ ENUMS = {
     "StreamMode": "TOKENS FINAL",
     "CacheSource": "HOT WARM SHARED COLD",
     "FallbackReason": "CHECKSUM MISSING_BLOCK FINGERPRINT FORMAT NOT_TRIMMABLE LOAD_TIMEOUT QUARANTINED",
-    "FinishReason": "STOP LENGTH STOP_SEQUENCE",
+    "FinishReason": "STOP LENGTH STOP_SEQUENCE TOOL_CALLS",
+    "ParseMode": "TEXT MESSAGE",
+    "ReasoningRetention": "KEEP DROP",
+    "ToolCallStatus": "VALID UNKNOWN_TOOL SCHEMA_MISMATCH MALFORMED INCOMPLETE",
     "Tier": "HOT WARM",
     "Activity": "IDLE QUEUED LOADING PREFILLING DECODING",
     "ModelKind": "BUILTIN LOCAL HUB RANDOM",

@@ -125,35 +125,6 @@ def test_a_data_folder_that_another_server_has(server: Server) -> None:
     assert_one_sentence(result, str(server.data_dir))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "word"),
-    [
-        (["--kv-bits", "5"], {}, "--kv-bits"),
-        (["--port", "70000"], {}, "--port"),
-        ([], {"WARMKV_HOT_BYTES": "much"}, "WARMKV_HOT_BYTES"),
-        (["--prefill-chunk", "100"], {}, "--prefill-chunk"),
-        (["--host", "0.0.0.0"], {}, "--insecure-bind"),
-        (["--tls-cert", "x"], {}, "--tls-key"),
-        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], {}, "/no/cert"),
-        (["--token-file", "/no/tokens"], {}, "/no/tokens"),
-        (["--context-limit", "1000000"], {}, "--context-limit"),
-        (["--host", "no such host"], {}, "no such host"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
-)
-def test_a_setting_that_is_wrong(tmp_path: Path, arguments: list[str], environment: dict[str, str], word: str) -> None:
-    result = run_warmkv("serve", "--port", "0", "--data-dir", tmp_path, *arguments, **environment)
-    assert_one_sentence(result, word)
-
-
-def test_a_token_file_that_is_wrong(tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens"
-    for content, word in (("", "no token"), ("one\n", "line 1"), ("a b\n\na b c d # no\n", "line 3")):
-        tokens.write_text(content)
-        result = run_warmkv("serve", "--port", "0", "--data-dir", tmp_path / "data", "--token-file", tokens)
-        assert_one_sentence(result, word)
-
-
 def slow_adapter(folder: Path) -> Callable[[], object]:
     """Make an adapter whose configuration comes out of a pipe, and the function that puts it in: a server that loads
     it is loading until then."""

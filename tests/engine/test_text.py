@@ -17,7 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tests.engine.templates import STYLES, Style
 from tests.engine.tokenizers import built_in, ids, variant
 from warmkv_server.agents.context import ending_after
-from warmkv_server.contract.content import Chat, Content, Ending, Message, RawText, TokenContent, held_back
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent
+from warmkv_server.contract.conversation import Ending, held_back
 from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.task import TAIL
@@ -56,32 +57,32 @@ class Talk:
     def text(self) -> Text:
         return Text(self.tokenizer, len(self.tokenizer))
 
-    def render(self, messages: Sequence[Message], answer: bool) -> str:
+    def render(self, messages: Sequence[ChatMessage], answer: bool) -> str:
         listed = [{"role": m.role, "content": self._content(m)} for m in messages]
         return str(self.tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=answer))
 
-    def _content(self, message: Message) -> object:
+    def _content(self, message: ChatMessage) -> object:
         if self.style is STYLES["parts"] and message.role != "assistant":
             return [{"type": "text", "text": message.content}]
         return message.content
 
-    def at_once(self, messages: Sequence[Message], answer: bool) -> list[int]:
+    def at_once(self, messages: Sequence[ChatMessage], answer: bool) -> list[int]:
         return ids(self.tokenizer, self.render(messages, answer))
 
-    def start(self, *messages: Message, answer: bool) -> list[int]:
+    def start(self, *messages: ChatMessage, answer: bool) -> list[int]:
         return encoded(self.text, Chat(messages), answer=answer)
 
-    def go_on(self, held: list[int], *messages: Message, ending: str, answer: bool) -> list[int]:
+    def go_on(self, held: list[int], *messages: ChatMessage, ending: str, answer: bool) -> list[int]:
         return behind(self.text, held, Chat(messages), ending, answer)
 
-    def answered(self, messages: Sequence[Message], reply: str, *, finished: bool = True) -> list[int]:
+    def answered(self, messages: Sequence[ChatMessage], reply: str, *, finished: bool = True) -> list[int]:
         """What the model writes behind these messages when this is its reply.
 
         Args:
             finished: whether the end of sequence is behind it, which in some templates ends no answer of earlier turns.
         """
         prompt = self.render(messages, answer=True)
-        whole = self.render([*messages, Message("assistant", reply)], answer=False)
+        whole = self.render([*messages, ChatMessage("assistant", reply)], answer=False)
         assert whole.startswith(prompt)
         written = whole.removeprefix(prompt)
         written = written[: written.index(reply) + len(reply) + (finished and self.style is STYLES["llama 2"])]
@@ -94,12 +95,12 @@ def talk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Talk(style, style.tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def user(content: str) -> Message:
-    return Message("user", content)
+def user(content: str) -> ChatMessage:
+    return ChatMessage("user", content)
 
 
-def assistant(content: str) -> Message:
-    return Message("assistant", content)
+def assistant(content: str) -> ChatMessage:
+    return ChatMessage("assistant", content)
 
 
 @settings(deadline=None, max_examples=15)
@@ -116,7 +117,7 @@ def test_follow_ups_have_the_tokens_of_the_whole_conversation(
     talk: Talk, system: str | None, turns: list[tuple[str, str]], last: str, finished: bool
 ) -> None:
     """Whether the answers before were finished by the model or cut off, by length or by a stop string."""
-    messages = [Message("system", system)] if system is not None and talk.style.takes_system else []
+    messages = [ChatMessage("system", system)] if system is not None and talk.style.takes_system else []
     held: list[int] = []
     for question, reply in [*turns, (last, "")]:
         messages.append(user(question))
@@ -295,7 +296,7 @@ def test_a_turn_that_the_template_closed_as_the_last_is_closed_as_one_between(st
 
 @pytest.mark.parametrize("styled", ["llama 2", "gemma"], indirect=True)
 def test_a_system_message_waits_for_the_user_whose_turn_it_is_written_in(styled: Talk) -> None:
-    system, question = Message("system", "You are a pirate."), user("Who are you?")
+    system, question = ChatMessage("system", "You are a pirate."), user("Who are you?")
     new = styled.text.encode(Chat((system,)), starts=True, ending="", held=0, tail=(), answer=False)
     assert new.holds_back
     held = new.tokens.tolist()
@@ -317,7 +318,7 @@ def test_every_message_is_in_the_tokens_or_refused_by_name(talk: Talk) -> None:
     first = talk.start(user("One?"), answer=True)
     asked = [*first, *talk.answered([user("One?")], "Two.")]
     for plan in plans:
-        messages = [Message(role, f"Words of number {n}.") for n, role in enumerate(plan)]
+        messages = [ChatMessage(role, f"Words of number {n}.") for n, role in enumerate(plan)]
         for held, ending in (([], ""), (asked, Ending.ANSWER)):
             try:
                 whole = behind(talk.text, held, Chat(tuple(messages)), ending, True)
@@ -335,12 +336,12 @@ def test_every_message_is_in_the_tokens_or_refused_by_name(talk: Talk) -> None:
 @pytest.mark.parametrize("styled", ["front"], indirect=True)
 @pytest.mark.parametrize(("roles", "lost"), [(("system", "system", "user"), 0), (("user", "tool"), 1)])
 def test_the_message_that_a_template_leaves_out_is_named(styled: Talk, roles: tuple[str, ...], lost: int) -> None:
-    messages = tuple(Message(role, f"Number {n}.") for n, role in enumerate(roles))
+    messages = tuple(ChatMessage(role, f"Number {n}.") for n, role in enumerate(roles))
     with pytest.raises(InvalidField, match="writes nothing") as caught:
         encoded(styled.text, Chat(messages))
     assert caught.value.violations[0].field == f"content.chat.messages[{lost}]"
     with pytest.raises(InvalidField) as caught:
-        encoded(styled.text, Chat((Message("system", "Be brief."), user("So?"))), held=[7], ending=Ending.ANSWER)
+        encoded(styled.text, Chat((ChatMessage("system", "Be brief."), user("So?"))), held=[7], ending=Ending.ANSWER)
     assert caught.value.violations[0].field == "content.chat.messages[0]"
 
 

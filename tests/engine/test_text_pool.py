@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.waiting import await_that
 from tests.engine.tokenizers import built_in, variant
 from tests.hostile.others import family
-from warmkv_server.contract.content import Chat, Content, Message, RawText, TokenContent
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent
 from warmkv_server.contract.fairness import Bound
 from warmkv_server.engine.model.load import BUILT_IN
 from warmkv_server.errors import ContextTooLong, Draining, InvalidField, OperatorError, QueueFull
@@ -28,7 +28,7 @@ SLOW = """\
 {%- endif -%}{{ m.content }}{%- endfor -%}
 """
 WRONG = TokenContent((5, 4096))
-LOOP = Chat((Message("user", "loop"),))
+LOOP = Chat((ChatMessage("user", "loop"),))
 
 
 @asynccontextmanager
@@ -74,7 +74,7 @@ async def test_tokens_are_those_of_doing_it_here() -> None:
         RawText("hi"),
         RawText("Grüße, \U0001f600 and all"),
         RawText("word " * 10_000),
-        Chat((Message("user", "What is 2 + 2?"), Message("assistant", "4"), Message("user", "So?"))),
+        Chat((ChatMessage("user", "What is 2 + 2?"), ChatMessage("assistant", "4"), ChatMessage("user", "So?"))),
     ]
     async with pool() as text:
         for content in contents:

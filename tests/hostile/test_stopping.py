@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import threading
@@ -24,6 +25,14 @@ def fsync(fd):
         threading.Event().wait()
     real(fd)
 os.fsync = fsync
+if hasattr(os, "posix_fadvise"):
+    real_advise = os.posix_fadvise
+    def posix_fadvise(*arguments):
+        if os.path.exists(os.environ["DEAD"] + ".to-look-at"):
+            open(os.environ["DEAD"] + ".asked", "w").close()
+            threading.Event().wait()
+        real_advise(*arguments)
+    os.posix_fadvise = posix_fadvise
 """
 
 
@@ -81,7 +90,8 @@ def test_what_the_disk_takes_before_the_end_is_not_lost(tmp_path: Path) -> None:
 
 @pytest.fixture
 def dying(tmp_path: Path) -> dict[str, str]:
-    """An environment in which no sync of a file returns any more once `tmp_path / "dead"` is there."""
+    """An environment in which no sync of a file returns any more once `tmp_path / "dead"` is there, and no dropping of
+    its pages once `dead.to-look-at` is."""
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "sitecustomize.py").write_text(_DEAD_DISK)
     return {"PYTHONPATH": str(tmp_path / "python"), "DEAD": str(tmp_path / "dead")}
@@ -117,3 +127,24 @@ def test_a_manifest_on_a_dead_disk_does_not_hold_up_the_end(tmp_path: Path, dyin
         assert "all that was committed is on it" in server.log_text()
     with serving(tmp_path / "data") as (_, client):
         assert client.get("a").pinned
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing reaches the disk for this")
+def test_a_look_at_a_dead_disk_does_not_hold_up_the_end(tmp_path: Path, dying: dict[str, str]) -> None:
+    """Its request is cut short, and nobody waits for the thread that is left in the system."""
+    with serving(tmp_path / "data", "--drain-seconds", "1", environment=dying) as (server, client):
+        client.prime("a", token_ids(some_tokens(300)))
+        (tmp_path / "dead.to-look-at").touch()
+
+        def fail_to_evict() -> None:
+            with pytest.raises(grpc.RpcError):
+                client.evict("a", drop_page_cache=True)
+
+        failed = threading.Thread(target=fail_to_evict)
+        failed.start()
+        await_that((tmp_path / "dead.asked").exists)
+        assert server.terminate() == 1
+        failed.join()
+        assert "all that was committed is on it" in server.log_text()
+    with serving(tmp_path / "data") as (_, client):
+        assert client.get("a").token_count == 300

@@ -1,4 +1,4 @@
-"""The distribution: what the wheel holds, and how it behaves where only grpcio and protobuf are installed."""
+"""The distribution: what the wheel holds, and how it behaves where only the client's packages are installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.harness import serving
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -41,11 +43,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client_only(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A Python command in which the wheel, grpcio and protobuf are the only packages beside the standard library."""
+    """A Python command in which the wheel and what it needs are the only packages beside the standard library."""
     installed = Path(sysconfig.get_path("platlib"))
     site = tmp_path_factory.mktemp("site")
     (site / "google").mkdir()
-    for name in ("grpc", "typing_extensions.py", "google/protobuf", "google/_upb"):
+    for name in ("grpc", "grpc_status", "typing_extensions.py", "google/protobuf", "google/_upb", "google/rpc"):
         (site / name).symlink_to(installed / name)
     path = f"import sys; sys.path[:0] = [{str(wheel)!r}, {str(site)!r}]; "
     return [sys.executable, "-I", "-S", "-c", path]
@@ -76,17 +78,33 @@ def test_types_and_the_built_in_model_are_in_the_wheel(wheel: Path) -> None:
         assert (wheel / "warmkv/v1" / stub.name).exists()
 
 
-def test_wheel_without_extras_requires_grpcio_and_protobuf_alone(wheel: Path) -> None:
+def test_wheel_without_extras_requires_grpc_and_protobuf_alone(wheel: Path) -> None:
     (metadata,) = wheel.glob("*.dist-info/METADATA")
     fields = Parser().parsestr(metadata.read_text())
     base = [value for value in fields.get_all("Requires-Dist", []) if "extra ==" not in value]
-    assert sorted(re.split(r"[<>=]", value)[0] for value in base) == ["grpcio", "protobuf"]
+    assert sorted(re.split(r"[<>=]", value)[0] for value in base) == ["grpcio", "grpcio-status", "protobuf"]
     assert set(fields.get_all("Provides-Extra", [])) == {"server", "cpu", "cuda13", "bench", "dev"}
 
 
 def test_stubs_need_grpcio_and_protobuf_alone(client_only: list[str]) -> None:
     outcome = _run(client_only, "from warmkv import v1; print(v1.PrimeRequest(agent_id='a').agent_id)")
     assert outcome.stdout == "a\n", outcome.stderr
+
+
+def test_the_client_alone_talks_to_a_server(client_only: list[str], tmp_path: Path) -> None:
+    program = """
+from warmkv.client import Client, WarmKVError
+
+with Client(ADDRESS) as client:
+    print(bool(client.chat("a", "Hello!", max_tokens=4).text))
+    try:
+        client.get("nobody at all")
+    except WarmKVError as error:
+        print(error.reason, *error.fields)
+"""
+    with serving(tmp_path / "data") as (server, _):
+        outcome = _run(client_only, program.replace("ADDRESS", repr(server.address)))
+    assert outcome.stdout.split() == ["True", "INVALID_FIELD", "agent_id"], outcome.stderr
 
 
 def test_command_without_the_server_says_what_to_install(client_only: list[str]) -> None:

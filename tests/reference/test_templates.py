@@ -11,7 +11,8 @@ from tests.reference import sources
 from tests.reference.conftest import fetched
 from tests.reference.marks import Marked, marked
 from warmkv_server.agents.context import ending_after
-from warmkv_server.contract.content import Chat, Ending, Message
+from warmkv_server.contract.content import Chat, ChatMessage
+from warmkv_server.contract.conversation import Ending
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.task import TAIL
 from warmkv_server.text.text import Text
@@ -57,7 +58,7 @@ def test_all_of_them(tmp_path: Path) -> None:
 
 
 def go_on(
-    text: Text, held: Sequence[int], ending: str, messages: Sequence[Message], answer: bool
+    text: Text, held: Sequence[int], ending: str, messages: Sequence[ChatMessage], answer: bool
 ) -> tuple[list[int], bool]:
     """The whole context, and whether the messages wait."""
     new = text.encode(
@@ -75,20 +76,20 @@ def nothing_is_lost(name: str, made: Marked, text: Text) -> int:
             messages = []
             for role in plan:
                 number += 1
-                messages.append(Message(role, f"Words of number {number * 7919}."))
+                messages.append(ChatMessage(role, f"Words of number {number * 7919}."))
             held: list[int] = []
             ending, answer = "", where != "prime"
             tried += 1
             try:
                 if where.startswith("behind"):
                     answered = where == "behind an answer"
-                    held, _ = go_on(text, held, ending, [Message("user", "Really?")], answered)
+                    held, _ = go_on(text, held, ending, [ChatMessage("user", "Really?")], answered)
                     held += [*ids(made.tokenizer, "Yes"), made.end] if answered else []
                     ending = Ending.ANSWER if answered else "turn user"
                 whole, waits = go_on(text, held, ending, messages, answer)
                 if waits:
                     ending = ending_after(Chat(tuple(messages)), answered=False, previous="", holds_back=True)
-                    whole, _ = go_on(text, whole, ending, [Message("user", "Go on.")], True)
+                    whole, _ = go_on(text, whole, ending, [ChatMessage("user", "Go on.")], True)
             except (InvalidField, Unsupported) as refused:
                 refusals.append(refused)
                 continue
@@ -109,7 +110,7 @@ def six_turns(name: str, made: Marked, text: Text) -> bool:
     for turn in range(TURNS):
         messages.append(("user", f"What is question number {turn}?"))
         before = held
-        held, _ = go_on(text, held, Ending.ANSWER if held else "", [Message(*messages[-1])], True)
+        held, _ = go_on(text, held, Ending.ANSWER if held else "", [ChatMessage(*messages[-1])], True)
         whole = ids(made.tokenizer, made.render(messages, True))
         same = sum(1 for _ in iter_alike(before, held))
         appended = held[same:]

@@ -1,4 +1,4 @@
-"""How much KV may be in RAM for requests that are loading, waiting for the engine, or running.
+"""Admission by memory: how much KV may be in RAM for requests that are loading, waiting for the engine, or running.
 
 The engine bounds what it computes with; this bounds what is handed to it. Without it, every request that waits for the
 engine would hold its whole loaded context.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 from array import array
+from bisect import bisect_left
 
 from warmkv_server.agents.types import GenerateEvent, GenerateFinished, GenerateStarted, PrefillProgress
+from warmkv_server.contract.calls import CallArguments, CallNews
 from warmkv_server.contract.generation import Delta, Logprobs
 
 JOIN_BEHIND = 256
@@ -35,18 +37,26 @@ class AnswerLog:
             self._dropped = len(self)
         self._ids = array("i")
         self._text = io.StringIO()
+        self._reasoning = io.StringIO()
+        self._calls: list[tuple[int, CallNews]] = []
         self._token_ends = array("i")
         self._text_ends = array("i")
+        self._reasoning_ends = array("i")
         self._logprobs = array("d")
         self._top_ids = array("i")
         self._top_logprobs = array("d")
 
     def add(self, delta: Delta) -> None:
         self._ids.extend(delta.token_ids)
-        self._text.seek(0, io.SEEK_END)
-        self._text.write(delta.text)
+        self._calls.extend((len(self._token_ends), news) for news in delta.calls)
         self._token_ends.append(len(self._ids))
-        self._text_ends.append(self._text.tell())
+        for texts, ends, text in (
+            (self._text, self._text_ends, delta.text),
+            (self._reasoning, self._reasoning_ends, delta.reasoning),
+        ):
+            texts.seek(0, io.SEEK_END)
+            texts.write(text)
+            ends.append(texts.tell())
         for each in delta.logprobs:  # of every token, with as many alternatives, or of none
             self._logprobs.append(each.logprob)
             self._top_ids.extend(token for token, _ in each.top)
@@ -57,9 +67,24 @@ class AnswerLog:
         first, last = first - self._dropped, last - self._dropped
         assert 0 <= first <= last
         start, end = (self._token_ends[n - 1] if n else 0 for n in (first, last))
-        text_start, text_end = (self._text_ends[n - 1] if n else 0 for n in (first, last))
-        self._text.seek(text_start)
-        return Delta(tuple(self._ids[start:end]), self._text.read(text_end - text_start), self._told(start, end))
+        text = _between(self._text, self._text_ends, first, last)
+        reasoning = _between(self._reasoning, self._reasoning_ends, first, last)
+        calls = self._news(first, last) if self._calls else ()
+        return Delta(tuple(self._ids[start:end]), text, self._told(start, end), reasoning, calls)
+
+    def _news(self, first: int, last: int) -> tuple[CallNews, ...]:
+        """The news of calls in the deltas [first, last), pieces of the same arguments joined."""
+        begin, end = (bisect_left(self._calls, n, key=lambda entry: entry[0]) for n in (first, last))
+        found: list[CallNews] = []
+        pieces: list[str] = []
+        for _, news in self._calls[begin:end]:
+            if isinstance(news, CallArguments) and found and isinstance(found[-1], CallArguments):
+                pieces.append(news.text)
+                continue
+            _join(found, pieces)
+            found.append(news)
+        _join(found, pieces)
+        return tuple(found)
 
     def _told(self, start: int, end: int) -> tuple[Logprobs, ...]:
         if not self._logprobs:
@@ -71,6 +96,21 @@ class AnswerLog:
             values = self._top_logprobs[token * count : (token + 1) * count]
             found.append(Logprobs(self._ids[token], self._logprobs[token], tuple(zip(ids, values, strict=True))))
         return tuple(found)
+
+
+def _between(texts: io.StringIO, ends: array[int], first: int, last: int) -> str:
+    start, end = (ends[n - 1] if n else 0 for n in (first, last))
+    texts.seek(start)
+    return texts.read(end - start)
+
+
+def _join(found: list[CallNews], pieces: list[str]) -> None:
+    """Put more pieces of arguments, which are of one call, behind the last one."""
+    if pieces:
+        first = found[-1]
+        assert isinstance(first, CallArguments)
+        found[-1] = CallArguments(first.index, first.text + "".join(pieces))
+        pieces.clear()
 
 
 class AnswerEvents:

@@ -25,17 +25,27 @@ from warmkv_server.kv.store import AgentRecord, Commit, Committed, Lease, Outcom
 
 @dataclass
 class Tally:
-    """Sums over finished requests since the server started."""
+    """Sums over finished requests since the server started.
+
+    Attributes:
+        requests, answers: by source; answers are the requests that had a first token.
+        first_token: seconds that those took to it, by source.
+    """
 
     requests: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    first_token: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     fallbacks: Counter[str] = field(default_factory=Counter)
     hot_tokens: int = 0
     warm_tokens: int = 0
     shared_tokens: int = 0
     prefilled_tokens: int = 0
 
-    def add(self, cache: CacheReport) -> None:
+    def add(self, cache: CacheReport, first_token: float) -> None:
         self.requests[cache.source] += 1
+        if first_token:
+            self.answers[cache.source] += 1
+            self.first_token[cache.source] += first_token
         if cache.fallback is not None:
             self.fallbacks[cache.fallback] += 1
         self.hot_tokens += cache.hot_tokens
@@ -49,14 +59,18 @@ class Tallies:
 
     def __init__(self) -> None:
         self.total = Tally()
-        self._by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
+        self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
-    def add(self, tenant: str, cache: CacheReport) -> None:
-        for tally in (self.total, self._by_tenant[tenant]):
-            tally.add(cache)
+    def add(self, tenant: str, cache: CacheReport, first_token: float = 0.0) -> None:
+        """
+        Args:
+            first_token: seconds to it; 0 if there was none.
+        """
+        for tally in (self.total, self.by_tenant[tenant]):
+            tally.add(cache, first_token)
 
     def of(self, tenant: str) -> Tally:
-        return self._by_tenant[tenant]
+        return self.by_tenant[tenant]
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,8 @@ class Computation:
 
     @property
     def cache(self) -> CacheReport:
-        return CacheReport.of(self.reuse, len(self.context.tokens))
+        held = self.context.agent.token_count if self.context.agent is not None else 0
+        return CacheReport.of(self.reuse, len(self.context.tokens), held)
 
     @asynccontextmanager
     async def loaded(self, answer: Answer | None) -> AsyncIterator[None]:
@@ -140,6 +155,7 @@ class Computation:
         finished: Finished | None,
         outcome_of: OutcomeOf | None,
         changes: Mapping[str, Any],
+        ending: str,
     ) -> Committed:
         """Make it the agent's context. Nothing interrupts this.
 
@@ -148,6 +164,7 @@ class Computation:
             finished: what the engine computed; None if everything was there.
             outcome_of: makes the record of a request that has an id, when everything but the transaction is done.
             changes: of `pinned`, `ttl`, `labels`.
+            ending: what the context ends with, and what goes on with it.
         """
         tokens: TokenIds = np.concatenate([self.context.tokens, np.asarray(completion, np.int32)])
         began = time.perf_counter()
@@ -167,7 +184,7 @@ class Computation:
                     reuse=self.reuse,
                     growth=finished.growth if finished is not None else None,
                     lease=self.lease,
-                    ending=self.context.ending,
+                    ending=ending,
                     keep_boundaries=frozenset({len(self.context.tokens) - 1, len(tokens)}),
                     request=timed if outcome_of is not None else None,
                     **changes,

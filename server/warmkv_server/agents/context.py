@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from warmkv_server.contract.content import Chat, Content, Encoded, Ending, RawText, TokenContent, held_back
+from warmkv_server.agents import talk
+from warmkv_server.contract.content import NO_SETUP, Chat, Content, Encoded, RawText, Setup, TokenContent
+from warmkv_server.contract.conversation import NOTHING_YET, Conversation, Ending, MadeCall, held_back, holding, plain
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, RevisionMismatch, Unsupported, Violation
@@ -24,11 +25,20 @@ class Context:
         agent: as of the last commit; None if there is none.
         tokens: shape (tokens,), with the new content.
         ending: what the context would end with if it were committed as it is.
+        conversation: what goes on with it.
+        thinks: how many of its last tokens begin reasoning that the answer goes on with.
     """
 
     agent: AgentRecord | None
     tokens: TokenIds
     ending: str
+    conversation: Conversation = NOTHING_YET
+    thinks: int = 0
+
+    @property
+    def kept(self) -> str:
+        """What is kept with the agent of how it goes on."""
+        return talk.ending_of(self.ending, self.conversation)
 
     @property
     def incarnation(self) -> int | None:
@@ -67,11 +77,13 @@ async def assemble(
         ContextTooLong: before anything was computed.
         InvalidField: if the content can't be encoded.
         Unsupported: if the held tokens are another model's.
+        ToolsChanged, NoPendingCall: if a chat doesn't go on from the agent's.
     """
     agent, held, ending = _held(engine, store, key, append)
     if is_empty(content):
         content = None
-    new = await encode(engine, key.tenant, content, held, ending, answer=answer)
+    conversation = Conversation.of(agent.ending) if agent is not None else NOTHING_YET
+    new, conversation = await encode(engine, key.tenant, content, held, ending, conversation, answer=answer)
     if not new.tokens.size and not (answer and held.size):
         raise empty_content()
     tokens = np.concatenate([held[: len(held) - new.replaced], new.tokens])
@@ -81,7 +93,9 @@ async def assemble(
             "send less, or start a new context with CONTEXT_MODE_REPLACE"
         )
     after = ending_after(content, answered=answer, previous=ending, holds_back=new.holds_back)
-    return Context(agent, tokens, after)
+    context = Context(agent, tokens, after, conversation, new.thinks)
+    len(context.kept)  # refused now if it is too much
+    return context
 
 
 async def count(engine: Engine, store: Store, key: AgentKey, content: Content | None, *, append: bool) -> Encoded:
@@ -92,20 +106,33 @@ async def count(engine: Engine, store: Store, key: AgentKey, content: Content | 
         ContextTooLong: if no context could hold them.
         InvalidField: if the content can't be encoded.
     """
-    _, held, ending = _held(engine, store, key, append)
-    new = await encode(engine, key.tenant, None if is_empty(content) else content, held, ending, answer=True)
+    agent, held, ending = _held(engine, store, key, append)
+    conversation = Conversation.of(agent.ending) if agent is not None else NOTHING_YET
+    content = None if is_empty(content) else content
+    new, _ = await encode(engine, key.tenant, content, held, ending, conversation, answer=True)
     if not new.tokens.size:
         raise empty_content()
     return new
 
 
 async def encode(
-    engine: Engine, tenant: str, content: Content | None, held: TokenIds, ending: str, *, answer: bool
-) -> Encoded:
-    """The tokens of content that is put behind held ones, and how many of those they replace.
+    engine: Engine,
+    tenant: str,
+    content: Content | None,
+    held: TokenIds,
+    ending: str,
+    conversation: Conversation,
+    *,
+    answer: bool,
+) -> tuple[Encoded, Conversation]:
+    """The tokens of content that is put behind held ones, how many of those they replace, and what goes on then.
+
+    Args:
+        conversation: the agent's.
 
     Raises:
         InvalidField: if it can't be encoded, or messages of the context that wait for a user's would be lost behind it.
+        ToolsChanged, NoPendingCall: if a chat doesn't go on from the agent's.
     """
     if not isinstance(content, Chat) and (content is not None or answer) and ending.startswith(Ending.HELD):
         raise InvalidField.of(
@@ -113,13 +140,52 @@ async def encode(
             "the model's chat template writes the messages of this context with the user's message that follows; send "
             "that as content.chat, or replace the context",
         )
+    if not isinstance(content, Chat):
+        goes_on = conversation
+        if content is not None:
+            goes_on = replace(conversation if held.size else talk.afresh(conversation), calls=())
+        return await _tokens(engine, tenant, content, held, ending, answer=answer), goes_on
+    chat = talk.written(content, conversation, behind=bool(held.size))
+    shorter = talk.without_reasoning(content, held, conversation) if held.size else None
+    base, after = held, chat.after
+    if shorter is not None:
+        base = np.concatenate([held[: len(held) - shorter.replaced], shorter.tokens])
+        after = replace(after, reasoning=())
+    content = replace(content, messages=chat.messages)
+    new = await _tokens(engine, tenant, content, base, ending, answer=answer, setup=chat.setup, calls=chat.before)
+    if shorter is not None:
+        rest = shorter.tokens[: len(shorter.tokens) - new.replaced]
+        new = replace(new, tokens=np.concatenate([rest, new.tokens]), replaced=shorter.replaced)
+    return new, replace(after, clock=chat.setup.clock) if new.dated else after
+
+
+async def _tokens(
+    engine: Engine,
+    tenant: str,
+    content: Content | None,
+    held: TokenIds,
+    ending: str,
+    *,
+    answer: bool,
+    setup: Setup = NO_SETUP,
+    calls: tuple[MadeCall, ...] = (),
+) -> Encoded:
     if content is None:
         return Encoded(np.empty(0, np.int32))
     if isinstance(content, TokenContent):
         return Encoded(_known(np.asarray(content.ids, np.int64), engine.info.vocab_size))
     tail = tuple(held[-TAIL:].tolist())
-    limit = engine.info.context_limit
-    task = Task(content, starts=not held.size, ending=ending, held=len(held), tail=tail, answer=answer, room=limit)
+    task = Task(
+        content,
+        starts=not held.size,
+        ending=plain(ending),
+        held=len(held),
+        tail=tail,
+        answer=answer,
+        room=engine.info.context_limit,
+        setup=setup,
+        calls=calls,
+    )
     new = await engine.text.encode(task, tenant)
     if not new.replaced:
         return new
@@ -140,13 +206,12 @@ def ending_after(content: Content | None, *, answered: bool, previous: str, hold
         if answered:
             return Ending.ANSWER
         if holds_back:
-            messages = [(m.role, m.content) for m in (*held_back(previous), *content.messages)]
-            return f"{Ending.HELD} {json.dumps(messages, ensure_ascii=False)}"
-        return f"{Ending.TURN} {content.messages[-1].role}"
-    if content is None and previous == Ending.ANSWER:
+            return holding((*held_back(previous), *content.messages))
+        return talk.role_after(content)
+    if content is None and Ending.of(previous) is Ending.ANSWER:
         return Ending.ANSWER
     if content is None and not answered:
-        return previous or Ending.RAW
+        return plain(previous) or Ending.RAW
     return Ending.RAW
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 
-from warmkv_server.agents.answer_log import AnswerEvents, AnswerLog
+from warmkv_server.agents import talk
+from warmkv_server.agents.answer_log import AnswerEvents
+from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.types import (
-    AgentView,
-    GenerateEvent,
-    GenerateFinished,
-    GenerateRequest,
-    GenerateStarted,
-    PrefillProgress,
-)
-from warmkv_server.contract.generation import Answer, Delta, Event, Finish, Finished, Progress, Started
-from warmkv_server.contract.kv import BLOCK_TOKENS
+from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
+from warmkv_server.contract.generation import Answer, Finish, Finished
 from warmkv_server.errors import AgentDeleted
 from warmkv_server.kv.store import AgentRecord, RequestOutcome
 
@@ -55,71 +47,16 @@ async def generate(
             async with work.loaded(answer):
                 stream = AnswerStream(request, run, work, events.answer)
                 finished = await _answer(work, answer, stream)
+                if not isinstance(run.stopped, AgentDeleted):
+                    await stream.close()
                 cut_short = finished is not None and finished.finish is Finish.CANCELLED
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
                     run.check()
                 result = await _keep(work, request, codec, stream, finished)
-        tools.tallies.add(work.key.tenant, work.cache)
+        tools.tallies.add(work.key.tenant, work.cache, work.timings.first_token)
         if cut_short:
             run.check()
         run.publish(result)
-
-
-class AnswerStream:
-    """Publishes the engine's events in the form the request asked for, and collects the answer where it is wanted.
-
-    Args:
-        published: the deltas that were published.
-
-    Attributes:
-        sampled: tokens so far.
-    """
-
-    def __init__(
-        self, request: GenerateRequest, run: Run[GenerateEvent], work: Computation, published: AnswerLog
-    ) -> None:
-        self._request = request
-        self._run = run
-        self._work = work
-        self._log = AnswerLog() if request.whole else published
-        self._kept = 0
-        self.sampled = 0
-        self.started = GenerateStarted(request.key.agent_id, work.cache)
-
-    def begin(self) -> None:
-        self._run.publish(self.started)
-
-    def follow(self, event: Event) -> None:
-        match event:
-            case Started():
-                self.begin()
-            case Progress(done, total) if not self._request.whole:
-                reused = self._work.reuse.length
-                # What one step computes is there before anybody could read about it.
-                if done > reused and total - reused > BLOCK_TOKENS:
-                    self._run.publish(PrefillProgress(done - reused, total - reused))
-            case Delta():
-                if not self.sampled:
-                    self._work.timings.first_token = time.perf_counter() - self._request.arrived
-                self.sampled += len(event.token_ids)
-                if self._request.whole:
-                    self._log.add(event)
-                else:
-                    self._run.publish(event)
-            case Finished():
-                self.end(event.completion)
-
-    def end(self, completion: Sequence[int]) -> None:
-        """The answer is complete; `completion` are its tokens that belong to the context."""
-        self._kept = len(completion)
-        if self._request.whole:
-            self._run.publish(self.answer)
-
-    @property
-    def answer(self) -> Delta:
-        """The answer, once it is complete, as one delta. For a request that has an id, or wants it whole."""
-        joined = self._log.cut(0, len(self._log))
-        return Delta(joined.token_ids[: self._kept], joined.text, joined.logprobs[: self._kept])
 
 
 async def _answer(work: Computation, answer: Answer | None, stream: AnswerStream) -> Finished | None:
@@ -128,7 +65,6 @@ async def _answer(work: Computation, answer: Answer | None, stream: AnswerStream
         finished = await work.compute(answer, stream.follow)
         return finished if answer is not None else replace(finished, finish=_without_answer(finished))
     stream.begin()
-    stream.end(())
     return None
 
 
@@ -157,6 +93,8 @@ async def _keep(
             timings=replace(work.timings),
             agent=AgentView(agent) if agent is not None else None,
             persisted=persisted,
+            calls=stream.calls,
+            reasoning_tokens=stream.reasoning_tokens,
         )
 
     def write(event: GenerateFinished) -> RequestOutcome:
@@ -169,7 +107,8 @@ async def _keep(
     if request.ephemeral or not key.agent_id:
         return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)
     recorded = RecordedResult(result, write if request.identity is not None else None)
-    committed = await work.commit(completion, finished, recorded.outcome_of, {})
+    ending = talk.ending_of(work.context.ending, stream.conversation)
+    committed = await work.commit(completion, finished, recorded.outcome_of, {}, ending)
     return recorded.result(committed.agent, committed.persisted)
 
 

@@ -1,4 +1,4 @@
-"""Retries that do nothing twice: one run for each request id, joined while it runs and replayed when it is over.
+"""Idempotency: one run for each request id, joined by retries while it runs and replayed to them when it is over.
 
 What is kept is what the client was sent, in the bytes of the messages, behind a header with the format's version. How
 a message looks is the service's affair: it hands in a codec for each kind of answer.

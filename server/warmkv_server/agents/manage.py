@@ -45,8 +45,7 @@ async def evict(tools: Tools, key: AgentKey, drop_page_cache: bool, run: Run[Evi
     async with tools.turns.take(key, run):
         run.doing = IDLE
         require(tools, key)
-        with run.uninterrupted():
-            evicted = await tools.store.evict(key.tenant, key.agent_id, drop_page_cache)
+        evicted = await tools.store.evict(key.tenant, key.agent_id, drop_page_cache)
         run.publish(
             EvictResult(AgentView(evicted.agent), evicted.bytes_freed, evicted.resident_before, evicted.resident_after)
         )

@@ -35,7 +35,7 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
                     lambda record, persisted: PrimeResult(AgentView(record), work.cache, replace(timings), persisted),
                     (lambda result: codec.outcome(identity, [result])) if identity is not None else None,
                 )
-                committed = await work.commit((), finished, recorded.outcome_of, _changes(request))
+                committed = await work.commit((), finished, recorded.outcome_of, _changes(request), context.kept)
         run.publish(recorded.result(committed.agent, committed.persisted))
         tools.tallies.add(work.key.tenant, work.cache)
 

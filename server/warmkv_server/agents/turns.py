@@ -1,4 +1,4 @@
-"""Whose turn it is: the requests of one agent run one after another, in order of arrival.
+"""The queue of each agent: its requests run one after another, in order of arrival.
 
 Agents are independent of each other. A delete goes before everything that waits, and ends it.
 """

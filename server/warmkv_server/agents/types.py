@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import Content
 from warmkv_server.contract.generation import Answer, Delta, Finish
-from warmkv_server.contract.kv import Fallback, Reuse, Source
+from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, Reuse, Source
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.kv.store import AgentRecord
 
@@ -79,6 +80,8 @@ class GenerateRequest:
         replace: whether the content is the whole context rather than new at its end.
         whole: whether the answer is to be sent as one delta.
         ephemeral: change nothing.
+        told_apart: whether reasoning and tool calls are told apart from the text.
+        drops_reasoning: whether the next user's message drops this answer's reasoning.
     """
 
     key: AgentKey
@@ -87,6 +90,8 @@ class GenerateRequest:
     replace: bool = False
     whole: bool = False
     ephemeral: bool = False
+    told_apart: bool = False
+    drops_reasoning: bool = False
     expected_revision: int | None = None
     identity: Identity | None = None
     arrived: float = field(default_factory=time.perf_counter)
@@ -94,7 +99,11 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What was reused and what was computed. cached + prefilled = prompt; hot + warm + shared = cached."""
+    """What was reused and what was computed. cached + prefilled = prompt; hot + warm + shared = cached.
+
+    Attributes:
+        held_tokens: of the agent's context when the request's turn came.
+    """
 
     source: Source
     prompt_tokens: int
@@ -103,17 +112,23 @@ class CacheReport:
     shared_tokens: int = 0
     bytes_loaded: int = 0
     fallback: Fallback | None = None
+    held_tokens: int = 0
 
     @classmethod
-    def of(cls, reuse: Reuse, prompt_tokens: int) -> CacheReport:
+    def of(cls, reuse: Reuse, prompt_tokens: int, held_tokens: int = 0) -> CacheReport:
+        source = reuse.source
+        # The one token that all contexts begin with, say, saves nothing worth a name.
+        if source is Source.SHARED and reuse.shared_tokens < min(BLOCK_TOKENS, prompt_tokens / 4):
+            source = Source.COLD
         return cls(
-            reuse.source,
+            source,
             prompt_tokens,
             reuse.hot_tokens,
             reuse.warm_tokens,
             reuse.shared_tokens,
             reuse.bytes_loaded,
             reuse.fallback,
+            held_tokens,
         )
 
     @property
@@ -167,6 +182,7 @@ class GenerateFinished:
 
     Attributes:
         agent: after the commit; None if there is none.
+        reasoning_tokens: of completion_tokens.
     """
 
     finish: Finish
@@ -176,6 +192,8 @@ class GenerateFinished:
     timings: Timings
     agent: AgentView | None
     persisted: bool
+    calls: tuple[CallFinished, ...] = ()
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)

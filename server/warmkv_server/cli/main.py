@@ -1,5 +1,5 @@
-"""The command line: `warmkv serve`, `doctor`, `health`, `version`, what operators do (`store`, `agents`, `models`),
-`eval`, and `bench` where the benchmark is installed.
+"""The command line: `warmkv serve`, `doctor`; `chat`, `agents`, `ps`, `top` and `health`, which ask a server that runs;
+`store`, `models` and `config`, which look at files; `eval`; and `bench` where the benchmark is installed.
 
 Says what an operator did wrong in one sentence on stderr, and exits with status 2; with 1 where it is nobody's fault.
 """
@@ -7,73 +7,66 @@ Says what an operator did wrong in one sentence on stderr, and exits with status
 from __future__ import annotations
 
 import asyncio
-import inspect
-import logging
 import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from warmkv_server import config
-from warmkv_server.cli import data as operate
+from warmkv_server.cli.agents import agents
+from warmkv_server.cli.chat.command import chat
+from warmkv_server.cli.config import settings as config
+from warmkv_server.cli.config import told_by, with_flags
+from warmkv_server.cli.data import DataDir, store
+from warmkv_server.cli.health import health
 from warmkv_server.cli.models import models
+from warmkv_server.cli.running import ps, top
+from warmkv_server.cli.start_screen import show
 from warmkv_server.errors import OperatorError, ServerFailed
+from warmkv_server.platform.logs import log_to_stderr
 from warmkv_server.platform.versions import version_of
 
 app = typer.Typer(
     name="warmkv",
-    help="A gRPC model server on MLX that keeps every agent's KV cache: hot in RAM, warm on disk.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-app.add_typer(operate.store, name="store")
-app.add_typer(operate.agents, name="agents")
-app.add_typer(models, name="models")
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For a command whose arguments are another command line's."""
 
 
-def _flags(serve: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting, with the setting's help and default."""
-    parameters = []
-    for option in config.options():
-        flag = typer.Option(
-            option.flag,
-            help=option.help,
-            show_default=option.default if option.default and not option.is_switch else False,
-            metavar=None if option.is_switch else option.name.rpartition("_")[2].upper(),
-        )
-        kind: Any = bool | None if option.is_switch else str | None
-        annotation = Annotated[kind, flag]
-        parameters.append(
-            inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return serve
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version_of("warmkv"))
+        raise typer.Exit
+
+
+@app.callback()
+def _warmkv(
+    _: Annotated[
+        bool, typer.Option("--version", "-V", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """A gRPC model server on MLX that keeps every agent's KV cache: hot in RAM, warm on disk."""
 
 
 @app.command()
-@_flags
+@with_flags
 def serve(**flags: Any) -> None:
     """Serve a model. Each option can also be set in the environment, such as WARMKV_PORT for --port."""
     # gRPC's own log tells operators nothing that isn't said better here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        settings = config.read({name: value for name, value in flags.items() if value is not None})
-        _log_to_stderr(settings.log_level)
+        settings = told_by(flags).settings
+        log_to_stderr(settings.log_level, settings.log_format)
         from warmkv_server.text.launch import StartedProcess
 
         text = StartedProcess.first()
         from warmkv_server.app import serve as run  # imports MLX, and not before the process above is there
 
-        status = asyncio.run(run(settings, text))
+        status = asyncio.run(run(settings, text, show))
     except OperatorError as error:
         _refuse(str(error))
     except ServerFailed as error:
@@ -83,7 +76,7 @@ def serve(**flags: Any) -> None:
 
 @app.command()
 def doctor(
-    data_dir: Annotated[Path, typer.Option(help="The folder that contexts would be kept in.")] = Path("data"),
+    data_dir: DataDir,
 ) -> None:
     """Say what MLX computes on here, how fast, what is installed, and how much room there is."""
     from warmkv_server.platform.doctor import findings
@@ -113,38 +106,15 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def health(
-    target: Annotated[str, typer.Option(help="Address of the server, HOST:PORT.")] = "127.0.0.1:50051",
-    seconds: Annotated[float, typer.Option(help="How long to wait for the answer.")] = 3.0,
-) -> None:
-    """Ask a server whether it serves: exit status 0 if it does, 1 if not. Needs no token."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    with grpc.insecure_channel(target) as channel:
-        try:
-            stub = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=seconds)  # type: ignore[attr-defined]
-        except grpc.RpcError as error:
-            typer.echo(f"{target} does not answer: {error.details()}", err=True)
-            raise typer.Exit(1) from None
-    typer.echo(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise typer.Exit(1)
-
-
-@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(version_of("warmkv"))
 
 
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for noisy in ("httpx", "huggingface_hub", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+for _command in (chat, ps, top, health):
+    app.command()(_command)
+for _name, _group in {"agents": agents, "store": store, "models": models, "config": config}.items():
+    app.add_typer(_group, name=_name)
 
 
 def _refuse(sentence: str, status: int = 2) -> NoReturn:

@@ -1,22 +1,26 @@
-"""`warmkv models`: what a model is, before it is served."""
+"""`warmkv models`: which models this machine has, and what one is before it is served."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from warmkv_server import config
+from warmkv_server.cli.connection import Json, refusing
 from warmkv_server.errors import OperatorError
+from warmkv_server.offline import words
 
-models = typer.Typer(help="Look at models before they are served.", no_args_is_help=True)
+models = typer.Typer(help="Look at models before they are served, fetch them and remove them.", no_args_is_help=True)
 
 
 @models.callback()
 def _models() -> None:
-    """Look at models before they are served."""
+    """Look at models before they are served, fetch them and remove them."""
 
 
 @models.command()
@@ -26,7 +30,7 @@ def check(
     kv: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_bits: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_group_size: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what the server would do with a model: its limit, ends of answers, caches and codec, what its tokenizer keeps
     of a text, and which messages its chat template writes. Loads it, and exits with 2 where it would be refused."""
@@ -45,6 +49,58 @@ def check(
         return
     for name, value in _rows(found):
         typer.echo(f"{name:<22} {value}")
+
+
+@models.command()
+def ls(as_json: Json = False) -> None:
+    """List the models of a hub that this machine has, in the cache that huggingface_hub keeps."""
+    from warmkv_server.offline import hub_cache
+
+    found = hub_cache.models()
+    if as_json:
+        typer.echo(json.dumps({"cache": str(hub_cache.cache_dir()), "models": [asdict(model) for model in found]}))
+        return
+    if found:
+        rows = words.table(("model", "stands for"), ("files", "on disk", "used"))
+        for model in found:
+            used = words.ago(time.time() - model.last_used)
+            rows.add_row(model.spec, ", ".join(model.refs), str(model.files), words.size(model.nbytes), used)
+        words.console().print(rows)
+    typer.echo(f"{hub_cache.cache_dir()}: {len(found)} models; builtin:tiny is always there")
+
+
+@models.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="ORG/NAME[@REV] of the hub.", metavar="ORG/NAME[@REV]")],
+    as_json: Json = False,
+) -> None:
+    """Fetch a model, as `warmkv serve --model` would, and show how far it is. What is here isn't fetched again."""
+    from warmkv_server.offline import hub_cache
+
+    with refusing():
+        folder, nbytes = hub_cache.fetch(model)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "path": str(folder), "nbytes": nbytes}))
+    else:
+        typer.echo(f"{folder}: {words.size(nbytes)}; serve it with `warmkv serve --model {model}`")
+
+
+@models.command()
+def rm(
+    model: Annotated[str, typer.Argument(help="As `warmkv models ls` names it; without @REV all revisions of it.")],
+    as_json: Json = False,
+) -> None:
+    """Delete a model from the cache, which other programs may share. `pull` fetches it again."""
+    from warmkv_server.offline import hub_cache
+
+    with refusing():
+        gone, freed = hub_cache.remove(model)
+    if as_json:
+        typer.echo(json.dumps({"removed": [asdict(each) for each in gone], "freed_bytes": freed}))
+        return
+    for each in gone:
+        typer.echo(f"{each.spec}: removed")
+    typer.echo(f"{words.size(freed)} freed")
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -75,6 +131,7 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             ("two_systems", "two system messages"),
             ("tools", "tools"),
             ("reasoning", "reasoning"),
+            ("variables", "template variables"),
             ("follow_up", "behind an answer"),
         ):
             yield name, template[key]

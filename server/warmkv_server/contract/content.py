@@ -1,10 +1,8 @@
-"""What a request puts into a context: text, tokens or chat messages; and what a context ends with."""
+"""What a request puts into a context: text, tokens or chat messages."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +19,89 @@ class TokenContent:
 
 
 @dataclass(frozen=True)
-class Message:
+class ToolCall:
+    """A call of a tool.
+
+    Attributes:
+        arguments: a JSON object as text.
+    """
+
+    id: str
+    name: str
+    arguments: str = "{}"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call.
+
+    Attributes:
+        parameters: JSON Schema of the arguments, as text; the order of its properties is what the model sees.
+    """
+
+    name: str
+    description: str
+    parameters: str
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One turn.
+
+    Attributes:
+        reasoning: what came before an assistant's text.
+        calls: that an assistant made.
+        call_id, name: of the call whose result it is, and of its tool.
+    """
+
     role: str
     content: str
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+    name: str = ""
+
+    @property
+    def characters(self) -> int:
+        extras = sum(len(call.id) + len(call.name) + len(call.arguments) for call in self.calls)
+        return len(self.role) + len(self.content) + len(self.reasoning) + len(self.call_id) + len(self.name) + extras
 
 
 @dataclass(frozen=True)
 class Chat:
-    messages: tuple[Message, ...]
+    """Messages.
+
+    Attributes:
+        tools: None leaves them as they are.
+        variables: of the chat template, a JSON object as text; None leaves them as they are.
+        continue_last: whether the last message goes on.
+    """
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] | None = None
+    variables: str | None = None
+    continue_last: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a chat template writes messages with, besides themselves.
+
+    Attributes:
+        variables: a JSON object as text; empty for none.
+        clock: what it takes for now, seconds since 1970.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    variables: str = ""
+    clock: float = 0.0
+
+    @property
+    def characters(self) -> int:
+        return len(self.variables) + sum(len(t.name) + len(t.description) + len(t.parameters) for t in self.tools)
+
+
+NO_SETUP = Setup()
 
 
 Content = RawText | TokenContent | Chat
@@ -42,45 +115,12 @@ class Encoded:
         tokens: to put behind it, shape (tokens,).
         replaced: how many of its last tokens give way to them.
         holds_back: whether the messages are not in them, and come with the next user's message.
+        dated: whether the chat template looked at the clock.
+        thinks: how many of the last ones begin reasoning that the answer goes on with.
     """
 
     tokens: npt.NDArray[np.int32]
     replaced: int = 0
     holds_back: bool = False
-
-
-class Ending(StrEnum):
-    """What a context ends with, which decides how content goes on behind it.
-
-    Kept with the context as text: one of these words, and behind a space what `TURN` and `HELD` have besides.
-    """
-
-    RAW = "raw"
-    """Raw text or tokens, or nothing: messages follow as they are."""
-    TURN = "turn"
-    """A message that the template has closed, and its role."""
-    ANSWER = "answer"
-    """A generated answer: the template's text after an answer comes first."""
-    HELD = "held"
-    """Messages that the template writes with the next user's message and not before, in JSON."""
-
-    @classmethod
-    def of(cls, ending: str) -> Ending:
-        """The word; raw where it is none, as an archive from elsewhere can have it."""
-        word = ending.partition(" ")[0]
-        return next((each for each in cls if each == word), cls.RAW)
-
-
-def role_before(ending: str) -> str:
-    """The role of the message that a context ends with; empty where nobody knows."""
-    return ending.partition(" ")[2] if Ending.of(ending) is Ending.TURN else ""
-
-
-def held_back(ending: str) -> tuple[Message, ...]:
-    """The messages that a context holds back: all that it was made of. None where they can't be read."""
-    if Ending.of(ending) is not Ending.HELD:
-        return ()
-    try:
-        return tuple(Message(str(role), str(content)) for role, content in json.loads(ending.partition(" ")[2]))
-    except (ValueError, TypeError):
-        return ()
+    dated: bool = False
+    thinks: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from warmkv_server.contract.calls import CallNews
 from warmkv_server.contract.kv import Growth, Reuse
 
 
@@ -101,11 +102,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Delta:
-    """New tokens, and the text that became certain with them, which may be empty."""
+    """New tokens, and the text that became certain with them, which may be empty.
+
+    Attributes:
+        reasoning, calls: told apart from the text where the answer is read as a message.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[Logprobs, ...] = ()
+    reasoning: str = ""
+    calls: tuple[CallNews, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,10 @@ class KVLayout:
         """Kinds that are captured at lengths of the context."""
         return tuple(p.kind for p in self.policies if p.snapshot)
 
+    def context_bytes(self, length: int) -> int:
+        """Bytes at rest of a context of so many tokens: what it needs to be gone on with."""
+        return sum(policy.nbytes(self, policy.held(self, length)) for policy in self.policies)
+
     @property
     def has_state(self) -> bool:
         """Whether there is anything that can be taken up only where it was captured."""

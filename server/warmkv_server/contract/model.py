@@ -49,6 +49,22 @@ class StreamInfo:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a model can do, as far as its chat template shows it.
+
+    Attributes:
+        tool_format: of its calls; empty if it has no tools.
+        reasoning_marks: around its reasoning.
+        keeps_reasoning: whether the template writes that of earlier answers again.
+    """
+
+    tool_format: str = ""
+    reasoning_marks: tuple[str, ...] = ()
+    template_variables: tuple[str, ...] = ()
+    keeps_reasoning: bool = False
+
+
+@dataclass(frozen=True)
 class LayerInfo:
     """One cache of the model. A model whose layers share KV has fewer of them than layers."""
 
@@ -63,6 +79,12 @@ class LayerInfo:
     keys: StreamInfo | None = None
     values: StreamInfo | None = None
     """How they are stored; None for recurrent and composite caches."""
+
+    @property
+    def streams(self) -> tuple[StreamInfo, ...]:
+        """Its keys and values, or those of its members."""
+        own = tuple(stream for stream in (self.keys, self.values) if stream is not None)
+        return own + tuple(stream for member in self.members for stream in member.streams)
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,11 @@ class ModelInfo:
     sampling_defaults: Sampling
     ends: tuple[End, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> tuple[StreamInfo, ...]:
+        """How keys and values are stored, of all caches in order."""
+        return tuple(stream for layer in self.layers for stream in layer.streams)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

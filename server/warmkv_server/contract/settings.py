@@ -52,7 +52,13 @@ class Settings:
     ] = None
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[Port, Field(description="Port to listen on; 0 takes a free one.")] = 50051
-    data_dir: Annotated[Path, Field(description="Folder of the contexts; made if it is not there.")] = Path("data")
+    data_dir: Annotated[
+        Path,
+        Field(
+            description="Folder of the contexts; made if it is not there. Default: where this platform has data, such "
+            "as ~/.local/share/warmkv.",
+        ),
+    ] = Path("data")
     hot_bytes: Annotated[
         Bytes,
         Field(
@@ -146,8 +152,9 @@ class Settings:
         ),
     ] = None
     metrics_port: Annotated[
-        Port | None, Field(ge=1, description="Port for Prometheus, on --host. Default: no metrics.")
+        Port | None, Field(ge=1, description="Port for Prometheus, on --metrics-host. Default: no metrics.")
     ] = None
+    metrics_host: Annotated[str | None, Field(description="Address for Prometheus. Default: --host.")] = None
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."),
@@ -155,6 +162,9 @@ class Settings:
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="What is logged, on stderr.")
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="Lines for people, or one JSON object a line.")
+    ] = "text"
 
     @property
     def kv_choice(self) -> KvChoice:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from warmkv_server.contract.fairness import Tenants
-from warmkv_server.contract.kv import KVLayout, Reuse
+from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, Reuse, all_kinds, policy_of
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
+from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.blockfile import VERSION
 from warmkv_server.kv.blocks.disk import DiskTier
 from warmkv_server.kv.blocks.files import Files
@@ -25,7 +26,7 @@ from warmkv_server.kv.blocks.tier import BlockTier
 from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
-from warmkv_server.kv.catalog.startup import open_directory
+from warmkv_server.kv.catalog.startup import open_directory, take_directory
 from warmkv_server.kv.index.index import Node
 from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
@@ -95,12 +96,22 @@ class Store:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
+    async def take(cls, settings: Settings) -> DirectoryLock:
+        """Make the data directory if there is none, and lock it: what `open` does first, before there is a model.
+
+        Raises:
+            OperatorError: it is in use, or can't be written.
+        """
+        return await asyncio.to_thread(take_directory, settings.data_dir, Files(settings.durability))
+
+    @classmethod
     async def open(
         cls,
         settings: Settings,
         layout: KVLayout,
         fingerprint: Fingerprint,
         *,
+        lock: DirectoryLock | None = None,
         tuning: Tuning | None = None,
         tenants: Tenants | None = None,
         pressure: MemoryPressure | None = None,
@@ -113,6 +124,7 @@ class Store:
         """Lock the directory, read the index, sweep what a crash left behind.
 
         Args:
+            lock: of the directory, from `take`; None to take it now.
             tenants: that share the budgets. How many have something to lose is seen; this is for what can't be taken
                 back, RAM that holds what the disk refused.
             pressure: where memory runs out; the store then lets go of RAM copies.
@@ -124,12 +136,17 @@ class Store:
             tier: where blocks are, if not in the data directory.
 
         Raises:
-            OperatorError: the directory is in use, can't be written, or was written by a newer version.
+            OperatorError: the directory is in use, can't be written, or was written by a newer version; or the quota
+                is too small for one block.
         """
+        _require_room(settings.disk_bytes, layout)
         tuning = tuning or Tuning()
         files = files or Files(settings.durability, settings.headroom_bytes, busy)
         tier = tier or DiskTier(settings.data_dir, files, tuning.quarantine_limit(settings.disk_bytes))
-        opened = await asyncio.to_thread(open_directory, settings, tuning, layout, fingerprint, files, tier, times)
+        lock = lock or await cls.take(settings)
+        opened = await asyncio.to_thread(
+            open_directory, lock, settings, tuning, layout, fingerprint, files, tier, times
+        )
         journal = Journal(opened.database, opened.commits)
         core = Core(
             settings,
@@ -149,7 +166,7 @@ class Store:
         core.quarantine_bytes, core.aside_bytes = opened.quarantine_bytes, opened.aside_bytes
         core.manifest_sizes = opened.manifests.sizes
         core.manifest_bytes = sum(core.manifest_sizes.values())
-        store = cls(core, opened.lock)
+        store = cls(core, lock)
         for agent in opened.manifests.stale:
             store._manifests.note(agent)
         if pressure is not None:
@@ -163,7 +180,7 @@ class Store:
         await self.settled()
         await self._manifests.close()
         await self._core.journal.close()
-        self._core.shutdown()
+        await asyncio.to_thread(self._core.shutdown)  # a read that nobody waits for may be at work
         self._lock.release()
 
     async def settled(self) -> None:
@@ -245,6 +262,15 @@ class Store:
             StorageUnavailable: it can't be looked up.
         """
         return await self._core.outcomes.find(tenant, request_id)
+
+    def stale(self) -> dict[str, int]:
+        """Agents of other models or KV settings, by how those differ from what is served; "" where nobody knows."""
+        core = self._core
+        digests = Counter(a.fingerprint for a in core.index.agents.values() if a.fingerprint != core.fingerprint)
+        found: Counter[str] = Counter()
+        for digest, number in digests.items():
+            found[", ".join(core.foreign.differences(digest))] += number
+        return dict(found)
 
     def tiers(self, tenant: str) -> dict[str, int]:
         """A tenant's agents by tier."""
@@ -405,3 +431,16 @@ class Store:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+
+def _require_room(disk_bytes: int, layout: KVLayout) -> None:
+    """
+    Raises:
+        OperatorError: not even one block fits into the quota.
+    """
+    block = sum(policy_of(kind).nbytes(layout, BLOCK_TOKENS) for kind in all_kinds())
+    if 0 < disk_bytes < block:
+        raise OperatorError(
+            f"--disk-bytes {disk_bytes} is less than one block of {BLOCK_TOKENS} tokens of this model takes, {block} "
+            "bytes, so that no context could be kept: give more, or 0 for no limit"
+        )

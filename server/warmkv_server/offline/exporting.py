@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from warmkv_server.contract.kv import Fallback, PartKind
 from warmkv_server.contract.store import Durability
@@ -75,6 +77,32 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
             files.unlink(temp)
     count = sum(1 for _ in manifest.files())
     return Exported(len(agent.tokens), usable_tokens(agent), agent.revision, count, nbytes)
+
+
+def file_names(view: View, folder: Path, tenant: str | None) -> dict[tuple[str, str], Path]:
+    """A file in the folder for each agent, by tenant and agent_id; of one tenant's alone, or of all. Makes the folders.
+
+    Raises:
+        OperatorError: there is no agent, or a folder can't be made.
+    """
+    wanted = sorted(key for key in view.index.agents if tenant in (None, key[0]))
+    if not wanted:
+        raise OperatorError(f"there is no agent in {view.data_dir}" + (f" of tenant {tenant!r}" if tenant else ""))
+    names: dict[tuple[str, str], Path] = {}
+    taken: Counter[Path] = Counter()
+    for owner, agent_id in wanted:
+        place = folder / quote(owner, safe="") if owner else folder
+        # Filesystems may take Ada and ada for one name, which ids are not.
+        same = place / agent_id.casefold()
+        again = f"~{taken[same]}" if taken[same] else ""
+        taken[same] += 1
+        names[owner, agent_id] = place / f"{quote(agent_id, safe='')}{again}.warmkv"
+    try:
+        for place in {file.parent for file in names.values()}:
+            place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"{folder} can't be made a folder: {error.strerror or error}") from error
+    return names
 
 
 def _read(view: View, node: Node, kind: PartKind, part: Part) -> bytes:

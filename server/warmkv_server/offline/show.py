@@ -1,9 +1,8 @@
-"""How people see sizes, times and tables."""
+"""How people see what is in a data directory."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,63 +15,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from warmkv_server.errors import OperatorError
 from warmkv_server.kv.index.index import Agent
 from warmkv_server.offline.findings import Report
 from warmkv_server.offline.garbage import Waste
 from warmkv_server.offline.listing import Listing
+from warmkv_server.offline.words import ago, size
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 SHORT = 12
 """Digits of a digest that a person gets to see."""
 
 
-def size(nbytes: float) -> str:
-    """Bytes with a unit, such as 1.5 GiB."""
-    for unit in _UNITS[:-1]:
-        if nbytes < 1024:
-            return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes:.0f} B"
-        nbytes /= 1024
-    return f"{nbytes:.1f} {_UNITS[-1]}"
-
-
-def seconds(duration: str) -> float:
-    """
-    Args:
-        duration: a number and a unit, such as 30d.
-
-    Raises:
-        OperatorError: it is not.
-    """
-    number, unit = duration[:-1], duration[-1:]
-    try:
-        value = float(number) * _DURATIONS[unit]
-    except (KeyError, ValueError):
-        raise OperatorError(
-            f"{duration!r} is no duration; give a number and a unit of s, m, h, d or w, such as 30d"
-        ) from None
-    if not 0 <= value < math.inf:
-        raise OperatorError(f"{duration!r} is no duration that can have passed")
-    return value
-
-
-def ago(seconds: float) -> str:
-    seconds = max(seconds, 0)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
-
-
-def console() -> Console:
-    """On stdout; as wide as the terminal, and wide enough for any row where there is none."""
-    return Console() if Console().is_terminal else Console(width=200)
-
-
 def listing(console: Console, found: Listing) -> None:
     if found.agents:
-        console.print(_agents(found))
+        console.print(agents(found))
     if found.models:
         console.print(_models(found))
     unreferenced = f", {size(found.unreferenced_bytes)} of them referenced by no agent" * bool(found.unreferenced_bytes)
@@ -86,7 +41,7 @@ def listing(console: Console, found: Listing) -> None:
     )
 
 
-def _agents(found: Listing) -> Table:
+def agents(found: Listing) -> Table:
     table = Table(box=None, header_style="bold")
     tenants = any(agent.tenant for agent in found.agents)
     if tenants:

@@ -1,10 +1,10 @@
-"""Being told to stop, and waiting no longer than that."""
+"""Being told to stop, and waiting no longer than that; being told to read files again."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 
@@ -22,6 +22,11 @@ class StopSignals:
         waiting = self.second if self.first.done() else self.first
         if not waiting.done():
             waiting.set_result(None)
+
+
+def on_hangup(reload: Callable[[], None]) -> None:
+    """Have it called on the event loop at every SIGHUP, which no longer ends the process."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 async def first_of(work: Coroutine[Any, Any, None], cut: asyncio.Future[None], seconds: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warmkv.v1 import agent_service_pb2 as pb
-from warmkv_server.agents.types import GenerateFinished
+from warmkv_server.agents.types import GenerateFinished, PrimeResult, Recorded
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import InvalidField
@@ -31,12 +31,12 @@ class AgentServicer:
     async def prime(self, request: pb.PrimeRequest, call: Call) -> pb.PrimeResponse:
         validate.prime(request, call.model)
         wanted = convert.prime_request(request, call.key(request.agent_id), call.arrived)
-        return convert.prime_response(await call.agents.prime(wanted))
+        return convert.prime_response(self._counted(await call.agents.prime(wanted)))
 
     async def extend(self, request: pb.ExtendRequest, call: Call) -> pb.ExtendResponse:
         validate.extend(request, call.model)
         wanted = convert.extend_request(request, call.key(request.agent_id), call.arrived)
-        return convert.extend_response(await call.agents.prime(wanted))
+        return convert.extend_response(self._counted(await call.agents.prime(wanted)))
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
         info = call.agents.engine.info
@@ -107,6 +107,11 @@ class AgentServicer:
         validate.agent_id(request.agent_id)
         await call.agents.delete(call.key(request.agent_id), request.allow_missing)
         return pb.DeleteAgentResponse()
+
+    def _counted(self, result: PrimeResult | Recorded) -> PrimeResult | Recorded:
+        if isinstance(result, PrimeResult):  # Not one that was done before, and is told again.
+            self.metrics.primed(result)
+        return result
 
 
 def _page_token(request: pb.ListAgentsRequest, after: str) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,44 +50,29 @@ class BearerTokens:
     """Lets in who brings a known token.
 
     Tokens are kept and compared as digests, all of them each time, so that neither memory nor timing tells one.
+
+    Args:
+        path: of the token file: a line for each token, `TENANT TOKEN [AGENT_PREFIX]`; `#` begins a comment.
     """
 
-    def __init__(self, principals: dict[bytes, Principal]) -> None:
-        self._principals = principals
-        self.tenants = Tenants(len({principal.tenant for principal in principals.values()}))
-
-    @classmethod
-    def load(cls, path: Path) -> BearerTokens:
-        """Read a token file: a line for each token, `TENANT TOKEN [AGENT_PREFIX]`; `#` begins a comment.
-
+    def __init__(self, path: Path) -> None:
+        """
         Raises:
             OperatorError: if it can't be read, has a line of another form, or gives one token twice.
         """
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OperatorError(f"the token file {path} can't be read: {error}") from error
-        principals: dict[bytes, Principal] = {}
-        for number, line in enumerate(lines, start=1):
-            words = line.partition("#")[0].split()
-            if not words:
-                continue
-            if len(words) not in (2, 3):
-                raise OperatorError(
-                    f"line {number} of the token file {path} has {len(words)} words; "
-                    "a line is TENANT TOKEN, or TENANT TOKEN AGENT_PREFIX"
-                )
-            tenant, token, *prefix = words
-            principal = Principal(tenant, prefix[0] if prefix else "")
-            if principals.setdefault(_digest(token), principal) != principal:
-                raise OperatorError(
-                    f"line {number} of the token file {path} has the token of an earlier line, for another tenant or "
-                    "other agents; give each line a token of its own"
-                )
-        if not principals:
-            raise OperatorError(f"the token file {path} has no token, so nobody could call this server")
-        warn_if_open(path, "the token file")
-        return cls(principals)
+        self._path = path
+        self._principals = _read(path)
+        self.tenants = Tenants(_count(self._principals))
+
+    def reload(self) -> str:
+        """Read the file again, and name it. Calls that were let in go on, whoever may come from now on.
+
+        Raises:
+            OperatorError: as the constructor; the tokens stay what they were.
+        """
+        self._principals = _read(self._path)
+        self.tenants.number = _count(self._principals)
+        return f"the token file {self._path}"
 
     def identify(self, metadata: Metadata) -> Principal:
         """The principal of a call.
@@ -119,6 +104,40 @@ def warn_if_open(path: Path, what: str) -> None:
     """Say so if a secret can be read or changed by everybody on this machine."""
     if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
         log.warning("%s %s can be read or changed by every user of this machine: chmod o-rw it", what, path)
+
+
+def _read(path: Path) -> dict[bytes, Principal]:
+    """Who each token of a file stands for, by its digest."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"the token file {path} can't be read: {error}") from error
+    principals: dict[bytes, Principal] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) not in (2, 3):
+            raise OperatorError(
+                f"line {number} of the token file {path} has {len(words)} words; "
+                "a line is TENANT TOKEN, or TENANT TOKEN AGENT_PREFIX"
+            )
+        tenant, token, *prefix = words
+        principal = Principal(tenant, prefix[0] if prefix else "")
+        if principals.setdefault(_digest(token), principal) != principal:
+            raise OperatorError(
+                f"line {number} of the token file {path} has the token of an earlier line, for another tenant or "
+                "other agents; give each line a token of its own"
+            )
+    if not principals:
+        raise OperatorError(f"the token file {path} has no token, so nobody could call this server")
+    warn_if_open(path, "the token file")
+    return principals
+
+
+def _count(principals: Mapping[bytes, Principal]) -> int:
+    """How many tenants there are."""
+    return len({principal.tenant for principal in principals.values()})
 
 
 def _digest(token: str) -> bytes:

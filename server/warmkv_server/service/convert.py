@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -26,8 +28,8 @@ from warmkv_server.agents.types import (
     Recorded,
     Timings,
 )
-from warmkv_server.contract.content import Chat, Content, RawText, TokenContent
-from warmkv_server.contract.content import Message as ChatMessage
+from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
+from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent, Tool, ToolCall
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.names import AgentKey
@@ -55,6 +57,13 @@ FINISHES = {
     Finish.LENGTH: pb.FINISH_REASON_LENGTH,
     Finish.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
 }
+STATUSES = {
+    CallStatus.VALID: pb.TOOL_CALL_STATUS_VALID,
+    CallStatus.UNKNOWN_TOOL: pb.TOOL_CALL_STATUS_UNKNOWN_TOOL,
+    CallStatus.SCHEMA_MISMATCH: pb.TOOL_CALL_STATUS_SCHEMA_MISMATCH,
+    CallStatus.MALFORMED: pb.TOOL_CALL_STATUS_MALFORMED,
+    CallStatus.INCOMPLETE: pb.TOOL_CALL_STATUS_INCOMPLETE,
+}
 TIERS = {Tier.HOT: pb.TIER_HOT, Tier.WARM: pb.TIER_WARM}
 ACTIVITIES = {
     Activity.IDLE: pb.ACTIVITY_IDLE,
@@ -76,8 +85,30 @@ def content(message: pb.Content) -> Content | None:
         case "token_ids":
             return TokenContent(tuple(message.token_ids.ids))
         case "chat":
-            return Chat(tuple(ChatMessage(m.role, m.content) for m in message.chat.messages))
+            return chat(message.chat)
     return None
+
+
+def chat(message: pb.ChatMessages) -> Chat:
+    tools = tuple(Tool(t.name, t.description, t.parameters_json) for t in message.tools.tools)
+    return Chat(
+        messages=tuple(_message(each) for each in message.messages),
+        tools=tools if message.HasField("tools") else None,
+        variables=variables(message) if message.HasField("template_variables") else None,
+        continue_last=message.continue_last,
+    )
+
+
+def variables(message: pb.ChatMessages) -> str:
+    """The variables of a chat template, as JSON; empty if there are none."""
+    told = json_format.MessageToDict(message.template_variables)
+    return json.dumps(told, ensure_ascii=False, sort_keys=True) if told else ""
+
+
+def _message(message: pb.ChatMessage) -> ChatMessage:
+    calls = tuple(ToolCall(call.id, call.name, call.arguments_json or "{}") for call in message.tool_calls)
+    text = "".join(part.text for part in message.parts) if message.parts else message.content
+    return ChatMessage(message.role, text, message.reasoning, calls, message.tool_call_id, message.name)
 
 
 def identity(request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest | pb.ForkAgentRequest) -> Identity | None:
@@ -132,10 +163,18 @@ def generate_request(
         replace=request.context_mode == pb.CONTEXT_MODE_REPLACE,
         whole=request.stream_mode == pb.STREAM_MODE_FINAL,
         ephemeral=request.ephemeral,
+        told_apart=told_apart(request),
+        drops_reasoning=request.reasoning_retention == pb.REASONING_RETENTION_DROP,
         expected_revision=_expected_revision(request),
         identity=identity(request),
         arrived=arrived,
     )
+
+
+def told_apart(request: pb.GenerateRequest) -> bool:
+    """Whether the answer is read as a message."""
+    default = pb.PARSE_MODE_MESSAGE if request.content.HasField("chat") else pb.PARSE_MODE_TEXT
+    return (request.parse_mode or default) == pb.PARSE_MODE_MESSAGE
 
 
 def sampling(message: pb.SamplingParams, defaults: Sampling) -> Sampling:
@@ -192,9 +231,13 @@ def generate_responses(event: GenerateEvent) -> Iterator[pb.GenerateResponse]:
         case PrefillProgress(done, total):
             yield pb.GenerateResponse(prefill_progress=pb.PrefillProgress(tokens_done=done, tokens_total=total))
         case Delta():
-            for token_ids, text, logprobs in _pieces(event):
+            for piece in _pieces(event):
                 delta = pb.GenerateDelta(
-                    text=text, token_ids=token_ids, logprobs=[_logprobs(each) for each in logprobs]
+                    text=piece.text,
+                    token_ids=piece.token_ids,
+                    logprobs=[_logprobs(each) for each in piece.logprobs],
+                    reasoning=piece.reasoning,
+                    tool_calls=[_call_news(news) for news in piece.calls],
                 )
                 yield pb.GenerateResponse(delta=delta)
         case GenerateFinished():
@@ -240,6 +283,7 @@ def cache_report(cache: CacheReport) -> pb.CacheReport:
         prefilled_tokens=cache.prefilled_tokens,
         bytes_loaded=cache.bytes_loaded,
         fallback_reason=FALLBACKS[cache.fallback],
+        held_tokens=cache.held_tokens,
     )
 
 
@@ -270,30 +314,75 @@ def timestamp(value: float) -> Timestamp:
     return message
 
 
-def _pieces(delta: Delta) -> Iterator[tuple[Sequence[int], str, Sequence[Logprobs]]]:
+def _pieces(delta: Delta) -> Iterator[Delta]:
     """A delta cut so that each piece fits into a message."""
     alternatives = len(delta.logprobs[0].top) if delta.logprobs else 0
     token_bytes = _TOKEN_BYTES + (_LOGPROB_BYTES * (1 + alternatives) if delta.logprobs else 0)
     tokens, characters = limits.DELTA_BYTES // token_bytes, limits.DELTA_CHARACTERS
-    for piece in range(max(1, -(-len(delta.token_ids) // tokens), -(-len(delta.text) // characters))):
-        here = slice(piece * tokens, (piece + 1) * tokens)
-        text = delta.text[piece * characters : (piece + 1) * characters]
-        yield delta.token_ids[here], text, delta.logprobs[here]
+    longest = max(len(delta.text), len(delta.reasoning))
+    pieces = max(1, -(-len(delta.token_ids) // tokens), -(-longest // characters))
+    small = pieces == 1 and sum(map(_characters, delta.calls)) + len(delta.text) + len(delta.reasoning) <= characters
+    for piece in range(pieces):
+        here, there = slice(piece * tokens, (piece + 1) * tokens), slice(piece * characters, (piece + 1) * characters)
+        yield Delta(
+            delta.token_ids[here],
+            delta.text[there],
+            delta.logprobs[here],
+            delta.reasoning[there],
+            delta.calls if small else (),
+        )
+    for news in () if small else delta.calls:
+        if isinstance(news, CallArguments):
+            for at in range(0, len(news.text), characters):
+                yield Delta((), "", calls=(CallArguments(news.index, news.text[at : at + characters]),))
+        else:
+            yield Delta((), "", calls=(news,))
+
+
+def _characters(news: CallNews) -> int:
+    match news:
+        case CallArguments():
+            return len(news.text)
+        case CallFinished():
+            return len(news.call.arguments) + len(news.raw)
+    return 0
+
+
+def _call_news(news: CallNews) -> pb.ToolCallDelta:
+    match news:
+        case CallStarted():
+            return pb.ToolCallDelta(index=news.index, started=pb.ToolCallStarted(id=news.id, name=news.name))
+        case CallArguments():
+            return pb.ToolCallDelta(index=news.index, arguments=news.text)
+        case CallFinished():
+            return pb.ToolCallDelta(index=news.index, finished=_call_finished(news))
+
+
+def _call_finished(news: CallFinished) -> pb.ToolCallFinished:
+    call = news.call
+    return pb.ToolCallFinished(
+        call=pb.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments),
+        status=STATUSES[news.status],
+        raw=news.raw,
+    )
 
 
 def _finished(event: GenerateFinished) -> pb.GenerateFinished:
+    calls = event.calls and event.finish is Finish.STOP
     return pb.GenerateFinished(
-        finish_reason=FINISHES[event.finish],
+        finish_reason=pb.FINISH_REASON_TOOL_CALLS if calls else FINISHES[event.finish],
         matched_stop=event.matched_stop,
         usage=pb.Usage(
             prompt_tokens=event.cache.prompt_tokens,
             cached_tokens=event.cache.cached_tokens,
             completion_tokens=event.completion_tokens,
+            reasoning_tokens=event.reasoning_tokens,
         ),
         cache=cache_report(event.cache),
         timings=timings(event.timings),
         agent=agent(event.agent) if event.agent is not None else None,
         persisted=event.persisted,
+        tool_calls=[_call_finished(call) for call in event.calls],
     )
 
 

@@ -26,6 +26,7 @@ from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.inbound import RpcContext
 from warmkv_server.service.metrics import Metrics
+from warmkv_server.service.request_log import Asked, RequestLog
 from warmkv_server.service.validate import Model
 from warmkv_server.service.wire import refusal
 
@@ -43,10 +44,12 @@ class Call:
     agents: Agents
     principal: Principal
     context: RpcContext
+    asked: Asked
     arrived: float = field(default_factory=time.perf_counter)
 
     async def send(self, message: Message) -> None:
         """Send the next message of a stream."""
+        self.asked.last = message
         await self.context.write(message)
 
     @property
@@ -77,6 +80,7 @@ class Endpoints:
     auth: Auth
     metrics: Metrics
     settings: Settings
+    requests: RequestLog = field(default_factory=RequestLog)
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Handlers of a service's methods; the servicer has a method in snake_case for each RPC."""
@@ -96,40 +100,50 @@ class Endpoints:
         return make(serve, response_serializer=GetMessageClass(method.output_type).SerializeToString)
 
     async def _serve(self, name: str, kind: type[Message], behaviour: Behaviour, context: RpcContext) -> Message | None:
-        began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        asked, code, reason = Asked(name, context.peer()), grpc.StatusCode.CANCELLED, ""
         try:
-            response = await self._admit(kind, behaviour, context)
+            response = await self._admit(asked, kind, behaviour, context)
             code = grpc.StatusCode.OK
             return response
         except WarmKVError as error:
-            status = status_of(error)
+            status, reason = status_of(error), error.reason
             code = status.code
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise  # by gRPC: the client is gone, or its deadline is
-            status = status_of(internal_error(name))
+            broken = internal_error(name)
+            status, reason = status_of(broken), broken.reason
             code = status.code
         except grpc.aio.InternalError:
             inbound.gone()
         except Exception:
-            status = status_of(internal_error(name))
+            broken = internal_error(name)
+            status, reason = status_of(broken), broken.reason
             code = status.code
         finally:
-            self.metrics.served(name, code.name, time.perf_counter() - began)
+            self.metrics.served(name, code.name, time.perf_counter() - asked.began)
+            self.requests.ended(asked, code, reason)
         await refuse(context, status)
         return None
 
-    async def _admit(self, kind: type[Message], behaviour: Behaviour, context: RpcContext) -> Message | None:
+    async def _admit(
+        self, asked: Asked, kind: type[Message], behaviour: Behaviour, context: RpcContext
+    ) -> Message | None:
         """Serve a call; the request of one that is not let in is not even read."""
         metadata: Metadata = context.invocation_metadata() or ()
         principal = self.auth.identify(metadata)
+        asked.tenant = principal.tenant
         self.gate.check()
         request = await inbound.read(
             context, kind, self.settings.max_message_bytes, lambda data: refusal(data, kind, self.gate.text_bytes)
         )
+        asked.request = request
         with self.gate.enter() as agents:
             _check_routing(request, metadata)
-            return await behaviour(request, Call(agents, principal, context))
+            response = await behaviour(request, Call(agents, principal, context, asked))
+            if response is not None:
+                asked.last = response
+            return response
 
 
 def _is_cancelled() -> bool:

@@ -28,6 +28,8 @@ CODES: dict[type[errors.WarmKVError], grpc.StatusCode] = {
     errors.OutcomeUnreadable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NotDurable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ToolsChanged: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NoPendingCall: grpc.StatusCode.FAILED_PRECONDITION,
     errors.RevisionMismatch: grpc.StatusCode.ABORTED,
     errors.AgentDeleted: grpc.StatusCode.ABORTED,
     errors.RequestCancelled: grpc.StatusCode.ABORTED,

@@ -15,6 +15,8 @@ STRING_BYTES = 65_536
 """Bytes of a string that isn't content."""
 CHAT_MESSAGES = 8_192
 TOKEN_IDS = 2_097_152
+NESTING = 64
+"""Messages in messages: deeper than any field of ours but `template_variables` has any."""
 
 # Of a field.
 COUNTED_TOKENS = 1_000_000
@@ -30,6 +32,15 @@ STOP_CHARACTERS = 256
 """Of one stop string."""
 STOPS_CHARACTERS = 2_048
 """Of all of them together."""
+TOOLS = 256
+TOOL_NAME_CHARACTERS = 64
+TOOLS_CHARACTERS = 262_144
+"""Of all tools of a request together."""
+CALLS = 256
+"""Of one message."""
+CALL_ID_CHARACTERS = 128
+VARIABLES_CHARACTERS = 16_384
+"""Of template_variables, as JSON."""
 TOP_LOGPROBS = 20
 UPDATE_PATHS = 16
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import ThreadingHTTPServer
 from threading import Thread
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from warmkv_server.agents.agents import Agents
-from warmkv_server.agents.types import GenerateFinished
+from warmkv_server.agents.compute import Tally
+from warmkv_server.agents.types import GenerateFinished, PrimeResult, Timings
+from warmkv_server.contract.kv import Fallback, Source
 from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import descriptors
@@ -28,28 +30,39 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._calls = Counter("warmkv_rpcs", "RPCs that ended", ["method", "code"], registry=self.registry)
-        self._duration = Histogram(
-            "warmkv_rpc_seconds",
-            "From an RPC's arrival to its end",
-            ["method"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self._duration = self._histogram("rpc", "From an RPC's arrival to its end", ["method"])
+        self._first_token = self._histogram(
+            "first_token", "From a Generate's arrival to its first token, by what was reused", ["source"]
         )
-        self._first_token = Histogram(
-            "warmkv_first_token_seconds",
-            "From a Generate's arrival to its first token",
-            ["source"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+        for source in Source:
+            self._first_token.labels(source)
+        self._output_token = self._histogram("output_token", "Between two tokens of an answer: its mean")
+        self._load = self._histogram("load", "Reading the KV that a request reuses, where files were read")
+        self._commit = self._histogram("commit", "Making a context the agent's, on disk where that is waited for")
         self._http: tuple[ThreadingHTTPServer, Thread] | None = None
+
+    def _histogram(self, name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(f"warmkv_{name}_seconds", text, labels, buckets=_SECONDS, registry=self.registry)
 
     def served(self, method: str, code: str, seconds: float) -> None:
         self._calls.labels(method, code).inc()
         self._duration.labels(method).observe(seconds)
 
     def answered(self, finished: GenerateFinished) -> None:
-        self._first_token.labels(finished.cache.source).observe(finished.timings.first_token)
+        if finished.completion_tokens:
+            self._first_token.labels(finished.cache.source).observe(finished.timings.first_token)
+        if finished.completion_tokens > 1:
+            self._output_token.observe(finished.timings.decode / (finished.completion_tokens - 1))
+        self._kept(finished.cache.bytes_loaded, finished.timings)
+
+    def primed(self, result: PrimeResult) -> None:
+        self._kept(result.cache.bytes_loaded, result.timings)
+
+    def _kept(self, bytes_loaded: int, timings: Timings) -> None:
+        if bytes_loaded:
+            self._load.observe(timings.load)
+        if timings.commit:
+            self._commit.observe(timings.commit)
 
     def expose(self, settings: Settings, gate: Gate, served: int, connections: int) -> None:
         """Serve /metrics over HTTP, on threads of its own, if the operator wants it. Called on the event loop.
@@ -62,16 +75,18 @@ class Metrics:
         Raises:
             OperatorError: if the port can't be had.
         """
-        host, port = settings.host, settings.metrics_port
+        host, port = settings.metrics_host or settings.host, settings.metrics_port
         if port is None:
             return
-        self.registry.register(_Gauges(asyncio.get_running_loop(), gate))
+        self.registry.register(_Gauges(asyncio.get_running_loop(), gate, settings))
         self.registry.register(_Connections(served, connections))
+        ProcessCollector(registry=self.registry)  # memory, CPU and start time, under the names that all programs use
         try:
             self._http = start_http_server(port, host, self.registry)  # type: ignore[assignment]
         except OSError as error:
             raise OperatorError(
-                f"metrics can't be served on {host}:{port} ({error.strerror}); choose another --metrics-port"
+                f"metrics can't be served on {host}:{port} ({error.strerror}); choose another --metrics-port, or "
+                "--metrics-host"
             ) from error
 
     def close(self) -> None:
@@ -85,9 +100,10 @@ class Metrics:
 class _Gauges(Collector):
     """What engine, store and agents say of themselves, read on the event loop where they live."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gate: Gate) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, gate: Gate, settings: Settings) -> None:
         self._loop = loop
         self._gate = gate
+        self._settings = settings
 
     def describe(self) -> Iterator[Metric]:
         return iter(())  # named only when collected: registering must not look
@@ -95,8 +111,9 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         async def look() -> list[Metric]:
             agents = self._gate.agents
-            return [] if agents is None else list(_families(agents))
+            return [] if agents is None else list(_families(agents, self._settings))
 
+        yield from _limits(self._settings)
         yield from asyncio.run_coroutine_threadsafe(look(), self._loop).result(_SCRAPE_SECONDS)
 
 
@@ -119,8 +136,23 @@ class _Connections(Collector):
             yield GaugeMetricFamily(f"warmkv_{name}", text, value=now)
 
 
-def _families(agents: Agents) -> Iterator[Metric]:
+def _limits(settings: Settings) -> Iterator[Metric]:
+    limits = {
+        "hot_bytes_limit": ("Bytes of RAM that the hot tier may hold", settings.hot_bytes),
+        "disk_bytes_limit": ("Bytes that the data directory may hold; 0 for no limit", settings.disk_bytes),
+        "in_flight_bytes_limit": ("Bytes that requests at work may take", settings.inflight_bytes),
+        "queue_limit": ("Requests that may wait for the engine", settings.max_queue),
+    }
+    for name, (text, limit) in limits.items():
+        yield GaugeMetricFamily(f"warmkv_{name}", text, value=limit)
+
+
+def _families(agents: Agents, settings: Settings) -> Iterator[Metric]:
     engine, store, tally = agents.engine.stats(), agents.store.stats(), agents.tallies.total
+    info = agents.engine.info
+    told = {"model": info.model_id, "device": info.device, "fingerprint": agents.store.fingerprint}
+    told |= {name.replace("-", "_"): version for name, version in info.versions.items()}
+    yield InfoMetricFamily("warmkv_build", "What is served, and by which versions", value=told)
     counters: dict[str, tuple[str, float]] = {
         "hot_tokens_reused": ("Prompt tokens whose KV was in RAM", tally.hot_tokens),
         "warm_tokens_reused": ("Prompt tokens whose KV was read from disk", tally.warm_tokens),
@@ -158,10 +190,28 @@ def _families(agents: Agents) -> Iterator[Metric]:
         tiers.add_metric([tier], number)
     yield tiers
     sources = CounterMetricFamily("warmkv_requests", "Finished requests by cache source", labels=["source"])
-    for source, number in tally.requests.items():
-        sources.add_metric([source], number)
+    for source in Source:
+        sources.add_metric([source], tally.requests[source])
     yield sources
     fallbacks = CounterMetricFamily("warmkv_fallbacks", "Requests that reused less than expected", labels=["reason"])
-    for reason, number in tally.fallbacks.items():
-        fallbacks.add_metric([reason], number)
+    for reason in Fallback:
+        fallbacks.add_metric([reason], tally.fallbacks[reason])
     yield fallbacks
+    if settings.token_file is not None:
+        yield from _by_tenant(agents.tallies.by_tenant)
+
+
+def _by_tenant(tallies: Mapping[str, Tally]) -> Iterator[Metric]:
+    """Of those who have asked for something; the token file says how many there can be."""
+    requests = CounterMetricFamily("warmkv_tenant_requests", "Finished requests of a tenant", labels=["tenant"])
+    reused = CounterMetricFamily(
+        "warmkv_tenant_reused_tokens", "Prompt tokens of a tenant whose KV was there", labels=["tenant"]
+    )
+    prefilled = CounterMetricFamily(
+        "warmkv_tenant_prefilled_tokens", "Prompt tokens of a tenant whose KV was computed", labels=["tenant"]
+    )
+    for tenant, tally in tallies.items():
+        requests.add_metric([tenant], tally.requests.total())
+        reused.add_metric([tenant], tally.hot_tokens + tally.warm_tokens + tally.shared_tokens)
+        prefilled.add_metric([tenant], tally.prefilled_tokens)
+    yield from (requests, reused, prefilled)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -17,12 +15,12 @@ from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.service import inbound
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.auth import warn_if_open
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.health import Health
 from warmkv_server.service.listener import Listener, Options, make_server
 from warmkv_server.service.open_services import Handlers, health_methods, reflection_methods
 from warmkv_server.service.server_servicer import ServerServicer
+from warmkv_server.service.tls import Certificate
 
 _AGENTS = agent_service_pb2.DESCRIPTOR.services_by_name["AgentService"]
 _SERVER = server_service_pb2.DESCRIPTOR.services_by_name["ServerService"]
@@ -70,6 +68,7 @@ class GrpcServer:
 
     Args:
         connections: most of them at once; further ones are closed as they come.
+        certificate: for TLS; None to serve without.
 
     Attributes:
         lost: done if it serves no more, though nobody has stopped it.
@@ -82,6 +81,7 @@ class GrpcServer:
         agents: AgentServicer,
         server: ServerServicer,
         connections: int,
+        certificate: Certificate | None,
     ) -> None:
         self._settings = settings
         self._announced, self._computing = False, True
@@ -92,7 +92,7 @@ class GrpcServer:
             **health_methods(self._health),
             **reflection_methods((_AGENTS, _SERVER)),
         }
-        self._credentials: grpc.ServerCredentials | None = None
+        self._certificate = certificate
         self._listener = Listener(partial(self._make, methods, connections), self._bind)
         self._probed: Listener | None = None
         self.lost = self._listener.lost
@@ -101,10 +101,9 @@ class GrpcServer:
         """Take the port, and the one where health alone is served, if there is to be one. Returns the first.
 
         Raises:
-            OperatorError: if one can't be had, or the certificate is not good.
+            OperatorError: if one can't be had.
         """
-        host, cert, key = self._settings.host, self._settings.tls_cert, self._settings.tls_key
-        self._credentials = _credentials(cert, key) if cert is not None and key is not None else None
+        host = self._settings.host
         taken = _take(self._listener, host, self._settings.port, "--port")
         if self._settings.health_port is not None:
             self._probed = Listener(partial(self._make, health_methods(self._health), _PROBES), self._bind)
@@ -160,9 +159,9 @@ class GrpcServer:
     def _bind(self, server: grpc.aio.Server, port: int) -> int:
         host = self._settings.host
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if self._credentials is None:
+        if self._certificate is None:
             return server.add_insecure_port(address)
-        return server.add_secure_port(address, self._credentials)
+        return server.add_secure_port(address, self._certificate.credentials())
 
 
 def _take(listener: Listener, host: str, port: int, flag: str) -> int:
@@ -189,15 +188,3 @@ def _probe(host: str, port: int, flag: str) -> None:
                 f"can't listen on {host}:{port} ({error.strerror}); choose another {flag}"
                 + (", or --port 0 for a free one" if flag == "--port" else "")
             ) from error
-
-
-def _credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-        pair = key.read_bytes(), certificate.read_bytes()
-    except (OSError, ssl.SSLError) as error:
-        raise OperatorError(
-            f"the TLS certificate {certificate} and key {key} can't be used: {error.strerror or error}"
-        ) from error
-    warn_if_open(key, "the TLS key")
-    return grpc.ssl_server_credentials([pair])

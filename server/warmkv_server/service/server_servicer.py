@@ -11,7 +11,7 @@ from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import Fallback, Source
-from warmkv_server.contract.model import EndSource, LayerInfo, ModelInfo, ModelKind, StreamInfo
+from warmkv_server.contract.model import EndSource, Features, LayerInfo, ModelInfo, ModelKind, StreamInfo
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability, StoreStats, Tier
 from warmkv_server.errors import InvalidField
@@ -80,6 +80,7 @@ class ServerServicer:
                 server_pb.EndToken(token_id=end.token_id, text=end.text, sources=[END_SOURCES[s] for s in end.sources])
                 for end in info.ends
             ],
+            features=_features(call.agents.features),
         )
 
     async def get_server_stats(
@@ -96,9 +97,7 @@ class ServerServicer:
         return server_pb.GetServerStatsResponse(
             start_time=convert.timestamp(self.started),
             counters=server_pb.ServerCounters(
-                requests_by_source={
-                    pb.CacheSource.Name(convert.SOURCES[Source(source)]): n for source, n in tally.requests.items()
-                },
+                requests_by_source={_source(source): n for source, n in tally.requests.items()},
                 fallbacks_by_reason={
                     pb.FallbackReason.Name(convert.FALLBACKS[Fallback(reason)]): n
                     for reason, n in tally.fallbacks.items()
@@ -113,6 +112,8 @@ class ServerServicer:
                 evictions=store.evictions,
                 quarantined=store.quarantined,
                 commits_failed=store.commits_failed,
+                answers_by_source={_source(source): n for source, n in tally.answers.items()},
+                first_token_by_source={_source(s): convert.duration(spent) for s, spent in tally.first_token.items()},
             ),
             gauges=server_pb.ServerGauges(
                 hot_bytes=store.hot_bytes,
@@ -142,14 +143,17 @@ class ServerServicer:
         )
 
 
+def _source(source: str) -> str:
+    return pb.CacheSource.Name(convert.SOURCES[Source(source)])
+
+
 def _layer(layer: LayerInfo) -> server_pb.LayerInfo:
-    streams = [stream for stream in (layer.keys, layer.values) if stream is not None]
     return server_pb.LayerInfo(
         cache_kind=CACHE_KINDS[layer.cache_kind],
         kv_heads=layer.kv_heads,
         key_dim=layer.key_dim,
         value_dim=layer.value_dim,
-        kv_bits=max((stream.bits for stream in streams), default=0),
+        kv_bits=max((stream.bits for stream in layer.streams if not layer.members), default=0),
         window=layer.window,
         members=[_layer(member) for member in layer.members],
         keys=_stream(layer.keys),
@@ -159,6 +163,15 @@ def _layer(layer: LayerInfo) -> server_pb.LayerInfo:
 
 def _stream(stream: StreamInfo | None) -> server_pb.StreamCodec | None:
     return server_pb.StreamCodec(**asdict(stream)) if stream is not None else None
+
+
+def _features(features: Features) -> server_pb.ModelFeatures:
+    return server_pb.ModelFeatures(
+        tool_format=features.tool_format,
+        reasoning_marks=features.reasoning_marks,
+        template_variables=features.template_variables,
+        template_keeps_reasoning=features.keeps_reasoning,
+    )
 
 
 def _sampling(defaults: Sampling) -> pb.SamplingParams:

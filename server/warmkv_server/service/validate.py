@@ -16,8 +16,8 @@ from google.protobuf.duration_pb2 import Duration
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE
-from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, Violation
-from warmkv_server.service import limits
+from warmkv_server.service import chats, convert, limits
+from warmkv_server.service.faults import Faults
 
 _SECOND = 1_000_000_000
 _LONGEST_TTL = 100 * 365 * 86400 * _SECOND
@@ -26,58 +26,6 @@ _UPDATABLE = ("pinned", "ttl", "labels")
 
 
 _NO_TEXT = pb.Content(text="")
-
-
-class Faults:
-    """The wrong fields of one request: the first of them, and how many there are."""
-
-    def __init__(self) -> None:
-        self._found: list[Violation] = []
-        self._empty: list[Violation] = []
-        self._more = 0
-        self._too_long = ""
-
-    def need(self, good: bool, field: str, description: str) -> None:
-        """Note that a field is wrong, and what it must be, unless it is good."""
-        if not good:
-            self.note(field, description)
-
-    def note(self, field: str, description: str) -> None:
-        """Note that a field is wrong, and what it must be."""
-        if len(self._found) < limits.VIOLATIONS:
-            self._found.append(Violation(field, description))
-        else:
-            self._more += 1
-
-    def more(self, count: int) -> None:
-        """Count wrong fields that aren't named."""
-        self._more += count
-
-    def need_content(self, present: bool) -> None:
-        if not present:
-            self._empty.append(Violation("content", "must not be empty: give text, token_ids or chat"))
-
-    def too_long(self, message: str) -> None:
-        """Note that no context could hold the content."""
-        self._too_long = message
-
-    def refuse(self) -> None:
-        """Raise if anything is wrong.
-
-        Raises:
-            InvalidField, or ContextTooLong or EmptyContent if that is all.
-        """
-        if self._found:
-            found = [*self._found, *self._empty]
-            message = "; ".join(f"{v.field} {v.description}" for v in found)
-            if self._more:
-                message = f"{len(found) + self._more} fields are wrong: {message}"
-                found.append(Violation("…", f"{self._more} more fields are wrong"))
-            raise InvalidField(message, violations=found)
-        if self._too_long:
-            raise ContextTooLong(self._too_long)
-        if self._empty:
-            raise EmptyContent("content must not be empty: give text, token_ids or chat", violations=self._empty)
 
 
 @dataclass(frozen=True)
@@ -121,6 +69,11 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
         faults.need_content(_is_given(request.content))
     _enum(faults, "context_mode", request.context_mode, pb.ContextMode)
     _enum(faults, "stream_mode", request.stream_mode, pb.StreamMode)
+    _enum(faults, "parse_mode", request.parse_mode, pb.ParseMode)
+    _enum(faults, "reasoning_retention", request.reasoning_retention, pb.ReasoningRetention)
+    drops = request.reasoning_retention == pb.REASONING_RETENTION_DROP
+    rule = "needs PARSE_MODE_MESSAGE: reasoning that isn't told apart can't be dropped"
+    faults.need(not drops or convert.told_apart(request), "reasoning_retention", rule)
     _content(faults, request.content, model.vocab_size, model.context_limit)
     if request.agent_id and request.context_mode == pb.CONTEXT_MODE_REPLACE:
         faults.need_content(_is_given(request.content))
@@ -223,11 +176,8 @@ def _content(faults: Faults, content: pb.Content, vocab_size: int, most_tokens: 
             rule = f"{given[number]} is not a token of this model; ids run from 0 to {vocab_size - 1}"
             faults.note(f"content.token_ids.ids[{number}]", rule)
         faults.more(len(wrong) - len(named))
-    rule = f"must have 1 to {limits.ROLE_CHARACTERS} characters"
-    for number, message in enumerate(content.chat.messages):
-        good = 0 < len(message.role) <= limits.ROLE_CHARACTERS
-        if not good:
-            faults.note(f"content.chat.messages[{number}].role", rule)
+    if content.HasField("chat"):
+        chats.chat(faults, content.chat)
 
 
 def _ttl(faults: Faults, field: str, ttl: Duration) -> None:

@@ -23,7 +23,14 @@ _AROUND_IDS = 2
 """Numbers around the ids: their tag and their length."""
 _VARINT, _BYTES = 0, 2
 _FIXED = {1: 8, 5: 4}
-_TEXTS = (pb.Content.DESCRIPTOR.fields_by_name["text"], pb.ChatMessage.DESCRIPTOR.fields_by_name["content"])
+_TEXTS = (
+    pb.Content.DESCRIPTOR.fields_by_name["text"],
+    pb.ChatMessage.DESCRIPTOR.fields_by_name["content"],
+    pb.ChatMessage.DESCRIPTOR.fields_by_name["reasoning"],
+    pb.ContentPart.DESCRIPTOR.fields_by_name["text"],
+    pb.ToolCall.DESCRIPTOR.fields_by_name["arguments_json"],
+)
+_IMAGE = pb.ContentPart.DESCRIPTOR.fields_by_name["image"]
 _ENTRIES = {pb.ChatMessages.DESCRIPTOR.fields_by_name["messages"]: limits.CHAT_MESSAGES}
 
 
@@ -38,14 +45,16 @@ class _Field(NamedTuple):
         entries: that it may have, if it is a list.
         indexed: whether its entries have numbers.
         is_text: whether it is content.
-        inner: what is looked at in a message.
+        is_image: whether it is refused for what it is, and not for its length.
+        kind: of a message, which is looked into.
     """
 
     name: str
     entries: int
     indexed: bool
     is_text: bool
-    inner: dict[int, _Field] | None
+    is_image: bool
+    kind: Descriptor | None
 
 
 class _Position(NamedTuple):
@@ -69,7 +78,7 @@ def refusal(data: bytes, kind: type[Message], text_bytes: int | None = None) -> 
     """
     walk = _Walk(data, text_bytes)
     try:
-        walk.message(0, len(data), _fields(cast(Descriptor, kind.DESCRIPTOR)), None)
+        walk.message(0, len(data), _fields(cast(Descriptor, kind.DESCRIPTOR)), None, 0)
     except _Malformed:
         return None
     except WarmKVError as error:
@@ -88,10 +97,10 @@ def _field(field: FieldDescriptor) -> _Field:
     kind = field.message_type
     indexed = field.is_repeated and not (kind is not None and kind.GetOptions().map_entry)
     entries = _ENTRIES.get(field, limits.LIST_ENTRIES) if field.is_repeated else limits.MESSAGE_FIELDS
-    return _Field(field.name, entries, indexed, field in _TEXTS, _fields(kind) if kind is not None else None)
+    return _Field(field.name, entries, indexed, field in _TEXTS, field == _IMAGE, kind)
 
 
-_IDS = _fields(pb.TokenIds.DESCRIPTOR)
+_IDS = pb.TokenIds.DESCRIPTOR
 
 
 class _Walk:
@@ -104,12 +113,17 @@ class _Walk:
         self._entries: Counter[int] = Counter()
         self.found: list[Violation] = []
 
-    def message(self, at: int, end: int, fields: dict[int, _Field], place: _Position | None) -> None:
+    def message(self, at: int, end: int, fields: dict[int, _Field], place: _Position | None, depth: int) -> None:
         """Look through the bytes of one message.
+
+        Args:
+            depth: messages that it is in.
 
         Raises:
             InvalidField, ContextTooLong, MalformedMessage: if there is no point in going on.
         """
+        if depth > limits.NESTING:
+            raise MalformedMessage(f"the request has messages in messages, more than {limits.NESTING} deep")
         while at < end:
             self._left -= 1
             if self._left < 0:
@@ -123,7 +137,7 @@ class _Walk:
                 if length > end - at:
                     raise _Malformed
                 if field is not None and length:
-                    self._inside(at, at + length, _Position(place, field, number))
+                    self._inside(at, at + length, _Position(place, field, number), depth)
                 at += length
             elif kind == _VARINT:
                 _, at = self._varint(at, end)
@@ -141,15 +155,15 @@ class _Walk:
         self._entries[id(field)] = number + 1
         return number
 
-    def _inside(self, at: int, end: int, place: _Position) -> None:
+    def _inside(self, at: int, end: int, place: _Position, depth: int) -> None:
         field = place.field
-        if field.inner is _IDS:
+        if field.kind is _IDS:
             # Each number ends with a byte whose highest bit is clear.
             self._ids += int(np.count_nonzero(np.frombuffer(self._data, np.int8, end - at, at) >= 0))
             if self._ids > limits.TOKEN_IDS + _AROUND_IDS:
                 raise InvalidField.of(f"{place}.ids", f"may have {limits.TOKEN_IDS} entries at most")
-        elif field.inner is not None:
-            self.message(at, end, field.inner, place)
+        elif field.kind is not None:
+            self.message(at, end, _fields(field.kind), place, depth + 1)
         elif field.is_text:
             self._text += end - at
             if self._text_bytes is not None and self._text > self._text_bytes:
@@ -157,7 +171,7 @@ class _Walk:
                     f"the content is longer than {self._text_bytes} bytes, and no text of that length fits into a "
                     "context of this server; send less"
                 )
-        elif end - at > limits.STRING_BYTES and len(self.found) < limits.VIOLATIONS:
+        elif end - at > limits.STRING_BYTES and not field.is_image and len(self.found) < limits.VIOLATIONS:
             rule = f"has {end - at} bytes; no string but content may have more than {limits.STRING_BYTES}"
             self.found.append(Violation(str(place), rule))
 

@@ -10,13 +10,13 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from warmkv_server.contract.content import Encoded
+from warmkv_server.contract.content import Chat, Encoded
 from warmkv_server.contract.fairness import Bound, FairLine
 from warmkv_server.errors import Draining, InvalidField, OperatorError, QueueFull
 from warmkv_server.text.launch import Launcher, Process, StartedProcess
@@ -31,6 +31,7 @@ from warmkv_server.text.task import (
     TokenizerSource,
     refusal_of,
 )
+from warmkv_server.text.traits import Traits
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class TextPool:
 
     Attributes:
         bytes_per_token: of UTF-8 that one token stands for at most; 0 where that can't be told, or not yet.
+        traits: of the chat template, as far as it was probed.
     """
 
     def __init__(self, bound: Bound, first: StartedProcess | None = None) -> None:
@@ -98,7 +100,9 @@ class TextPool:
         ]
         self._beginning: asyncio.Task[None] | None = None
         self._stopping = False
+        self._traits: Mapping[str, Any] | None = None
         self.bytes_per_token = 0
+        self.traits = Traits()
 
     def found(self, source: TokenizerSource) -> None:
         """Say what the tokenizer is made of. From any thread, once."""
@@ -122,8 +126,19 @@ class TextPool:
             QueueFull: if too many wait.
             Draining: once `stop` was called.
         """
+        if isinstance(task.content, Chat):
+            task = replace(task, traits=self._traits)
         encoded: Encoded = await self._do(task, tenant)
         return encoded
+
+    async def satisfy(self, arguments: Sequence[tuple[str, str]], tenant: str) -> list[bool]:
+        """Whether the arguments of calls satisfy the schemas of their tools; each behind its schema, both JSON.
+
+        Raises:
+            InvalidField: if that took too much time or memory.
+        """
+        found: list[bool] = await self._do(Task(None, arguments=tuple(arguments)), tenant)
+        return found
 
     async def probe(self) -> dict[str, Any]:
         """What the server makes of the tokenizer and the chat template: what `Text.probe` returns.
@@ -132,6 +147,9 @@ class TextPool:
             InvalidField: if the chat template took too much time or memory.
         """
         findings: dict[str, Any] = await self._do(Task(None), "")
+        if findings["template"] is not None:
+            self._traits = findings["template"]["traits"]
+            self.traits = Traits.of(self._traits)
         return findings
 
     async def _do(self, task: Task, tenant: str) -> Any:
@@ -274,9 +292,9 @@ class _Worker:
         elif kind == FINDINGS and not job.done.done():
             job.done.set_result(json.loads(body))
         elif not job.done.done():
-            replaced, holds_back = ANSWER.unpack_from(body)
-            tokens = np.frombuffer(body, np.int32, offset=ANSWER.size)
-            job.done.set_result(Encoded(tokens, replaced, bool(holds_back)))
+            replaced, holds_back, dated, thinks = ANSWER.unpack_from(body)
+            tokens = np.frombuffer(body[ANSWER.size :], np.int32)
+            job.done.set_result(Encoded(tokens, replaced, holds_back, dated, thinks))
         if leaving:
             assert self._process is not None
             self._process.kill()

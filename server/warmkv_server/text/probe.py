@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from warmkv_server.contract.content import Ending, Message
+from warmkv_server.contract.content import ChatMessage
+from warmkv_server.contract.conversation import Ending
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
-from warmkv_server.text.template import Shape, Template, mark
+from warmkv_server.text.template import Shape, Template
+from warmkv_server.text.traits import Traits
 
 _SAMPLES = ("Hello, world!", " It's 2 o'clock.\n\tAnd  so on ", "Über 日本語 नमस्ते", "👩‍🚀🙂", "a\0b")
-_TOOL = {
-    "type": "function",
-    "function": {"name": mark(7), "description": "-", "parameters": {"type": "object", "properties": {}}},
-}
 Findings = Mapping[str, Any]
 """As JSON has it."""
 
 
-def probe(tokenizer: Any, template: Template | None, ends: Mapping[int, str]) -> Findings:
+def probe(tokenizer: Any, template: Template | None, ends: Mapping[int, str], traits: Traits | None) -> Findings:
     """
     Args:
         ends: how the template writes the tokens that end an answer.
+        traits: of the template.
     """
     changed = {text: back for text in _SAMPLES if (back := _there_and_back(tokenizer, text)) != text}
     return {
@@ -31,7 +30,7 @@ def probe(tokenizer: Any, template: Template | None, ends: Mapping[int, str]) ->
             "ids": len(tokenizer),
             "changes": changed,
         },
-        "template": None if template is None else _of_template(template, ends),
+        "template": None if template is None or traits is None else _of_template(template, ends, traits),
     }
 
 
@@ -71,14 +70,14 @@ _NAMES = {
 }
 
 
-def _of_template(template: Template, ends: Mapping[int, str]) -> dict[str, Any]:
-    user, answer, system = Message("user", "-"), Message("assistant", "-"), Message("system", "-")
+def _of_template(template: Template, ends: Mapping[int, str], traits: Traits) -> dict[str, Any]:
+    user, answer, system = ChatMessage("user", "-"), ChatMessage("assistant", "-"), ChatMessage("system", "-")
     conversations = {
         "system": ([system, user], 0),
         "user": ([user], 0),
         "assistant": ([user, answer, user], 1),
-        "tool": ([user, answer, Message("tool", "-")], 2),
-        "developer": ([Message("developer", "-"), user], 0),
+        "tool": ([user, answer, ChatMessage("tool", "-")], 2),
+        "developer": ([ChatMessage("developer", "-"), user], 0),
     }
     roles = {
         role: _said(template.shape((), messages, answer=True), index)
@@ -93,15 +92,17 @@ def _of_template(template: Template, ends: Mapping[int, str]) -> dict[str, Any]:
         "roles": roles,
         "system_alone": alone,
         "two_systems": next((said for index in (0, 1) if (said := _said(two, index)) != "written"), "written"),
-        "tools": _tried(template, [_plain(user)], tools=[_TOOL]),
-        "reasoning": _tried(template, [_plain(user), {**_plain(answer), "reasoning_content": mark(7)}]),
+        "tools": _tools(traits),
+        "reasoning": _reasoning(traits),
+        "variables": ", ".join(traits.variables) or "none",
+        "traits": traits.as_json(),
         "follow_up": behind,
         "closes_with": closes,
         "ends": sorted(ends.values()),
     }
 
 
-def _behind(template: Template, user: Message, ends: Mapping[int, str]) -> tuple[str, str]:
+def _behind(template: Template, user: ChatMessage, ends: Mapping[int, str]) -> tuple[str, str]:
     """What becomes of a message behind an answer, and what the template writes between the two."""
     try:
         found = follow_up(template, [user], Ending.ANSWER, None, ends, answer=True)
@@ -122,15 +123,19 @@ def _said(shape: Shape, index: int) -> str:
     return "written, as a list of parts" if index in shape.parts else "written"
 
 
-def _tried(template: Template, messages: list[dict[str, Any]], **variables: Any) -> str:
-    try:
-        return "written" if mark(7) in str(template.apply(messages, True, **variables)) else "not written"
-    except Exception as error:  # whatever the template raises
-        return f"refused: {' '.join(str(error).split()) or type(error).__name__}"
+def _tools(traits: Traits) -> str:
+    if traits.tools != "written":
+        return f"{traits.tools}, and so refused"
+    if traits.form is None:
+        return "written, but calls can't be read back, and so refused"
+    return f"written; calls as {traits.form.name}, {'several' if traits.several else 'one'} an answer"
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    return {"role": message.role, "content": message.content}
+def _reasoning(traits: Traits) -> str:
+    if traits.reasoning is None:
+        return "none that is known"
+    kept = "written again" if traits.keeps_reasoning else "left out"
+    return f"between {traits.reasoning[0]} and {traits.reasoning[1]}; that of earlier answers is {kept}"
 
 
 def _there_and_back(tokenizer: Any, text: str) -> str:

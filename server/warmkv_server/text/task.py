@@ -7,13 +7,14 @@ import pickle
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from warmkv_server import errors
-from warmkv_server.contract.content import Chat, Content, RawText
+from warmkv_server.contract.content import NO_SETUP, Chat, Content, RawText, Setup
+from warmkv_server.contract.conversation import MadeCall
 
 FORKS = sys.platform == "linux"
 """Whether the processes are forked from one that has loaded the tokenizer. Other systems don't take forks well."""
@@ -23,8 +24,9 @@ MEMORY_BYTES = 768 << 20
 
 HEADER = struct.Struct("!cBI")
 """Of a reply: its kind, whether the process ends itself behind it, and the length of what follows."""
-ANSWER = struct.Struct("=iB")
-"""Before the tokens of a reply: how many of the context's they replace, and whether messages are held back."""
+ANSWER = struct.Struct("=i??B")
+"""Before the tokens of a reply: how many of the context's they replace, whether messages are held back, whether the
+chat template looked at the clock, and how many of the last tokens begin reasoning."""
 TOKENS, FINDINGS, REFUSAL, NO_MEMORY, BROKEN = b"T", b"F", b"R", b"M", b"B"
 
 LENGTH = struct.Struct("!Q")
@@ -63,8 +65,10 @@ class Task:
     """What `Text.encode` takes.
 
     Attributes:
-        content: None to try the tokenizer and the chat template instead.
+        content: None to try the tokenizer and the chat template instead, or to look at `arguments`.
         tail: the last `TAIL` tokens of the context, or all.
+        traits: what is known of the chat template, as `Traits.as_json` has it.
+        arguments: of calls, each behind the schema of its tool; both are JSON. Whether each satisfies it is the answer.
     """
 
     content: Content | None
@@ -74,6 +78,10 @@ class Task:
     tail: tuple[int, ...] = ()
     answer: bool = True
     room: int | None = None
+    setup: Setup = NO_SETUP
+    calls: tuple[MadeCall, ...] = ()
+    traits: Mapping[str, Any] | None = None
+    arguments: tuple[tuple[str, str], ...] = ()
 
     @property
     def characters(self) -> int:
@@ -81,16 +89,20 @@ class Task:
             case RawText(text):
                 return len(text)
             case Chat(messages):
-                return sum(len(message.role) + len(message.content) for message in messages)
-        return 0
+                return self.setup.characters + sum(message.characters for message in messages)
+        return sum(len(schema) + len(arguments) for schema, arguments in self.arguments)
 
     @property
     def field(self) -> str:
+        if self.arguments:
+            return "content.chat.tools"
         return "content.text" if isinstance(self.content, RawText) else "content.chat.messages"
 
     @property
     def work(self) -> str:
         """What takes the time and the memory, for people."""
+        if self.arguments:
+            return "looking at a call's arguments"
         return "tokenising it" if isinstance(self.content, RawText) else "the model's chat template, and tokenising,"
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from warmkv_server.contract.content import Message
+from warmkv_server.contract.content import NO_SETUP, ChatMessage, Setup
 from warmkv_server.errors import InvalidField
+from warmkv_server.text.render import Renderer, message_as_told, tool_as_told
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper  # imports MLX
@@ -23,7 +24,9 @@ MOST_RENDERED = 32 << 20
 """Characters that a chat template may make of a request's messages: twice what a message of the default size holds."""
 _FIELD = "content.chat.messages"
 _SHAPES, _MOST_ROLES = 256, 4096
-"""Shapes of conversations that are remembered, and characters of roles in one of them."""
+"""Shapes of conversations that are remembered, and characters of roles and calls in one of them."""
+_SETUPS = 16
+"""Of conversations, whose shapes are remembered."""
 _SYSTEM = "system"
 
 
@@ -34,6 +37,20 @@ class Refused(Exception):
 def mark(number: int) -> str:
     """A content that no template changes, and that is in no other."""
     return f"warmkv-message-{number}-here"
+
+
+def anchor_of(message: ChatMessage) -> str:
+    """A text in a message that stands for others, behind which nothing of it comes but marks."""
+    return mark_in(message.calls[-1].arguments) if message.calls else message.content
+
+
+def mark_in(arguments: str) -> str:
+    """The mark that arguments of a call have in them, if they have one."""
+    found = _MARK.search(arguments)
+    return found[0] if found is not None else arguments
+
+
+_MARK = re.compile(r"warmkv-message-\d+-here")
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class Shape:
         error: what it raises.
     """
 
-    before: tuple[Message, ...] = ()
+    before: tuple[ChatMessage, ...] = ()
     parts: frozenset[int] = frozenset()
     lost: tuple[int, ...] = ()
     gap: str = ""
@@ -62,32 +79,61 @@ class Shape:
 
     @property
     def anchor(self) -> str:
-        """The content behind which it writes the messages."""
-        return self.before[-1].content
+        """The text behind which it writes the messages."""
+        return anchor_of(self.before[-1])
 
 
-Roles = tuple[tuple[str, bool], ...]
-"""The role of each message, and whether it says anything."""
+Roles = tuple[ChatMessage, ...]
+"""Each message without what it says, but for whether it says anything."""
+_SAYS = "-"
 
 
 class Template:
-    """The chat template of a tokenizer that has one."""
+    """The chat template of a tokenizer that has one, with the tools and variables of a conversation.
 
-    def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self.apply = _plainly(tokenizer)
+    Args:
+        arguments_as_text: whether it wants a call's arguments as text, and not as an object.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper | None,
+        setup: Setup = NO_SETUP,
+        renderer: Renderer | None = None,
+        *,
+        arguments_as_text: bool = False,
+    ) -> None:
+        if renderer is None:
+            assert tokenizer is not None
+            renderer = Renderer(tokenizer)
+        self.renderer = renderer
+        self.setup = setup
+        self.arguments_as_text = arguments_as_text
+        self._tools = [tool_as_told(tool) for tool in setup.tools]
         self._remembered = lru_cache(_SHAPES)(self._probe)
+        self._others = lru_cache(_SETUPS)(self._with)
 
-    def shape(self, before: Sequence[str], messages: Sequence[Message], answer: bool) -> Shape:
+    def under(self, setup: Setup, *, arguments_as_text: bool = False) -> Template:
+        """The same, for a conversation that is set up so."""
+        if not self.renderer.reads_clock:
+            setup = replace(setup, clock=0.0)
+        return self._others(setup, arguments_as_text)
+
+    def _with(self, setup: Setup, arguments_as_text: bool) -> Template:
+        return Template(None, setup, self.renderer, arguments_as_text=arguments_as_text)
+
+    def shape(self, before: Sequence[str | ChatMessage], messages: Sequence[ChatMessage], answer: bool) -> Shape:
         """
         Args:
-            before: roles of the messages that stand for an earlier conversation.
+            before: the messages that stand for an earlier conversation, or their roles.
             answer: whether a generation prompt follows.
         """
-        roles = tuple((message.role, not message.content.isspace() and bool(message.content)) for message in messages)
-        probe = self._remembered if sum(len(role) for role, _ in roles) <= _MOST_ROLES else self._probe
-        return probe(tuple(before), roles, answer)
+        earlier = tuple(ChatMessage(each, _SAYS) if isinstance(each, str) else each for each in before)
+        roles = tuple(replace(message, content=_SAYS if message.content.strip() else "") for message in messages)
+        small = sum(message.characters for message in (*earlier, *roles)) <= _MOST_ROLES
+        return (self._remembered if small else self._probe)(earlier, roles, answer)
 
-    def whole(self, messages: Sequence[Message], answer: bool, *, skip: int = 0) -> str:
+    def whole(self, messages: Sequence[ChatMessage], answer: bool, *, skip: int = 0) -> str:
         """What it writes for a conversation.
 
         Args:
@@ -102,7 +148,7 @@ class Template:
         self.require_contents(shape, messages, answer, written, skip=skip)
         return written
 
-    def write(self, shape: Shape, messages: Sequence[Message], answer: bool) -> str:
+    def write(self, shape: Shape, messages: Sequence[ChatMessage], answer: bool) -> str:
         """What it writes for messages behind those of the shape.
 
         Raises:
@@ -121,7 +167,7 @@ class Template:
             return ""
         return written.rpartition(shape.anchor)[2]
 
-    def require(self, shape: Shape, messages: Sequence[Message], *, skip: int = 0, merges: bool = False) -> None:
+    def require(self, shape: Shape, messages: Sequence[ChatMessage], *, skip: int = 0, merges: bool = False) -> None:
         """
         Args:
             skip: how many of the messages were sent before, and are not of this request.
@@ -151,7 +197,7 @@ class Template:
         raise InvalidField.of(f"{_FIELD}[{max(0, index - skip)}]", f"{why}; {_remedy(messages[index], merges)}")
 
     def require_contents(
-        self, shape: Shape, messages: Sequence[Message], answer: bool, written: str, *, skip: int = 0
+        self, shape: Shape, messages: Sequence[ChatMessage], answer: bool, written: str, *, skip: int = 0
     ) -> None:
         """
         Args:
@@ -168,7 +214,7 @@ class Template:
         marks = {n: mark(len(shape.before) + n) for n in changed}
         around = list(messages)
         for n, sign in marks.items():
-            around[n] = Message(messages[n].role, f"{sign} {messages[n].content} {sign}")
+            around[n] = replace(messages[n], content=f"{sign} {messages[n].content} {sign}")
         marked = self.write(shape, around, answer)
         for n, sign in marks.items():
             if sign not in marked or not _has_of(messages[n].content, written):
@@ -177,32 +223,33 @@ class Template:
                     "the model's chat template writes nothing of a message that says this; reword it",
                 )
 
-    def _probe(self, before: tuple[str, ...], roles: Roles, answer: bool) -> Shape:
-        contents = [mark(n) for n in range(len(before))]
-        contents += [mark(len(before) + n) if says else "" for n, (_, says) in enumerate(roles)]
-        names = (*before, *(role for role, _ in roles))
-        messages = [Message(role, content) for role, content in zip(names, contents, strict=True)]
+    def _probe(self, before: Roles, roles: Roles, answer: bool) -> Shape:
+        messages = [
+            replace(message, content=mark(n) if message.content else "") for n, message in enumerate((*before, *roles))
+        ]
+        contents = [message.content for message in messages]
         stand_in = tuple(messages[: len(before)])
         parts, lost, written, error = self._forms(messages, answer)
         if error:
             return Shape(stand_in, error=error)
-        blank = frozenset(n for n, message in enumerate(messages) if not message.content)
+        blank = frozenset(n for n, message in enumerate(messages) if not message.content and not message.calls)
         if blank - parts:
             # Nothing shows in which form it wants those; so they are tried with something to say.
-            said = [Message(message.role, mark(n)) for n, message in enumerate(messages)]
+            said = [replace(message, content=mark(n)) for n, message in enumerate(messages)]
             wanted = self._forms(said, answer)[0] & blank
             with contextlib.suppress(Refused):
                 written, parts = self._render(messages, parts | wanted, answer), parts | wanted
-        start = written.find(contents[len(before) - 1]) + len(contents[len(before) - 1]) if before else 0
+        anchor = anchor_of(stand_in[-1]) if before else ""
+        start = written.find(anchor) + len(anchor)
         own = range(len(before), len(messages))
         behind = written[start:]
-        lost |= {n for n in own if contents[n] not in behind}
+        lost |= {n for n in own if not _is_there(messages[n], behind)}
         first = min((behind.find(contents[n]) for n in own if contents[n] and contents[n] in behind), default=-1)
         gap = behind if first < 0 else behind[:first]
         forgets = any(n < len(before) for n in lost)
         return Shape(stand_in, parts, tuple(sorted(n - len(before) for n in lost if n >= len(before))), gap, forgets)
 
-    def _forms(self, messages: Sequence[Message], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
+    def _forms(self, messages: Sequence[ChatMessage], answer: bool) -> tuple[frozenset[int], set[int], str, str]:
         """Which messages it wants as parts, which of them it leaves out then, what it writes, and its error."""
         parts: frozenset[int] = frozenset()
         best: tuple[frozenset[int], set[int], str, str] | None = None
@@ -216,7 +263,7 @@ class Template:
                 parts = frozenset(range(len(messages)))
                 continue
             raw = {n for n in parts if _is_data(messages[n].content, written)}
-            lost = {n for n, message in enumerate(messages) if message.content not in written} | raw
+            lost = {n for n, message in enumerate(messages) if not _is_there(message, written)} | raw
             if best is None or best[3] or len(lost) < len(best[1]):
                 best = (parts, lost, written, "")
             if not lost:
@@ -225,9 +272,13 @@ class Template:
         assert best is not None
         return best
 
-    def _render(self, messages: Iterable[Message], parts: frozenset[int], answer: bool) -> str:
+    def _render(self, messages: Iterable[ChatMessage], parts: frozenset[int], answer: bool) -> str:
         try:
-            written = str(self.apply([_plain(m, n in parts) for n, m in enumerate(messages)], answer))
+            told = [
+                message_as_told(m, as_parts=n in parts, arguments_as_text=self.arguments_as_text)
+                for n, m in enumerate(messages)
+            ]
+            written = self.renderer.apply(told, answer, self.setup, self._tools)
         except MemoryError:
             raise
         except Exception as error:  # templates raise jinja2 errors, and whatever their own code raises
@@ -240,23 +291,13 @@ class Template:
         return written
 
 
-def _plainly(tokenizer: TokenizerWrapper) -> Callable[..., Any]:
-    """Rendering as transformers does it: mlx-lm's wrapper sets a variable of the template (`enable_thinking`).
-
-    Where mlx-lm brings the template itself, as a function, it is mlx-lm that renders.
-    """
-    own = tokenizer._chat_template is not None
-    renderer: Any = tokenizer if own else tokenizer._tokenizer
-
-    def apply(messages: list[dict[str, Any]], answer: bool, **variables: Any) -> Any:
-        return renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer, **variables)
-
-    return apply
-
-
-def _plain(message: Message, as_parts: bool) -> dict[str, Any]:
-    content = [{"type": "text", "text": message.content}] if as_parts else message.content
-    return {"role": message.role, "content": content}
+def _is_there(message: ChatMessage, written: str) -> bool:
+    """Whether what a message says was written, and the names of the tools that it calls."""
+    if message.calls and not all(call.name in written for call in message.calls):
+        return False
+    if message.calls and _MARK.search(message.calls[-1].arguments):
+        return anchor_of(message) in written
+    return message.content in written
 
 
 def _is_data(content: str, written: str) -> bool:
@@ -270,7 +311,7 @@ def _has_of(content: str, written: str) -> bool:
     return not words or max(words, key=len) in written or words[-1] in written
 
 
-def _remedy(message: Message, merges: bool) -> str:
+def _remedy(message: ChatMessage, merges: bool) -> str:
     if merges:
         return "send it together with the user's message that follows it"
     if message.role == _SYSTEM:

@@ -6,18 +6,24 @@ template: the server calls it in processes that it can stop (pool.py).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from warmkv_server.contract.content import Chat, Content, Encoded, Message, RawText, TokenContent, held_back
-from warmkv_server.errors import ContextTooLong, InvalidField
+from warmkv_server.contract.content import NO_SETUP, Chat, ChatMessage, Content, Encoded, RawText, Setup, TokenContent
+from warmkv_server.contract.conversation import MadeCall, held_back
+from warmkv_server.errors import ContextTooLong, InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
 from warmkv_server.text.probe import Findings, probe
+from warmkv_server.text.schemas import require_schemas
 from warmkv_server.text.template import Template, mark
 from warmkv_server.text.token_bytes import most_bytes_per_token
+from warmkv_server.text.traits import Traits, traits_of
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper  # imports MLX
@@ -25,6 +31,10 @@ if TYPE_CHECKING:
 _MOST_HELD_BACK = 1 << 19
 """Characters of messages that wait for the next one: they are kept with the agent, and written with every commit."""
 _MESSAGES = "content.chat.messages"
+_TAIL = 32
+"""Of a prompt's last tokens, those that a mark of reasoning is looked for in."""
+_OPEN = mark(1 << 20)
+"""Behind the text of a message that goes on; all behind it is cut off."""
 
 
 class Text:
@@ -54,6 +64,9 @@ class Text:
         tail: Sequence[int],
         answer: bool,
         room: int | None = None,
+        setup: Setup = NO_SETUP,
+        calls: Sequence[MadeCall] = (),
+        traits: Traits | None = None,
     ) -> Encoded:
         """The tokens to put behind the held context.
 
@@ -64,11 +77,14 @@ class Text:
             tail: the last of them, `TAIL` at most.
             answer: whether to add the template's generation prompt behind a chat.
             room: tokens that there is room for. A text that is certain to have more is refused before it is tokenised.
+            setup: what a chat is written with.
+            calls: that the last answer of the context made.
+            traits: of the chat template, if they are known.
 
         Raises:
             InvalidField: a token id outside the vocabulary, no chat template, or messages that the template refuses or
                 doesn't write.
-            Unsupported: the chat template can't render messages behind others.
+            Unsupported: the chat template can't render messages behind others, or knows no tools or not this variable.
             ContextTooLong: there is no room for it.
         """
         match content:
@@ -77,22 +93,45 @@ class Text:
                 return _encoded(self._bos + ids if starts and ids[: len(self._bos)] != self._bos else ids)
             case TokenContent(ids):
                 return _encoded(self._known(list(ids), "content.token_ids.ids"))
-            case Chat(messages):
-                template = self._require_template()
+            case Chat():
+                known = traits or self.traits
+                _require(content, setup, known)
+                template = self._require_template().under(setup, arguments_as_text=known.arguments_as_text)
+                template.renderer.dated = False
+                messages = content.messages
+                if content.continue_last:
+                    messages = (*messages[:-1], replace(messages[-1], content=messages[-1].content + _OPEN))
+                    answer = False
                 if earlier := held_back(ending):
-                    return self._beginning(template, (*earlier, *messages), len(earlier), held, answer, room)
-                if starts:
-                    return self._beginning(template, messages, 0, 0, answer, room)
-                return self._behind(template, messages, ending, tail, answer, room)
+                    new = self._beginning(template, (*earlier, *messages), len(earlier), held, answer, room)
+                elif starts:
+                    new = self._beginning(template, messages, 0, 0, answer, room)
+                else:
+                    new = self._behind(template, messages, ending, tail, answer, room, calls)
+                begun = self._begun(new.tokens[-_TAIL:].tolist(), known) if answer and known.reasoning else 0
+                return replace(new, dated=template.renderer.dated, thinks=begun)
+
+    def _begun(self, tail: list[int], traits: Traits) -> int:
+        """How many of a prompt's last tokens begin reasoning."""
+        if not traits.thinks(self.tokenizer.decode(tail)):
+            return 0
+        assert traits.reasoning is not None
+        counts = range(1, len(tail) + 1)
+        return next((n for n in counts if traits.reasoning[0] in self.tokenizer.decode(tail[-n:])), len(tail))
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What the chat template makes of tools and reasoning."""
+        return traits_of(self._require_template(), self._ends)
 
     def probe(self) -> Findings:
         """What the server makes of the tokenizer and the chat template."""
-        return probe(self.tokenizer, self.template, self._ends)
+        return probe(self.tokenizer, self.template, self._ends, self.traits if self.template is not None else None)
 
     def _beginning(
         self,
         template: Template,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         earlier: int,
         held: int,
         answer: bool,
@@ -105,12 +144,12 @@ class Text:
         """
         shape = template.shape((), messages, answer)
         if shape.good:
-            written = template.whole(messages, answer, skip=earlier)
+            written = _cut(template.whole(messages, answer, skip=earlier))
             return _encoded(self._ids(written, _MESSAGES, room), held)
-        merges = template.shape((), (*messages, Message("user", "-")), answer).good
+        merges = template.shape((), (*messages, ChatMessage("user", "-")), answer).good
         if not merges or answer:
             template.require(shape, messages, skip=earlier, merges=merges)
-        if sum(len(message.role) + len(message.content) + 8 for message in messages) > _MOST_HELD_BACK:
+        if sum(message.characters + 8 for message in messages) > _MOST_HELD_BACK:
             raise InvalidField.of(
                 _MESSAGES,
                 "the model's chat template writes them with the user's message that follows, and they are too long to "
@@ -118,17 +157,17 @@ class Text:
             )
         return _encoded(self._until_the_user(template, messages), held, holds_back=True)
 
-    def _until_the_user(self, template: Template, messages: Sequence[Message]) -> list[int]:
+    def _until_the_user(self, template: Template, messages: Sequence[ChatMessage]) -> list[int]:
         """The tokens of messages that are held back: what they begin with in any case."""
         number = len(messages)
-        whole = self._rendered(template, [*messages, Message("user", mark(number))])
+        whole = self._rendered(template, [*messages, ChatMessage("user", mark(number))])
         shape = template.shape((), messages, answer=False)
         if not shape.error:
             alone = self._encode(template.write(shape, messages, answer=False))
             if alone and whole[: len(alone)] == alone:
                 return alone
-        others = [Message(message.role, mark(n)) for n, message in enumerate(messages)]
-        for different in ([*others, Message("user", mark(number))], [*messages, Message("user", "another")]):
+        others = [replace(message, content=mark(n)) for n, message in enumerate(messages)]
+        for different in ([*others, ChatMessage("user", mark(number))], [*messages, ChatMessage("user", "another")]):
             if common := _common(whole, self._rendered(template, different)):
                 return whole[:common]
         raise InvalidField.of(
@@ -136,20 +175,22 @@ class Text:
             "the model's chat template writes it with the user's message that follows; send them together",
         )
 
-    def _rendered(self, template: Template, messages: Sequence[Message]) -> list[int]:
+    def _rendered(self, template: Template, messages: Sequence[ChatMessage]) -> list[int]:
         return self._encode(template.write(template.shape((), messages, answer=False), messages, answer=False))
 
     def _behind(
         self,
         template: Template,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         ending: str,
         tail: Sequence[int],
         answer: bool,
         room: int | None,
+        calls: Sequence[MadeCall],
     ) -> Encoded:
         """Messages behind others that are in the context already."""
-        found = follow_up(template, messages, ending, tail[-1] if tail else None, self._ends, answer)
+        found = follow_up(template, messages, ending, tail[-1] if tail else None, self._ends, answer, calls)
+        found = replace(found, text=_cut(found.text))
         head = self._encode(found.before + found.closed)
         whole = self._ids(found.before + found.text, _MESSAGES, room)
         common = _common(head, whole)
@@ -196,6 +237,37 @@ class Text:
                 "content.chat", "this model has no chat template; send content.text or content.token_ids instead"
             )
         return self.template
+
+
+def _require(chat: Chat, setup: Setup, traits: Traits) -> None:
+    """Refuse what the model's chat template can't write, by name."""
+    called = next((n for n, message in enumerate(chat.messages) if message.calls), None)
+    if setup.tools or called is not None:
+        field = "content.chat.tools" if setup.tools else f"{_MESSAGES}[{called}].tool_calls"
+        if traits.tools != "written":
+            raise Unsupported(
+                f"{field}: this model's chat template doesn't write tools ({traits.tools}), so that it can't call any; "
+                "leave them out, or describe them in a message"
+            )
+        if traits.form is None:
+            raise Unsupported(
+                f"{field}: the calls that this model's chat template writes can't be read back, so that it is served "
+                "without tools; leave them out, or describe them in a message"
+            )
+    if chat.tools:
+        require_schemas(chat.tools)
+    unknown = sorted(set(json.loads(setup.variables or "{}")) - set(traits.variables))
+    if unknown:
+        known = ", ".join(traits.variables) or "none"
+        raise Unsupported(
+            f"content.chat.template_variables: the model's chat template doesn't use {', '.join(unknown)[:200]}; it "
+            f"uses {known}"
+        )
+
+
+def _cut(text: str) -> str:
+    """Without what stands behind a message that goes on."""
+    return text.partition(_OPEN)[0]
 
 
 def _encoded(ids: Sequence[int], replaced: int = 0, holds_back: bool = False) -> Encoded:

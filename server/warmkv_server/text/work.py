@@ -25,6 +25,7 @@ from pathlib import Path
 
 from warmkv_server.errors import WarmKVError
 from warmkv_server.text.loading import load
+from warmkv_server.text.schemas import satisfies
 from warmkv_server.text.task import (
     ANSWER,
     BROKEN,
@@ -44,6 +45,7 @@ from warmkv_server.text.task import (
     refusal_bytes,
 )
 from warmkv_server.text.text import Text
+from warmkv_server.text.traits import Traits
 
 _PR_SET_PDEATHSIG = 1
 _RENEW_BYTES = 96 << 20
@@ -121,6 +123,8 @@ def _work(connection: socket.socket, text: Text) -> None:
 
 def _result(text: Text, task: Task) -> tuple[bytes, bytes]:
     try:
+        if task.arguments:
+            return FINDINGS, json.dumps([satisfies(schema, said) for schema, said in task.arguments]).encode()
         if task.content is None:
             return FINDINGS, json.dumps(text.probe()).encode()
         encoded = text.encode(
@@ -131,8 +135,11 @@ def _result(text: Text, task: Task) -> tuple[bytes, bytes]:
             tail=task.tail,
             answer=task.answer,
             room=task.room,
+            setup=task.setup,
+            calls=task.calls,
+            traits=None if task.traits is None else Traits.of(task.traits),
         )
-        head = ANSWER.pack(encoded.replaced, encoded.holds_back)
+        head = ANSWER.pack(encoded.replaced, encoded.holds_back, encoded.dated, encoded.thinks)
         return TOKENS, head + encoded.tokens.tobytes()
     except WarmKVError as error:
         return REFUSAL, refusal_bytes(error)

@@ -37,6 +37,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -124,9 +125,11 @@ class _CacheSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheSour
     CACHE_SOURCE_HOT: _CacheSource.ValueType  # 2
     """Nothing of its own was read from disk, and KV of its own in RAM was reused."""
     CACHE_SOURCE_SHARED: _CacheSource.ValueType  # 3
-    """Nothing of its own was reused; blocks of other live agents of the tenant were."""
+    """Nothing of its own was reused; KV of other live agents of the tenant was, of at least a full block (256 tokens) or a
+    quarter of the prompt.
+    """
     CACHE_SOURCE_COLD: _CacheSource.ValueType  # 4
-    """Nothing was reused: every token was prefilled."""
+    """Every token was prefilled, or all but the few that shared_tokens counts."""
 
 class CacheSource(_CacheSource, metaclass=_CacheSourceEnumTypeWrapper):
     """CacheSource is where the reused part of a context came from. The first that applies, in the order below, is reported."""
@@ -138,9 +141,11 @@ CACHE_SOURCE_WARM: CacheSource.ValueType  # 1
 CACHE_SOURCE_HOT: CacheSource.ValueType  # 2
 """Nothing of its own was read from disk, and KV of its own in RAM was reused."""
 CACHE_SOURCE_SHARED: CacheSource.ValueType  # 3
-"""Nothing of its own was reused; blocks of other live agents of the tenant were."""
+"""Nothing of its own was reused; KV of other live agents of the tenant was, of at least a full block (256 tokens) or a
+quarter of the prompt.
+"""
 CACHE_SOURCE_COLD: CacheSource.ValueType  # 4
-"""Nothing was reused: every token was prefilled."""
+"""Every token was prefilled, or all but the few that shared_tokens counts."""
 Global___CacheSource: _TypeAlias = CacheSource  # noqa: Y015
 
 class _FallbackReason:
@@ -203,6 +208,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """`max_tokens` or the model's context limit was reached."""
     FINISH_REASON_STOP_SEQUENCE: _FinishReason.ValueType  # 3
     """One of the request's `stop` strings appeared. It is not emitted; see GenerateFinished.matched_stop."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 4
+    """As FINISH_REASON_STOP, and the answer has tool calls, which wait for their results."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """FinishReason is why an answer ended. A cancel or a failure is a gRPC status, not a finish reason."""
@@ -217,6 +224,8 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """`max_tokens` or the model's context limit was reached."""
 FINISH_REASON_STOP_SEQUENCE: FinishReason.ValueType  # 3
 """One of the request's `stop` strings appeared. It is not emitted; see GenerateFinished.matched_stop."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 4
+"""As FINISH_REASON_STOP, and the answer has tool calls, which wait for their results."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _Tier:
@@ -278,6 +287,100 @@ ACTIVITY_PREFILLING: Activity.ValueType  # 4
 ACTIVITY_DECODING: Activity.ValueType  # 5
 """Tokens are being sampled."""
 Global___Activity: _TypeAlias = Activity  # noqa: Y015
+
+class _ParseMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ParseModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ParseMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PARSE_MODE_UNSPECIFIED: _ParseMode.ValueType  # 0
+    """The default: PARSE_MODE_MESSAGE for a chat, PARSE_MODE_TEXT for anything else."""
+    PARSE_MODE_TEXT: _ParseMode.ValueType  # 1
+    """All of it is text."""
+    PARSE_MODE_MESSAGE: _ParseMode.ValueType  # 2
+    """Reasoning, text and tool calls are told apart: `text` has no reasoning, and nothing of what a call is written in.
+    What looks like the beginning of either is held back until it is known. Calls are told apart where the agent has
+    tools. White space between the marks and what stands beside them is told of as `token_ids` alone.
+    """
+
+class ParseMode(_ParseMode, metaclass=_ParseModeEnumTypeWrapper):
+    """ParseMode says how an answer is read."""
+
+PARSE_MODE_UNSPECIFIED: ParseMode.ValueType  # 0
+"""The default: PARSE_MODE_MESSAGE for a chat, PARSE_MODE_TEXT for anything else."""
+PARSE_MODE_TEXT: ParseMode.ValueType  # 1
+"""All of it is text."""
+PARSE_MODE_MESSAGE: ParseMode.ValueType  # 2
+"""Reasoning, text and tool calls are told apart: `text` has no reasoning, and nothing of what a call is written in.
+What looks like the beginning of either is held back until it is known. Calls are told apart where the agent has
+tools. White space between the marks and what stands beside them is told of as `token_ids` alone.
+"""
+Global___ParseMode: _TypeAlias = ParseMode  # noqa: Y015
+
+class _ReasoningRetention:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReasoningRetentionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReasoningRetention.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REASONING_RETENTION_UNSPECIFIED: _ReasoningRetention.ValueType  # 0
+    """The default: REASONING_RETENTION_KEEP."""
+    REASONING_RETENTION_KEEP: _ReasoningRetention.ValueType  # 1
+    """It stays in the context, and nothing is computed again."""
+    REASONING_RETENTION_DROP: _ReasoningRetention.ValueType  # 2
+    """It is cut out when the next message of role "user" is appended, as most reasoning models' templates do. The answer
+    behind it is computed again. Only with PARSE_MODE_MESSAGE; an answer without reasoning stays as it is.
+    """
+
+class ReasoningRetention(_ReasoningRetention, metaclass=_ReasoningRetentionEnumTypeWrapper):
+    """ReasoningRetention says what happens to an answer's reasoning."""
+
+REASONING_RETENTION_UNSPECIFIED: ReasoningRetention.ValueType  # 0
+"""The default: REASONING_RETENTION_KEEP."""
+REASONING_RETENTION_KEEP: ReasoningRetention.ValueType  # 1
+"""It stays in the context, and nothing is computed again."""
+REASONING_RETENTION_DROP: ReasoningRetention.ValueType  # 2
+"""It is cut out when the next message of role "user" is appended, as most reasoning models' templates do. The answer
+behind it is computed again. Only with PARSE_MODE_MESSAGE; an answer without reasoning stays as it is.
+"""
+Global___ReasoningRetention: _TypeAlias = ReasoningRetention  # noqa: Y015
+
+class _ToolCallStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolCallStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolCallStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CALL_STATUS_UNSPECIFIED: _ToolCallStatus.ValueType  # 0
+    """Never sent."""
+    TOOL_CALL_STATUS_VALID: _ToolCallStatus.ValueType  # 1
+    """The tool exists and the arguments satisfy its schema."""
+    TOOL_CALL_STATUS_UNKNOWN_TOOL: _ToolCallStatus.ValueType  # 2
+    """There is no tool of this name."""
+    TOOL_CALL_STATUS_SCHEMA_MISMATCH: _ToolCallStatus.ValueType  # 3
+    """The arguments are JSON, but do not satisfy the schema."""
+    TOOL_CALL_STATUS_MALFORMED: _ToolCallStatus.ValueType  # 4
+    """It is not of the model's format."""
+    TOOL_CALL_STATUS_INCOMPLETE: _ToolCallStatus.ValueType  # 5
+    """The answer ended inside it."""
+
+class ToolCallStatus(_ToolCallStatus, metaclass=_ToolCallStatusEnumTypeWrapper):
+    """ToolCallStatus is whether a call can be executed."""
+
+TOOL_CALL_STATUS_UNSPECIFIED: ToolCallStatus.ValueType  # 0
+"""Never sent."""
+TOOL_CALL_STATUS_VALID: ToolCallStatus.ValueType  # 1
+"""The tool exists and the arguments satisfy its schema."""
+TOOL_CALL_STATUS_UNKNOWN_TOOL: ToolCallStatus.ValueType  # 2
+"""There is no tool of this name."""
+TOOL_CALL_STATUS_SCHEMA_MISMATCH: ToolCallStatus.ValueType  # 3
+"""The arguments are JSON, but do not satisfy the schema."""
+TOOL_CALL_STATUS_MALFORMED: ToolCallStatus.ValueType  # 4
+"""It is not of the model's format."""
+TOOL_CALL_STATUS_INCOMPLETE: ToolCallStatus.ValueType  # 5
+"""The answer ended inside it."""
+Global___ToolCallStatus: _TypeAlias = ToolCallStatus  # noqa: Y015
 
 @_typing.final
 class Content(_message.Message):
@@ -361,20 +464,46 @@ class ChatMessages(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    TEMPLATE_VARIABLES_FIELD_NUMBER: _builtins.int
+    CONTINUE_LAST_FIELD_NUMBER: _builtins.int
+    continue_last: _builtins.bool
+    """The last message is one of the assistant that goes on: it is left open, and the answer continues it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """The whole conversation with CONTEXT_MODE_REPLACE and Prime; the new messages only when appended. At most 8,192.
         Appending is UNSUPPORTED with a chat template that does not write out the text of earlier messages.
         """
 
+    @_builtins.property
+    def tools(self) -> Global___ToolList:
+        """The tools that the model may call, written where the model's chat template puts them. Appended messages keep the
+        agent's tools if this is unset; other ones than the agent's are refused with TOOLS_CHANGED. An empty list: no tools.
+        Where the content is the whole context, unset means no tools. UNSUPPORTED where GetServerInfo's
+        `features.tool_format` is empty.
+        """
+
+    @_builtins.property
+    def template_variables(self) -> _struct_pb2.Struct:
+        """Variables of the model's chat template, such as `enable_thinking` or `reasoning_effort`. They stay with the agent
+        until other ones are given. One that the template does not use is refused with UNSUPPORTED. As JSON, at most 16,384
+        characters.
+
+        The date that a template writes is the one of the agent's first chat, and stays it, so that a day that passes
+        changes no token that is held.
+        """
+
     def __init__(
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        tools: Global___ToolList | None = ...,
+        template_variables: _struct_pb2.Struct | None = ...,
+        continue_last: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["template_variables", b"template_variables", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_last", b"continue_last", "messages", b"messages", "template_variables", b"template_variables", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,23 +517,176 @@ class ChatMessage(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """A role that the model's chat template knows, usually "system", "user" or "assistant". 1 to 64 characters."""
     content: _builtins.str
-    """The text of the turn."""
+    """The text of the turn. Not together with `parts`."""
+    reasoning: _builtins.str
+    """The reasoning that came before an assistant's text. Whether it is written is the chat template's decision."""
+    tool_call_id: _builtins.str
+    """Of a message with role "tool": the id of the call whose result it is. It must be one that the context's last
+    answer made, or one of the messages before it: any other is INVALID_FIELD, and where no call waits for its result,
+    NO_PENDING_CALL. It may be left empty where exactly one call waits. At most 128 characters.
+    """
+    name: _builtins.str
+    """Of a message with role "tool": the tool's name, if the server cannot know it from the id. At most 64 characters."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
+        """The turn in parts, where it is more than one text: at most 1,024. Texts are joined as they are."""
+
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """The calls that an assistant made. For conversations from elsewhere; the calls of an agent's own answers are in its
+        context as the model wrote them, and must not be sent again. At most 256.
+        """
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        parts: _abc.Iterable[Global___ContentPart] | None = ...,
+        reasoning: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "parts", b"parts", "reasoning", b"reasoning", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class ContentPart(_message.Message):
+    """ContentPart is a part of a message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """A text."""
+    image: _builtins.bytes
+    """An image in a format that the server names in GetServerInfo, as the file's bytes. Otherwise UNSUPPORTED."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        image: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "image"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
+
+@_typing.final
+class ToolList(_message.Message):
+    """ToolList is a list of tools, in the order in which the model sees them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOOLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """The tools; at most 256, with different names, and at most 262,144 characters in all."""
+
+    def __init__(
+        self,
+        *,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tools", b"tools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolList: _TypeAlias = ToolList  # noqa: Y015
+
+@_typing.final
+class Tool(_message.Message):
+    """Tool is a function that the model may call. The client executes it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_JSON_FIELD_NUMBER: _builtins.int
+    STRICT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """1 to 64 characters of `A-Z a-z 0-9 . _ -`."""
+    description: _builtins.str
+    """What it does, for the model."""
+    parameters_json: _builtins.str
+    """JSON Schema of its arguments, an object, as JSON text. The order of `properties` is kept: it is what the model sees and
+    the order that constrained arguments come in. Empty: no arguments. At most 65,536 bytes.
+    """
+    strict: _builtins.bool
+    """Constrain the arguments to the schema while they are sampled. A schema that cannot be enforced is then refused, with
+    UNSUPPORTED.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        parameters_json: _builtins.str = ...,
+        strict: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters_json", b"parameters_json", "strict", b"strict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tool: _TypeAlias = Tool  # noqa: Y015
+
+@_typing.final
+class ToolCall(_message.Message):
+    """ToolCall is a call that the model made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_JSON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Names the call in its conversation: the model's own id where its format has one, else the server's. In a request, 1 to
+    128 characters.
+    """
+    name: _builtins.str
+    """The tool's name. In a request, as Tool.name."""
+    arguments_json: _builtins.str
+    """The arguments, a JSON object as text, with the model's own order, numbers and spelling where its format is JSON. In a
+    request, empty: no arguments.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
@@ -532,6 +814,7 @@ class CacheReport(_message.Message):
     PREFILLED_TOKENS_FIELD_NUMBER: _builtins.int
     BYTES_LOADED_FIELD_NUMBER: _builtins.int
     FALLBACK_REASON_FIELD_NUMBER: _builtins.int
+    HELD_TOKENS_FIELD_NUMBER: _builtins.int
     source: Global___CacheSource.ValueType
     """Where the reused tokens came from."""
     prompt_tokens: _builtins.int
@@ -550,6 +833,10 @@ class CacheReport(_message.Message):
     """Bytes read from block files, whether the drive or the OS page cache delivered them."""
     fallback_reason: Global___FallbackReason.ValueType
     """Why less was reused than was to be expected; unspecified if nothing went wrong."""
+    held_tokens: _builtins.int
+    """Tokens of the agent's context when the request's turn came. With CONTEXT_MODE_REPLACE and Prime,
+    held_tokens - cached_tokens of them could not be kept, since the new content differs from there on.
+    """
     def __init__(
         self,
         *,
@@ -562,10 +849,11 @@ class CacheReport(_message.Message):
         prefilled_tokens: _builtins.int = ...,
         bytes_loaded: _builtins.int = ...,
         fallback_reason: Global___FallbackReason.ValueType = ...,
+        held_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_loaded", b"bytes_loaded", "cached_tokens", b"cached_tokens", "fallback_reason", b"fallback_reason", "hot_tokens", b"hot_tokens", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "shared_tokens", b"shared_tokens", "source", b"source", "warm_tokens", b"warm_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_loaded", b"bytes_loaded", "cached_tokens", b"cached_tokens", "fallback_reason", b"fallback_reason", "held_tokens", b"held_tokens", "hot_tokens", b"hot_tokens", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "shared_tokens", b"shared_tokens", "source", b"source", "warm_tokens", b"warm_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,6 +924,7 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the whole context before the answer."""
     cached_tokens: _builtins.int
@@ -644,16 +933,19 @@ class Usage(_message.Message):
     """Tokens of the answer that are kept, an end-of-sequence token included. After a stop string, tokens wholly behind the
     match are not kept.
     """
+    reasoning_tokens: _builtins.int
+    """The part of completion_tokens that is reasoning, its marks included."""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1032,6 +1324,8 @@ class GenerateRequest(_message.Message):
     EPHEMERAL_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PARSE_MODE_FIELD_NUMBER: _builtins.int
+    REASONING_RETENTION_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent to continue, or to create. Empty: generate once from `content` and keep nothing."""
     context_mode: Global___ContextMode.ValueType
@@ -1059,6 +1353,10 @@ class GenerateRequest(_message.Message):
     `finished`; one still running is joined from its start; a cancelled one replays its tokens and ends ABORTED /
     REQUEST_CANCELLED. Refused with `ephemeral` or without agent_id.
     """
+    parse_mode: Global___ParseMode.ValueType
+    """How the answer is read."""
+    reasoning_retention: Global___ReasoningRetention.ValueType
+    """What happens to this answer's reasoning when the next user message is appended."""
     @_builtins.property
     def content(self) -> Global___Content:
         """New input. Required with CONTEXT_MODE_REPLACE and where there is no context yet. Without it an existing agent is
@@ -1090,10 +1388,12 @@ class GenerateRequest(_message.Message):
         ephemeral: _builtins.bool = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        parse_mode: Global___ParseMode.ValueType = ...,
+        reasoning_retention: Global___ReasoningRetention.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
@@ -1208,10 +1508,14 @@ class GenerateDelta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is certain: whole characters, and no part of a possible stop string. Can be empty. What was held back
     comes with a later delta.
     """
+    reasoning: _builtins.str
+    """Reasoning that is certain, as `text`."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens of this piece, in order. A delta that only releases held-back text has none."""
@@ -1220,20 +1524,124 @@ class GenerateDelta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
         """One entry for each of token_ids if the request asked for top_logprobs, else none."""
 
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]:
+        """News of tool calls, in order."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        reasoning: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateDelta: _TypeAlias = GenerateDelta  # noqa: Y015
+
+@_typing.final
+class ToolCallDelta(_message.Message):
+    """ToolCallDelta is news of one tool call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which call of the answer, from 0."""
+    arguments: _builtins.str
+    """The next piece of the arguments' JSON. All pieces, joined, are `finished.call.arguments_json`."""
+    @_builtins.property
+    def started(self) -> Global___ToolCallStarted:
+        """The tool is known."""
+
+    @_builtins.property
+    def finished(self) -> Global___ToolCallFinished:
+        """The call is complete, or as complete as it gets."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        started: Global___ToolCallStarted | None = ...,
+        arguments: _builtins.str = ...,
+        finished: Global___ToolCallFinished | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "event", b"event", "finished", b"finished", "index", b"index", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "arguments", "finished"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ToolCallDelta: _TypeAlias = ToolCallDelta  # noqa: Y015
+
+@_typing.final
+class ToolCallStarted(_message.Message):
+    """ToolCallStarted begins a tool call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """As ToolCall.id."""
+    name: _builtins.str
+    """As ToolCall.name."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCallStarted: _TypeAlias = ToolCallStarted  # noqa: Y015
+
+@_typing.final
+class ToolCallFinished(_message.Message):
+    """ToolCallFinished ends a tool call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    RAW_FIELD_NUMBER: _builtins.int
+    status: Global___ToolCallStatus.ValueType
+    """Whether it can be executed."""
+    raw: _builtins.str
+    """What the model wrote, if the status is TOOL_CALL_STATUS_MALFORMED."""
+    @_builtins.property
+    def call(self) -> Global___ToolCall:
+        """The call. With any status but TOOL_CALL_STATUS_VALID its arguments are what there is."""
+
+    def __init__(
+        self,
+        *,
+        call: Global___ToolCall | None = ...,
+        status: Global___ToolCallStatus.ValueType = ...,
+        raw: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "raw", b"raw", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCallFinished: _TypeAlias = ToolCallFinished  # noqa: Y015
 
 @_typing.final
 class TokenLogprobs(_message.Message):
@@ -1309,6 +1717,7 @@ class GenerateFinished(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     PERSISTED_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why the answer ended."""
     matched_stop: _builtins.str
@@ -1333,6 +1742,10 @@ class GenerateFinished(_message.Message):
         the agent exists. Unset without agent_id.
         """
 
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallFinished]:
+        """The answer's tool calls, all of them."""
+
     def __init__(
         self,
         *,
@@ -1343,10 +1756,11 @@ class GenerateFinished(_message.Message):
         timings: Global___Timings | None = ...,
         agent: Global___Agent | None = ...,
         persisted: _builtins.bool = ...,
+        tool_calls: _abc.Iterable[Global___ToolCallFinished] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "persisted", b"persisted", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "cache", b"cache", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "persisted", b"persisted", "timings", b"timings", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,8 +120,8 @@ class AgentServiceServicer:
 
         All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-        those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,8 +132,9 @@ class AgentServiceServicer:
 
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+        TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+        of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,11 +149,15 @@ class AgentServiceServicer:
 
         The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
         token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-        The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-        `finished`.
+        The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+        cancel or a failure ends the stream with a gRPC status instead of `finished`.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+        appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+        that wait for results belong to the agent: they survive restarts, and forks have them too.
+
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
+        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

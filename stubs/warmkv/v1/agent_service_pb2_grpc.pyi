@@ -85,16 +85,17 @@ class AgentServiceStub:
 
     All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-    those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
     Extend: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]
     """Extend appends content to an agent's context and computes its KV, without generating.
 
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+    of `request_id`.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -105,11 +106,15 @@ class AgentServiceStub:
 
     The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
     token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-    The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-    `finished`.
+    The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+    cancel or a failure ends the stream with a gRPC status instead of `finished`.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+    appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+    that wait for results belong to the agent: they survive restarts, and forks have them too.
+
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
+    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     ForkAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -193,16 +198,17 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-    those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
     Extend: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]  # type: ignore[assignment]
     """Extend appends content to an agent's context and computes its KV, without generating.
 
     Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-    (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+    TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+    of `request_id`.
     """
     Generate: _aio.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
@@ -213,11 +219,15 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
     token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-    The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-    `finished`.
+    The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+    cancel or a failure ends the stream with a gRPC status instead of `finished`.
 
-    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-    (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+    Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+    appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+    that wait for results belong to the agent: they survive restarts, and forks have them too.
+
+    Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
+    NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
     """
     ForkAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ForkAgentRequest, _agent_service_pb2.ForkAgentResponse]  # type: ignore[assignment]
     """ForkAgent creates an agent whose context is the source's last committed context.
@@ -304,8 +314,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         All or nothing: on an error, a cancel or an expired deadline the agent is what it was.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and
-        those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -318,8 +328,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Costs the prefill of the new tokens only. All or nothing, as Prime.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), NOT_FOUND
-        (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
+        TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
+        of `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -336,11 +347,15 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
         token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
-        The texts of all deltas, joined, are the answer. A cancel or a failure ends the stream with a gRPC status instead of
-        `finished`.
+        The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A
+        cancel or a failure ends the stream with a gRPC status instead of `finished`.
 
-        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED), ABORTED
-        (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
+        Tools. The model's calls are in the agent's context as the model wrote them. Each of them has an id; its result is
+        appended as a message of role "tool" with that `tool_call_id`, and costs the prefill of the result alone. The calls
+        that wait for results belong to the agent: they survive restarts, and forks have them too.
+
+        Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED, TOOLS_CHANGED,
+        NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED, REQUEST_CANCELLED), and those of `request_id`.
         """
 
     @_abc_1.abstractmethod

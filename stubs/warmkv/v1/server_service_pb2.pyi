@@ -5,6 +5,7 @@ What a WarmKV server is, what it has done, and how it counts tokens."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -314,6 +315,7 @@ class GetServerInfoResponse(_message.Message):
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _builtins.int
     END_TOKENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The model as it was asked for: `builtin:tiny`, `random:SHAPE`, a folder, or `ORG/NAME@REVISION` with the resolved
     revision.
@@ -366,6 +368,10 @@ class GetServerInfoResponse(_message.Message):
         end-of-sequence token is one besides, and so is the mark that the chat template writes behind an answer.
         """
 
+    @_builtins.property
+    def features(self) -> Global___ModelFeatures:
+        """What of the API this model and server can do."""
+
     def __init__(
         self,
         *,
@@ -387,14 +393,61 @@ class GetServerInfoResponse(_message.Message):
         sampling_defaults: _agent_service_pb2.SamplingParams | None = ...,
         default_max_tokens: _builtins.int = ...,
         end_tokens: _abc.Iterable[Global___EndToken] | None = ...,
+        features: Global___ModelFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_limit", b"context_limit", "default_max_tokens", b"default_max_tokens", "device", b"device", "disk_bytes_limit", b"disk_bytes_limit", "durability", b"durability", "end_tokens", b"end_tokens", "fingerprint", b"fingerprint", "hot_bytes_limit", b"hot_bytes_limit", "kv_bits", b"kv_bits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_group_size", b"kv_group_size", "layers", b"layers", "model_id", b"model_id", "model_kind", b"model_kind", "sampling_defaults", b"sampling_defaults", "versions", b"versions", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_limit", b"context_limit", "default_max_tokens", b"default_max_tokens", "device", b"device", "disk_bytes_limit", b"disk_bytes_limit", "durability", b"durability", "end_tokens", b"end_tokens", "features", b"features", "fingerprint", b"fingerprint", "hot_bytes_limit", b"hot_bytes_limit", "kv_bits", b"kv_bits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_group_size", b"kv_group_size", "layers", b"layers", "model_id", b"model_id", "model_kind", b"model_kind", "sampling_defaults", b"sampling_defaults", "versions", b"versions", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class ModelFeatures(_message.Message):
+    """ModelFeatures are what a model can do, as far as its chat template shows it: each was tried when the model was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOOL_FORMAT_FIELD_NUMBER: _builtins.int
+    REASONING_MARKS_FIELD_NUMBER: _builtins.int
+    TEMPLATE_VARIABLES_FIELD_NUMBER: _builtins.int
+    IMAGE_TYPES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_KEEPS_REASONING_FIELD_NUMBER: _builtins.int
+    tool_format: _builtins.str
+    """The format of its tool calls, such as "json_tools"; empty: it has no tools. A format is named only if what the chat
+    template writes of a call is read back as that call.
+    """
+    template_keeps_reasoning: _builtins.bool
+    """Whether its chat template writes earlier reasoning again when a whole conversation is sent."""
+    @_builtins.property
+    def reasoning_marks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The marks around its reasoning; empty: it has none."""
+
+    @_builtins.property
+    def template_variables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The variables that its chat template takes."""
+
+    @_builtins.property
+    def image_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Media types of images that it takes; empty: none."""
+
+    def __init__(
+        self,
+        *,
+        tool_format: _builtins.str = ...,
+        reasoning_marks: _abc.Iterable[_builtins.str] | None = ...,
+        template_variables: _abc.Iterable[_builtins.str] | None = ...,
+        image_types: _abc.Iterable[_builtins.str] | None = ...,
+        template_keeps_reasoning: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_types", b"image_types", "reasoning_marks", b"reasoning_marks", "template_keeps_reasoning", b"template_keeps_reasoning", "template_variables", b"template_variables", "tool_format", b"tool_format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelFeatures: _TypeAlias = ModelFeatures  # noqa: Y015
 
 @_typing.final
 class EndToken(_message.Message):
@@ -527,6 +580,47 @@ class ServerCounters(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AnswersBySourceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class FirstTokenBySourceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _duration_pb2.Duration: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _duration_pb2.Duration | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUESTS_BY_SOURCE_FIELD_NUMBER: _builtins.int
     FALLBACKS_BY_REASON_FIELD_NUMBER: _builtins.int
     HOT_TOKENS_REUSED_FIELD_NUMBER: _builtins.int
@@ -539,6 +633,8 @@ class ServerCounters(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     COMMITS_FAILED_FIELD_NUMBER: _builtins.int
+    ANSWERS_BY_SOURCE_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_BY_SOURCE_FIELD_NUMBER: _builtins.int
     hot_tokens_reused: _builtins.int
     """Sum of CacheReport.hot_tokens."""
     warm_tokens_reused: _builtins.int
@@ -567,6 +663,14 @@ class ServerCounters(_message.Message):
     def fallbacks_by_reason(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Requests that fell back, by the name of the FallbackReason, such as "FALLBACK_REASON_CHECKSUM"."""
 
+    @_builtins.property
+    def answers_by_source(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Generate requests that had a first token, by the name of their CacheSource."""
+
+    @_builtins.property
+    def first_token_by_source(self) -> _containers.MessageMap[_builtins.str, _duration_pb2.Duration]:
+        """Sum of Timings.first_token of those, by the same names: divided by their number, the mean time to the first token."""
+
     def __init__(
         self,
         *,
@@ -582,10 +686,12 @@ class ServerCounters(_message.Message):
         evictions: _builtins.int = ...,
         quarantined: _builtins.int = ...,
         commits_failed: _builtins.int = ...,
+        answers_by_source: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        first_token_by_source: _abc.Mapping[_builtins.str, _duration_pb2.Duration] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_loaded", b"bytes_loaded", "commits_failed", b"commits_failed", "evictions", b"evictions", "fallbacks_by_reason", b"fallbacks_by_reason", "hot_tokens_reused", b"hot_tokens_reused", "kv_bytes_written", b"kv_bytes_written", "metadata_bytes_written", b"metadata_bytes_written", "prefilled_tokens", b"prefilled_tokens", "quarantined", b"quarantined", "requests_by_source", b"requests_by_source", "shared_tokens_reused", b"shared_tokens_reused", "warm_tokens_reused", b"warm_tokens_reused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_by_source", b"answers_by_source", "bytes_loaded", b"bytes_loaded", "commits_failed", b"commits_failed", "evictions", b"evictions", "fallbacks_by_reason", b"fallbacks_by_reason", "first_token_by_source", b"first_token_by_source", "hot_tokens_reused", b"hot_tokens_reused", "kv_bytes_written", b"kv_bytes_written", "metadata_bytes_written", b"metadata_bytes_written", "prefilled_tokens", b"prefilled_tokens", "quarantined", b"quarantined", "requests_by_source", b"requests_by_source", "shared_tokens_reused", b"shared_tokens_reused", "warm_tokens_reused", b"warm_tokens_reused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -143,30 +143,8 @@ def load(
         "rope": digest_json({k: v for k, v in text_config.items() if k.startswith("rope")}),
     }
 
-    def tokens(text: str) -> list[int]:
-        return [token for token in tokenizer.encode(text, add_special_tokens=False) if token < vocab_size][:limit]
-
-    try:
-        if codecs.asked is not None:
-            codecs = _made(
-                runner, codecs, tokens(calibration_text.TEXT), tokenizer.bos_token_id, limit, fields, constants
-            )
-            say(codecs, spec)
-            cache_map = discover(runner, codecs)
-        else:
-            cache_map = discover(runner, codecs)  # says what is wrong with a codec that doesn't fit at all
-            finer = refined(runner, codecs, tokens(TEXT)[:TOKENS])
-            if finer is not codecs:
-                codecs, cache_map = finer, discover(runner, finer)
-    except OperatorError:
-        raise
-    except (
-        Exception
-    ) as error:  # the model's first step: a kernel that the device lacks, a config that contradicts itself
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise OperatorError(
-            f"the model {spec} can't compute a token on this device ({device.describe()}): {told}; take another model"
-        ) from error
+    cache_map = _caches(runner, codecs, _Text(tokenizer, vocab_size, limit), spec, fields, constants)
+    codecs = cache_map.codecs
     fields |= codecs.fingerprint_fields()
     info = ModelInfo(
         model_id=spec,
@@ -198,32 +176,62 @@ def _sources(model: Any) -> list[Path]:
 def recoded(loaded: LoadedModel, codecs: CodecPlan) -> LoadedModel:
     """The same model with its KV coded in another way, whatever that loses. Its `info` stays as it was."""
     if codecs.asked is not None:
-        tokens = loaded.tokenizer.encode(calibration_text.TEXT, add_special_tokens=False)
-        known = [token for token in tokens if token < loaded.info.vocab_size]
-        start, limit = loaded.tokenizer.bos_token_id, loaded.info.context_limit
-        codecs = _made(loaded.runner, codecs, known[:limit], start, limit, {}, None)
+        text = _Text(loaded.tokenizer, loaded.info.vocab_size, loaded.info.context_limit)
+        codecs = _made(loaded.runner, codecs, text, {}, None)
     return replace(loaded, cache_map=discover(loaded.runner, codecs))
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What a model can be tried on."""
+
+    tokenizer: TokenizerWrapper
+    vocab_size: int
+    positions: int
+
+    def tokens(self, said: str) -> list[int]:
+        found = self.tokenizer.encode(said, add_special_tokens=False)
+        return [token for token in found if token < self.vocab_size][: self.positions]
+
+
+def _caches(
+    runner: ModelRunner, codecs: CodecPlan, text: _Text, spec: str, fields: Mapping[str, str], folder: Path | None
+) -> CacheMap:
+    """How the KV is kept, in the codecs that were asked for or in others that do for the model."""
+    try:
+        if codecs.asked is not None:
+            made = _made(runner, codecs, text, fields, folder)
+            say(made, spec)
+            return discover(runner, made)
+        found = discover(runner, codecs)  # says what is wrong with a codec that doesn't fit at all
+        finer = refined(runner, codecs, text.tokens(TEXT)[:TOKENS])
+        return found if finer is codecs else discover(runner, finer)
+    except OperatorError:
+        raise
+    except (
+        Exception
+    ) as error:  # the model's first step: a kernel that the device lacks, a config that contradicts itself
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise OperatorError(
+            f"the model {spec} can't compute a token on this device ({device.describe()}): {told}; take another model"
+        ) from error
+
+
 def _made(
-    runner: ModelRunner,
-    codecs: CodecPlan,
-    tokens: Sequence[int],
-    start: int | None,
-    positions: int,
-    fields: Mapping[str, str],
-    folder: Path | None,
+    runner: ModelRunner, codecs: CodecPlan, text: _Text, fields: Mapping[str, str], folder: Path | None
 ) -> CodecPlan:
     """The codecs that were asked for, as the model needs them: as they were made before, or new."""
-    assert codecs.asked is not None
-    key = digest_json([fields, str(codecs.asked), codecs.group_size, calibration_text.TEXT])
+    asked, group_size = codecs.asked, codecs.group_size
+    assert asked is not None
+    key = digest_json([fields, str(asked), group_size, calibration_text.TEXT])
     found = kept(folder, key) if folder is not None else None
     if found is None:
-        log.info("looking at what the model computes of a text, to code its KV as %s", codecs.asked)
-        found = choose(runner, codecs.asked, codecs.group_size, tokens, start, positions)
+        log.info("looking at what the model computes of a text, to code its KV as %s", asked)
+        tokens = text.tokens(calibration_text.TEXT)
+        found = choose(runner, asked, group_size, tokens, text.tokenizer.bos_token_id, text.positions)
         if folder is not None:
             found = keep(folder, key, found)
-    return plan_of(found, runner.model, codecs.asked, codecs.group_size, positions)
+    return plan_of(found, runner.model, asked, group_size, text.positions)
 
 
 def _parameters(model: Any) -> list[tuple[str, mx.array]]:

@@ -46,7 +46,6 @@ _NAMED = 20
 class Opened:
     """A data directory, ready for use."""
 
-    lock: DirectoryLock
     database: Database
     commits: CommitLog
     index: Index
@@ -76,7 +75,18 @@ class _Sweep:
     unreferenced: int = 0
 
 
+def take_directory(data_dir: Path, files: Files) -> DirectoryLock:
+    """Make the folders that are missing, and keep others out. Blocking.
+
+    Raises:
+        OperatorError
+    """
+    make_folders(data_dir, files)
+    return DirectoryLock(data_dir)
+
+
 def open_directory(
+    lock: DirectoryLock,
     settings: Settings,
     tuning: Tuning,
     layout: KVLayout,
@@ -85,14 +95,12 @@ def open_directory(
     tier: BlockTier,
     times: TimeSource | None = None,
 ) -> Opened:
-    """Blocking.
+    """Blocking. Lets go of the lock if it fails.
 
     Raises:
         OperatorError
     """
     data_dir, limit = settings.data_dir, tuning.quarantine_limit(settings.disk_bytes)
-    make_folders(data_dir, files)
-    lock = DirectoryLock(data_dir)
     try:
         tighten(data_dir, _is_own)
         signing.make_key(data_dir)
@@ -152,7 +160,7 @@ def open_directory(
         manifests.removed,
     )
     foreign.say(index, settings.data_dir)
-    return Opened(lock, database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
+    return Opened(database, commits, index, clock, fingerprint, foreign, outcomes, kept, aside, manifests)
 
 
 def make_folders(data_dir: Path, files: Files) -> None:

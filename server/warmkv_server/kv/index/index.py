@@ -1,4 +1,4 @@
-"""Everything the store knows, in RAM: nodes, agents, and who references what.
+"""The index of all that is kept, in RAM: nodes, agents, and reference counts.
 
 The journal is the durable log of this. Nothing here blocks or awaits.
 """

@@ -1,4 +1,4 @@
-"""The disk quota: what goes when the directory is full.
+"""The disk quota: which blocks are evicted from disk when the directory is full.
 
 Everything under the data directory counts. Tenants share it: what goes is of those that have more than their equal
 share, of the one with the most first. Of a tenant, least recently used blocks go first, the end of a context before its

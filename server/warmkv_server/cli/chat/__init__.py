@@ -1,0 +1,1 @@
+"""`warmkv chat`: a conversation with an agent, in a terminal or through a pipe."""
