@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from warmkv_server.engine.cache.codecs.rotation import Rotation
-from warmkv_server.engine.cache.codecs.transform import Basis
+from warmkv_server.engine.cache.codecs.transform import Basis, Floats
 from warmkv_server.engine.model.statistics import StreamSample
-
-Floats = NDArray[np.float64]
 
 _SKIPPED = 8
 """Tokens in the beginning that are unlike those that follow: attention that looks for nothing looks there."""

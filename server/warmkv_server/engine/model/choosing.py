@@ -15,13 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from warmkv_server.contract.kv_choice import AFFINE, CALIBRATED, EXACT, HADAMARD, CodecName, KvChoice
 from warmkv_server.engine.cache.codecs.affine import AffineCodec
 from warmkv_server.engine.cache.codecs.codec import KEYS, Codec, CodecPlan, Finding, Stream
 from warmkv_server.engine.cache.codecs.rotation import Rotation, UnknownRotationError, signature_of
-from warmkv_server.engine.cache.codecs.transform import TransformCodec
+from warmkv_server.engine.cache.codecs.transform import Floats, TransformCodec
 from warmkv_server.engine.model import basis, statistics
 from warmkv_server.engine.model.constants import Constants, StreamConstants
 from warmkv_server.engine.model.runner import ModelRunner
@@ -29,7 +28,6 @@ from warmkv_server.engine.model.statistics import StreamSample
 
 log = logging.getLogger(__name__)
 
-Floats = NDArray[np.float64]
 
 TOKENS = 640
 """Of the text, at most."""

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.codecs.as_computed import AsComputed
 from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES, CodecPlan, Stream
+from warmkv_server.engine.cache.codecs.transform import Floats
 from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.engine.model.step_plan import NOBODY, Row, StepKind, StepPlan, Wanted
-
-Floats = NDArray[np.float64]
 
 _OUTPUTS = ("o_proj", "out_proj", "wo", "dense", "c_proj", "attn_out", "output_proj")
 """What mlx-lm's classes call the product behind attention."""
