@@ -77,10 +77,12 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> Iterator[Terminal]:
-    """`warmkv` in a terminal of 120 columns; killed at the end of the block if it still runs."""
+def terminal(
+    *arguments: str | Path, environment: Mapping[str, str] | None = None, columns: int = 120
+) -> Iterator[Terminal]:
+    """`warmkv` in a terminal; killed at the end of the block if it still runs."""
     ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     everything = (
         clean_environment() | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | dict(environment or {})
     )

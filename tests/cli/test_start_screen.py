@@ -16,8 +16,8 @@ def test_on_a_terminal_one_screen_and_last_the_line_that_programs_wait_for(tmp_p
     port, metrics = free_port(), free_port()
     flags = ["--tls-cert", str(TLS / "certificate.pem"), "--tls-key", str(TLS / "key.pem")]
     flags += ["--token-file", str(tmp_path / "tokens"), "--disk-bytes", "1GiB", "--hot-bytes", "100MiB"]
-    data = tmp_path / "data"
-    with terminal("serve", "--port", str(port), "--metrics-port", str(metrics), "--data-dir", data, *flags) as server:
+    flags += ["--port", str(port), "--metrics-port", str(metrics), "--data-dir", str(tmp_path / "data")]
+    with terminal("serve", *flags, columns=400) as server:  # so that no path is folded
         server.expect(f"listening on 127.0.0.1:{port}\r\n")
         lines = [line.strip("│ \r") for line in server.seen.splitlines()]
         rows = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines if line}

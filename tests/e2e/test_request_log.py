@@ -101,7 +101,12 @@ UNKNOWN = (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID")
 
 def test_lines_for_people(server: Server, client: Client, agent: str) -> None:
     client.prime(agent, text("Some text"), request_id="two words\nand a line")
-    line = next(each for each in server.log_text().splitlines() if f"agent={agent} " in each)
+
+    def lines() -> list[str]:
+        return [each for each in server.log_text().splitlines() if f"agent={agent} " in each]
+
+    await_that(lambda: bool(lines()))  # it is written when the answer has gone
+    (line,) = lines()
     assert "INFO warmkv_server.service.request_log: rpc=Prime id='two words\\nand a line' tenant='' agent=" in line
     assert re.search(
         r"status=OK ms=[\d.]+ source=\w+ prompt=\d+ .* commit_ms=[\d.]+ loaded_bytes=0 persisted=yes$", line

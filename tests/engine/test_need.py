@@ -22,6 +22,12 @@ CHUNK = 256
 KINDS = ["llama", "gemma3_text", "deepseek_v3", "mamba2", "falcon_h1", "mixtral"]
 
 
+@pytest.fixture(autouse=True)
+def tidied() -> None:
+    """What tests before left must not go while the model is measured, or it would seem to take less."""
+    gc.collect()
+
+
 @contextmanager
 def within(engine: Engine, jobs: list[Job], factor: float) -> Iterator[None]:
     """Fail unless the block takes at most what the jobs were said to need, and at least a part of it."""
