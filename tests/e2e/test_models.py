@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tests.e2e.harness import run_warmkv as run
 from tests.e2e.harness import serving
-from tests.e2e.test_operation import run_warmkv as run
 from tests.engine.tokenizers import variant
 from warmkv_server.engine.model.load import BUILT_IN
 
@@ -41,8 +41,8 @@ def test_what_a_template_does_is_found_out_and_said_at_start(tmp_path: Path) -> 
     assert template["two_systems"] == "not written, and so refused"
     assert template["closes_with"] == "<|close|>"
     assert (template["tools"], template["reasoning"], template["follow_up"]) == (
-        "not written",
-        "not written",
+        "not written, and so refused",
+        "none that is known",
         "written",
     )
     assert found["tokenizer"]["changes"] == {}
