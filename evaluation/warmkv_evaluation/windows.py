@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 from warmkv_server.contract.content import RawText
 from warmkv_server.errors import OperatorError
 from warmkv_server.text.text import Text
 
+_PROGRAMS = ("argparse", "ast", "configparser", "datetime", "decimal", "difflib", "doctest", "inspect", "tarfile")
+_TURN = 12_000
+"""Characters."""
+
 
 def read_text(path: Path | None) -> str:
-    """The text of a file; by default the language reference that every Python carries.
+    """The text of a file; by default the language reference and programs that every Python carries, in turns.
 
     Raises:
         OperatorError: if the file can't be read.
@@ -18,7 +23,12 @@ def read_text(path: Path | None) -> str:
     if path is None:
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[name] for name in sorted(topics))
+        prose = "\n\n".join(topics[name] for name in sorted(topics))
+        folder = Path(sysconfig.get_path("stdlib"))
+        programs = "\n\n".join((folder / f"{name}.py").read_text() for name in _PROGRAMS)
+        return "\n\n".join(
+            prose[at : at + _TURN] + "\n\n" + programs[at : at + _TURN] for at in range(0, len(programs), _TURN)
+        )
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from warmkv_server.agents.agents import Agents
 from warmkv_server.contract.model import ModelInfo
 from warmkv_server.contract.pressure import MemoryPressure
-from warmkv_server.contract.settings import LOOPBACK, Settings
+from warmkv_server.contract.settings import CONSTANTS, LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.steps.loop import SOON_SECONDS
 from warmkv_server.errors import InvalidField, OperatorError, ServerFailed
@@ -94,7 +94,14 @@ async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Servin
     metrics.expose(settings, gate, port, connections)
     await server.start()  # already now, so that health can say that the model is loading
     try:
-        starting = Engine.start(settings, text, tenants=auth.tenants, pressure=pressure, tell=server.say_engine)
+        starting = Engine.start(
+            settings,
+            text,
+            tenants=auth.tenants,
+            constants=settings.data_dir / CONSTANTS,
+            pressure=pressure,
+            tell=server.say_engine,
+        )
         engine = await _unless_stopped(_loaded(settings, starting), signals.first)
         try:
             store = await Store.open(

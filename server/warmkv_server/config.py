@@ -137,6 +137,8 @@ def _check_together(settings: Settings) -> None:
     """What no setting is wrong in by itself."""
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise OperatorError("--tls-cert and --tls-key need each other")
+    if settings.kv is not None and settings.kv_bits is not None:
+        raise OperatorError("--kv and --kv-bits both say how K and V are stored; give one of them")
     open_to_all = settings.tls_cert is None and settings.token_file is None
     if settings.host not in LOOPBACK and open_to_all and not settings.insecure_bind:
         raise OperatorError(

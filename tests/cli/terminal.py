@@ -86,6 +86,8 @@ def terminal(
     everything = (
         clean_environment() | {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | dict(environment or {})
     )
+    for size in ("COLUMNS", "LINES"):  # a worker's own, which would go before the terminal's
+        everything.pop(size, None)
     process = subprocess.Popen(
         [WARMKV, *arguments],
         stdin=theirs,

@@ -22,7 +22,7 @@ def test_on_a_terminal_one_screen_and_last_the_line_that_programs_wait_for(tmp_p
         lines = [line.strip("│ \r") for line in server.seen.splitlines()]
         rows = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines if line}
         assert rows["model"] == "builtin:tiny, contexts of up to 32,768 tokens"
-        assert rows["KV"] == "4 bits in groups of 64, 576 bytes a token"
+        assert rows["KV"] == "affine4 in groups of 64, 576 bytes a token"
         assert rows["RAM"] == "100.0 MiB for contexts at rest: 44 of 4K or 5 of 32K tokens hot"
         assert rows["disk"] == "1.0 GiB at most: 455 of 4K or 56 of 32K tokens warm"
         assert rows["data"].endswith(", 0 agents")

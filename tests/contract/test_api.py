@@ -97,7 +97,8 @@ ModelFeatures: tool_format:string reasoning_marks:string* template_variables:str
  template_keeps_reasoning:bool
 EndToken: token_id:int32 text:string sources:EndTokenSource*
 LayerInfo: cache_kind:CacheKind kv_heads:int32 key_dim:int32 value_dim:int32 kv_bits:int32 window:int32
- members:LayerInfo*
+ members:LayerInfo* keys:StreamCodec values:StreamCodec
+StreamCodec: codec:string bits:int32 group_size:int32 loss:double? reason:string
 GetServerStatsRequest:
 GetServerStatsResponse: start_time:Timestamp counters:ServerCounters gauges:ServerGauges
 ServerCounters: requests_by_source:{string,int64} fallbacks_by_reason:{string,int64} hot_tokens_reused:int64

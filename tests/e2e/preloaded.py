@@ -1,7 +1,7 @@
-"""Server processes that are forked from one that has imported transformers already, which takes seconds of each start.
+"""Processes of `warmkv` that are forked from one that has imported transformers and gRPC already.
 
-Each is the whole command line in a process of its own. What this leaves out, how a process begins from nothing, is
-for the tests that start `warmkv` itself.
+That takes seconds of each start. Each is the whole command line in a process of its own. What this leaves out, how a
+process begins from nothing, is for the tests that start `warmkv` itself.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
+import importlib
 import json
 import os
 import resource
@@ -17,6 +19,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -68,6 +72,20 @@ def start(arguments: Sequence[str], environment: Mapping[str, str], stderr: int)
         socket.send_fds(_first(), [order], [stdout, stderr, tell.fileno()])
     os.close(stdout)
     return Process(told, os.fdopen(out))
+
+
+def run(arguments: Sequence[str], environment: Mapping[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run `warmkv` with these arguments to its end, which it has to reach within so many seconds; as subprocess.run."""
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = start(arguments, environment, stderr.fileno())
+        late = threading.Timer(seconds, process.kill)
+        late.start()
+        with process.stdout:
+            stdout = process.stdout.read()
+        status = process.wait(seconds)
+        late.cancel()
+        stderr.seek(0)
+        return subprocess.CompletedProcess(["warmkv", *arguments], status, stdout, stderr.read())
 
 
 @functools.cache
@@ -138,8 +156,19 @@ if __name__ == "__main__":
     from warmkv_server.text.process import without_mlx
 
     with without_mlx():
-        import warmkv_server.text.work
-    import warmkv_server.cli.main  # noqa: F401
+        import warmkv_server.text.work  # noqa: F401
+    for name in (
+        "warmkv_server.cli.main",
+        "grpc.aio",
+        "grpc_health.v1.health_pb2_grpc",
+        "grpc_reflection.v1alpha.reflection",
+        "prometheus_client",
+        "warmkv.v1",
+    ):
+        importlib.import_module(name)
+
+    gc.collect()
+    gc.freeze()  # else each process looks through all of it, and copies it
 
     assert "mlx" not in sys.modules, "a server that has MLX can't fork its process for text"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable
@@ -19,13 +18,14 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.e2e.harness import (
-    WARMKV,
     Answer,
     Client,
     Server,
-    clean_environment,
+    assert_one_sentence,
     free_port,
     refused,
+    run_anew,
+    run_warmkv,
     serving,
     some_tokens,
     text,
@@ -39,34 +39,12 @@ STORAGE = "warmkv.v1.storage"
 SERVICES = ("", "warmkv.v1.AgentService", "warmkv.v1.ServerService")
 
 
-def run_warmkv(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [WARMKV, *arguments],
-        env={**clean_environment(), **environment},
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """What an operator did wrong, on one line, and nothing else."""
-    lines = [line for line in result.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
-    assert result.returncode == 2, result
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("warmkv: ")
-    for word in words:
-        assert word in lines[0]
-    assert result.stdout == ""
-
-
 # Health and reflection
 
 
 def test_health_says_serving_for_all_and_each(client: Client, server: Server) -> None:
     assert [client.health_of(service) for service in SERVICES] == ["SERVING"] * 3
-    assert run_warmkv("health", "--target", server.address).returncode == 0
+    assert run_anew("health", "--target", server.address).returncode == 0
     assert run_warmkv("health", "--target", "127.0.0.1:1", "--seconds", "2").returncode == 1
 
 
@@ -292,4 +270,4 @@ def test_doctor_and_version() -> None:
     assert found.returncode == 0
     assert "GFLOP/s" in found.stdout
     assert "mlx-lm" in found.stdout
-    assert run_warmkv("version").stdout.strip()
+    assert run_anew("version").stdout.strip()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.e2e.harness import WARMKV, Answer, Client, Server, chat, clean_environment, refused, serving
+from tests.e2e.harness import Answer, Client, Server, chat, refused, run_warmkv, serving
 from tests.engine.parrot import write_speaker
 from tests.engine.tokenizers import variant
 from warmkv import v1
@@ -220,11 +219,9 @@ def test_calls_wait_in_forks_and_archives_too(tmp_path: Path, folder: str) -> No
         (waiting,) = ask(client, "c", asked(user("And now?"))).finished.tool_calls
         server.terminate()
     archive = tmp_path / "c.tar"
-    run = [str(WARMKV), "agents", "export", "c", "-o", str(archive), "--data-dir", str(tmp_path / "data")]
-    subprocess.run(run, check=True, env=clean_environment(), capture_output=True)
+    run_warmkv("agents", "export", "c", "-o", archive, "--data-dir", tmp_path / "data").check_returncode()
     other = tmp_path / "other"
-    run = [str(WARMKV), "agents", "import", str(archive), "--data-dir", str(other), "--model", folder]
-    subprocess.run(run, check=True, env=clean_environment(), capture_output=True)
+    run_warmkv("agents", "import", archive, "--data-dir", other, "--model", folder).check_returncode()
     with serving(other, "--model", folder) as (_, client):
         held = client.get("c").token_count
         answer = ask(client, "c", asked(result(waiting.call.id, "Snow.")))

@@ -119,7 +119,7 @@ def test_what_is_read_back_is_what_the_words_will_give(
         for layer in (LayerCodec(codec, codec), LayerCodec(codec, AsComputed()), LayerCodec(AsComputed(), codec)):
             computed, *read = layer.read_back(*pair, 0)
             words = apart(layer.encode(*pair, 0))
-            made = apart(layer.encode_computed(computed, 0))
+            made = apart(layer.words_of(computed, 0))
             decoded = layer.decode(layer.encode(*pair, 0), dtype, 0)
             for side, own in enumerate((layer.keys, layer.values)):
                 alone = own.encode(pair[side], 0)

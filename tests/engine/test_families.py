@@ -12,10 +12,12 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache, RotatingKVCache
 from tests.engine.families import FAMILIES, VOCAB, WINDOW, build
 from tests.engine.spans import compute, distance, equal, filled, from_disk, needed
 from warmkv_server.contract.kv import PartKind, Span
+from warmkv_server.contract.kv_choice import KvChoice
 from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.cache.caches import empty_caches
-from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.choose import codecs_chosen, codecs_for
 from warmkv_server.engine.cache.layout import CacheMap
+from warmkv_server.engine.model.choosing import choose, plan_of
 from warmkv_server.engine.model.discover import discover
 from warmkv_server.engine.model.runner import ModelRunner
 from warmkv_server.errors import OperatorError
@@ -27,11 +29,19 @@ CHUNKS = (24, 48, 61)
 LENGTH = CHUNKS[-1]
 TOKENS = [(7 * n * n + 11 * n) % VOCAB for n in range(LENGTH + 9 + WINDOW + 2)]
 
+POSITIONS = 4096
+
 model_of = cache(build)
 
 
-def map_of(name: str, bits: int) -> CacheMap:
-    return discover(ModelRunner(model_of(name)), codecs_for(bits, FAMILIES[name].group_size))
+def map_of(name: str, kv: str) -> CacheMap:
+    runner, choice, group_size = ModelRunner(model_of(name)), KvChoice.read(kv), FAMILIES[name].group_size
+    plan = codecs_chosen(choice, group_size)
+    if plan.asked is not None:
+        text = [(5 * n * n + 3 * n) % VOCAB for n in range(200)]
+        found = choose(runner, choice, group_size, text, None, POSITIONS)
+        plan = plan_of(found, runner.model, choice, group_size, POSITIONS)
+    return discover(runner, plan)
 
 
 def leaves(caches: list[Any]) -> list[Any]:
@@ -49,10 +59,16 @@ def continuation(model: Any, caches: list[Any]) -> mx.array:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [*((name, bits) for name in FAMILIES for bits in (4, 0)), ("llama", 8), ("gemma3_text", 8)]
+    ("name", "kv"),
+    [
+        *((name, kv) for name in FAMILIES for kv in ("affine4", "o4", "exact")),
+        ("llama", "affine8"),
+        ("gemma3_text", "affine8"),
+        ("llama", "k=o5,v=hadamard3"),
+    ],
 )
-def test_a_stored_context_goes_on_as_it_was(name: str, bits: int) -> None:
-    model, cache_map = model_of(name), map_of(name, bits)
+def test_a_stored_context_goes_on_as_it_was(name: str, kv: str) -> None:
+    model, cache_map = model_of(name), map_of(name, kv)
     running = empty_caches(model, cache_map.codecs)
     spans = needed(compute(model, cache_map, running, TOKENS, 0, CHUNKS), cache_map.layout, LENGTH)
 
@@ -88,7 +104,7 @@ def test_sixteen_bit_activations_come_back_bit_for_bit(name: str, dtype: mx.Dtyp
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_layout_tells_what_a_context_is_made_of(name: str) -> None:
-    family, model, cache_map = FAMILIES[name], model_of(name), map_of(name, 4)
+    family, model, cache_map = FAMILIES[name], model_of(name), map_of(name, "affine4")
     spans = compute(model, cache_map, empty_caches(model, cache_map.codecs), TOKENS, 0, [LENGTH])
     layout = cache_map.layout
     assert layout.window == (WINDOW if "window" in family.kinds else 0)
@@ -107,14 +123,14 @@ def test_the_layout_tells_what_a_context_is_made_of(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "append" in family.kinds])
 def test_four_bits_keep_an_append_only_token_in_a_third_of_sixteen(name: str) -> None:
-    sixteen = map_of(name, 0).layout.nbytes(PartKind.APPEND) / 2  # the models here run in 32 bits
-    four = map_of(name, 4).layout.nbytes(PartKind.APPEND)
+    sixteen = map_of(name, "exact").layout.nbytes(PartKind.APPEND) / 2  # the models here run in 32 bits
+    four = map_of(name, "affine4").layout.nbytes(PartKind.APPEND)
     assert sixteen / four == pytest.approx(3.2 if FAMILIES[name].group_size == 32 else 3.5556, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if set(family.kinds) == {"append"}])
 def test_an_append_only_context_is_cut_at_any_token(name: str) -> None:
-    model, cache_map = model_of(name), map_of(name, 4)
+    model, cache_map = model_of(name), map_of(name, "affine4")
     running = empty_caches(model, cache_map.codecs)
     spans = compute(model, cache_map, running, TOKENS, 0, CHUNKS)
     for length in (60, 25, 24, 1):
@@ -128,7 +144,7 @@ def test_an_append_only_context_is_cut_at_any_token(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "window" in family.kinds])
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1])
 def test_a_window_that_is_just_full_comes_back(name: str, length: int) -> None:
-    model, cache_map = model_of(name), map_of(name, 4)
+    model, cache_map = model_of(name), map_of(name, "affine4")
     running = empty_caches(model, cache_map.codecs)
     spans = needed(compute(model, cache_map, running, TOKENS, 0, [length]), cache_map.layout, length)
     assert sum(span.count for span in spans if PartKind.WINDOW in span.parts) == min(length, WINDOW)
@@ -153,7 +169,7 @@ def test_too_little_kv_is_never_taken_for_a_context() -> None:
     """The store's mistake, if it ever makes one, ends a request instead of changing an answer."""
 
     def lacking(name: str, kind: PartKind, end: int) -> list[Span]:
-        model, cache_map = model_of(name), map_of(name, 4)
+        model, cache_map = model_of(name), map_of(name, "affine4")
         spans = compute(model, cache_map, empty_caches(model, cache_map.codecs), TOKENS, 0, CHUNKS)
         return [
             Span(span.start, span.count, {k: part for k, part in span.parts.items() if k is not kind or span.end > end})
@@ -169,7 +185,7 @@ def test_too_little_kv_is_never_taken_for_a_context() -> None:
     ]
     for name, spans, length in cases:
         with pytest.raises((KeyError, IndexError, AssertionError)):
-            filled(model_of(name), map_of(name, 4), spans, length)
+            filled(model_of(name), map_of(name, "affine4"), spans, length)
 
 
 @pytest.mark.parametrize("cache_class", [ConcatenateKVCache, lambda: RotatingKVCache(32, keep=4)])

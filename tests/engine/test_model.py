@@ -19,6 +19,7 @@ from tests.engine.conftest import FolderOf
 from tests.engine.families import FAMILIES, VOCAB, WINDOW
 from tests.engine.folders import END, write_model
 from warmkv_server.contract.generation import Sampling
+from warmkv_server.contract.model import StreamInfo
 from warmkv_server.engine.cache.codecs.choose import codecs_for
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
@@ -87,10 +88,11 @@ def test_every_family_is_described_by_its_caches(name: str, folder_of: FolderOf)
 
 
 def test_keys_and_values_of_different_widths_are_told_apart(folder_of: FolderOf) -> None:
+    coded = StreamInfo("affine4", 4, 64)
     expanded = load(folder_of("deepseek_v2")).info.layers
-    assert expanded == (LayerInfo("append", kv_heads=2, key_dim=128, value_dim=64),) * 2
+    assert expanded == (LayerInfo("append", kv_heads=2, key_dim=128, value_dim=64, keys=coded, values=coded),) * 2
     latent = load(folder_of("deepseek_v3")).info.layers
-    assert latent == (LayerInfo("append", kv_heads=1, key_dim=128, value_dim=64),) * 2
+    assert latent == (LayerInfo("append", kv_heads=1, key_dim=128, value_dim=64, keys=coded, values=coded),) * 2
 
 
 def test_without_quantisation_there_is_no_group(folder_of: FolderOf) -> None:

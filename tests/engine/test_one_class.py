@@ -54,8 +54,15 @@ class BrainFloats:
         (brain,) = words
         return brain.astype(dtype) / self._factors(brain.shape[-2], start).astype(dtype)
 
+    def step(self, x: mx.array, start: Position) -> tuple[Words, mx.array]:
+        words = self.encode(x, start)
+        return words, self.decode(words, x.dtype, start)
+
+    def words_of(self, stepped: Words, _: Position) -> Words:
+        return stepped
+
     def _factors(self, tokens: int, start: Position) -> mx.array:
-        first = start.reshape(-1, 1) if isinstance(start, mx.array) else start
+        first = start if isinstance(start, int) else mx.array(start).reshape(-1, 1)
         return mx.power(2.0, (first + mx.arange(tokens)) % 7).reshape(-1, 1, tokens, 1)
 
 

@@ -37,9 +37,9 @@ def bind(server: grpc.aio.Server, port: int) -> int:
     return server.add_insecure_port(f"127.0.0.1:{port}")
 
 
-def twice(channel: grpc.aio.Channel) -> Any:
+def twice(channel: grpc.aio.Channel, patience: float | None = None) -> Any:
     say: Any = channel.stream_stream("/test.Twice/Say")
-    return say(wait_for_ready=True, timeout=PATIENCE)
+    return say(wait_for_ready=True, timeout=patience)
 
 
 async def end_by_request(port: int) -> None:
@@ -53,9 +53,9 @@ async def end_by_request(port: int) -> None:
 
 
 async def doubled(channel: grpc.aio.Channel, data: bytes) -> bytes:
-    """The answer to one message; of a server that is about to end it may take another call to have it."""
+    """The answer to one message; a call that a server took just before it ended is never answered, and is made anew."""
     while True:
-        call = twice(channel)
+        call = twice(channel, patience=PATIENCE / 20)
         try:
             await call.write(data)
             answer: bytes = await call.read()

@@ -87,6 +87,7 @@ def import_agent(
         ),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
+    kv: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
     kv_bits: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
     kv_group_size: Annotated[str | None, typer.Option(help="With --model, as for `warmkv serve`.")] = None,
 ) -> None:
@@ -101,7 +102,7 @@ def import_agent(
     from warmkv_server.offline.importing import Specs, opened, require_same_model
     from warmkv_server.offline.importing import import_agent as take_in
 
-    flags = {"adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
+    flags = {"adapter": adapter, "kv": kv, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
     given = {name: value for name, value in flags.items() if value is not None}
     specs: Specs | None = None
     vocabulary: int | None = None
@@ -113,7 +114,7 @@ def import_agent(
             if model is not None:
                 from warmkv_server.offline.model import load
 
-                fingerprint, specs, vocabulary = load(config.read({"model": model, **given}))
+                fingerprint, specs, vocabulary = load(config.read({"model": model, "data_dir": data_dir, **given}))
                 ours = require_same_model(told.fingerprint, [fingerprint], f"the model {model}")
                 make(data_dir)
             else:

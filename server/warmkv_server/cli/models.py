@@ -27,6 +27,7 @@ def _models() -> None:
 def check(
     model: Annotated[str, typer.Argument(help="As --model of `warmkv serve`: a folder, builtin:tiny, ORG/NAME[@REV].")],
     adapter: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
+    kv: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_bits: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_group_size: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def check(
     of a text, and which messages its chat template writes. Loads it, and exits with 2 where it would be refused."""
     from warmkv_server.offline.checking import check as look
 
-    given = {"model": model, "adapter": adapter, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
+    given = {"model": model, "adapter": adapter, "kv": kv, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
     try:
         found = look(config.read({name: value for name, value in given.items() if value is not None}))
     except OperatorError as error:
@@ -112,8 +113,12 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for end in found["ends"]:
         yield "ends an answer", f"{end['id']} {end['text']} ({', '.join(end['named_by'])})"
     yield "caches", ", ".join(f"{count} {kind}" for kind, count in found["caches"].items())
-    codec = f"{found['kv_bits']} bits in groups of {found['kv_group_size']}" if found["kv_bits"] else "as computed"
-    yield "kept KV", f"{codec}, {found['kv_bytes_per_token']:,} bytes a token"
+    yield "kept KV", f"{found['kv_bytes_per_token']:,} bytes a token"
+    for coded in found["kv_codecs"]:
+        groups = f" in groups of {coded['group_size']}" if coded["group_size"] else ""
+        lost = f", loses at most {coded['most_lost']:.1%}" if coded["most_lost"] is not None else ""
+        because = f" ({coded['reason']})" if coded["reason"] else ""
+        yield f"{coded['of']} of {coded['caches']} caches", f"{coded['codec']}{groups}{lost}{because}"
     if "tokenizer" in found:
         tokenizer = found["tokenizer"]
         kept = "not every text comes back as it was" if tokenizer["changes"] else "texts come back as they were"

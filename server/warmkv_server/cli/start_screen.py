@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from warmkv_server.cli.connection import DEFAULT_TARGET
@@ -18,6 +19,7 @@ from warmkv_server.platform import places
 
 if TYPE_CHECKING:
     from warmkv_server.app import Serving
+    from warmkv_server.contract.model import StreamInfo
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,7 @@ def facts(serving: Serving) -> Iterator[tuple[str, str]]:
     noise = " (random numbers: its answers are noise)" if info.kind == "random" else ""
     yield "model", f"{info.model_id}{noise}, contexts of up to {info.context_limit:,} tokens"
     yield "device", ", ".join(filter(None, (info.device, info.blas.partition(" (")[0])))
-    codec = f"{info.kv_bits} bits in groups of {info.kv_group_size}" if info.kv_bits else "as computed"
-    yield "KV", f"{codec}, {info.kv_bytes_per_token:,} bytes a token"
+    yield "KV", f"{_codecs(info.streams)}, {info.kv_bytes_per_token:,} bytes a token"
     yield "RAM", f"{size(settings.hot_bytes)} for contexts at rest{_fit(serving, settings.hot_bytes, 'hot')}"
     yield "", f"{size(settings.inflight_bytes)} for requests at work"
     yield "disk", _disk(serving)
@@ -54,6 +55,19 @@ def facts(serving: Serving) -> Iterator[tuple[str, str]]:
     if settings.metrics_port is not None:
         yield "metrics", f"http://{_in_url(settings.metrics_host or settings.host)}:{settings.metrics_port}/metrics"
     yield "next", _next(serving)
+
+
+def _codecs(streams: Sequence[StreamInfo]) -> str:
+    """How keys and values are stored, and the most that one of them loses; the log has the reasons."""
+    counts = Counter((stream.codec, stream.group_size) for stream in streams)
+    parts = len(counts) > 1
+    named = (
+        f"{codec}{f' in groups of {size}' if size else ''}{f' in {count} of {len(streams)} streams' if parts else ''}"
+        for (codec, size), count in counts.most_common()
+    )
+    losses = [stream.loss for stream in streams if stream.loss is not None]
+    lost = f", losing at most {max(losses):.1%} of what tells tokens apart" if losses else ""
+    return f"{' and '.join(named) or 'none that grows'}{lost}"
 
 
 def access(settings: Settings) -> str:

@@ -35,6 +35,20 @@ class End:
 
 
 @dataclass(frozen=True)
+class StreamInfo:
+    """How a cache's keys or values are stored."""
+
+    codec: str
+    """Such as affine4, or exact."""
+    bits: int
+    group_size: int
+    loss: float | None = None
+    """The share of what tells tokens apart that it loses on a short text; None where it wasn't measured."""
+    reason: str = ""
+    """Why it isn't the codec that was asked for."""
+
+
+@dataclass(frozen=True)
 class Features:
     """What a model can do, as far as its chat template shows it.
 
@@ -62,6 +76,15 @@ class LayerInfo:
     window: int = 0
     members: tuple[LayerInfo, ...] = ()
     """The parts of a composite cache."""
+    keys: StreamInfo | None = None
+    values: StreamInfo | None = None
+    """How they are stored; None for recurrent and composite caches."""
+
+    @property
+    def streams(self) -> tuple[StreamInfo, ...]:
+        """Its keys and values, or those of its members."""
+        own = tuple(stream for stream in (self.keys, self.values) if stream is not None)
+        return own + tuple(stream for member in self.members for stream in member.streams)
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,11 @@ class ModelInfo:
     sampling_defaults: Sampling
     ends: tuple[End, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> tuple[StreamInfo, ...]:
+        """How keys and values are stored, of all caches in order."""
+        return tuple(stream for layer in self.layers for stream in layer.streams)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

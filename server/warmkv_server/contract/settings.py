@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 
+from warmkv_server.contract.kv_choice import KvChoice
 from warmkv_server.contract.store import Durability
+
+DEFAULT_KV = "affine4"
+"""How K and V are stored if the operator doesn't say."""
+
+CONSTANTS = "codecs"
+"""Folder of the data directory that keeps what codecs need to know of models."""
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -21,6 +28,12 @@ Bytes = Annotated[int, ByteSize, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Number = BeforeValidator(int)
 """For a choice among numbers, which comes as text."""
+
+
+def _readable(kv: str | None) -> str | None:
+    if kv is not None:
+        KvChoice.read(kv)
+    return kv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +80,19 @@ class Settings:
             "are loaded next. Default: a quarter of the machine's.",
         ),
     ] = 8 << 30
+    kv: Annotated[
+        str | None,
+        AfterValidator(_readable),
+        Field(
+            description="How K and V are stored: exact, near-exact, quality or compact; or a codec, such as o4, "
+            f"hadamard4, affine8; or one for each, such as k=o5,v=o4. Default: {DEFAULT_KV}.",
+        ),
+    ] = None
     kv_bits: Annotated[
-        Literal[0, 4, 8], Number, Field(description="Bits of a K or V value: 4, 8, or 0 to keep them as computed.")
-    ] = 4
+        Literal[0, 4, 8] | None,
+        BeforeValidator(lambda said: None if said is None else int(said)),
+        Field(description="In place of --kv: 4 or 8 for affine4 or affine8, 0 for exact."),
+    ] = None
     kv_group_size: Annotated[Literal[32, 64, 128], Number, Field(description="K or V values that share a scale.")] = 64
     durability: Annotated[
         Durability,
@@ -151,3 +174,10 @@ class Settings:
     log_format: Annotated[
         Literal["text", "json"], Field(description="Lines for people, or one JSON object a line.")
     ] = "text"
+
+    @property
+    def kv_choice(self) -> KvChoice:
+        """How K and V are stored."""
+        if self.kv_bits is not None:
+            return KvChoice.read(f"affine{self.kv_bits}" if self.kv_bits else "exact")
+        return KvChoice.read(self.kv or DEFAULT_KV)

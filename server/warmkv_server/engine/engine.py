@@ -10,13 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from warmkv_server.contract.fairness import Bound, Tenants
 from warmkv_server.contract.generation import Delta, EngineStats, Event, Finished, Job, Started
 from warmkv_server.contract.grammar import Grammar
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import Settings
-from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.choose import codecs_of
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
 from warmkv_server.engine.model.load import ModelInfo
@@ -109,6 +110,7 @@ class Engine:
         text: StartedProcess | None,
         tenants: Tenants,
         codecs: CodecPlan,
+        constants: Path | None,
         pressure: MemoryPressure,
         tell: Callable[[bool], object],
     ) -> None:
@@ -127,6 +129,7 @@ class Engine:
                 settings.model,
                 adapter=settings.adapter,
                 codecs=codecs,
+                constants=constants,
                 context_limit=settings.context_limit,
                 tokenizer_found=self.text.found,
             ),
@@ -149,6 +152,7 @@ class Engine:
         *,
         tenants: Tenants | None = None,
         codecs: CodecPlan | None = None,
+        constants: Path | None = None,
         pressure: MemoryPressure | None = None,
         tell: Callable[[bool], object] = lambda _: None,
     ) -> Engine:
@@ -158,14 +162,15 @@ class Engine:
             text: the first process for text work; None to start one when it is needed.
             tenants: that share the engine. Where it is full, one that holds less than its equal share isn't refused.
             codecs: how the KV is stored, if not as the settings say.
+            constants: folder that keeps what codecs need to know of models; None to find it out at every start.
             pressure: relieved when memory has run out.
             tell: called on the event loop with False when the engine has failed, and with True when it runs again.
 
         Raises:
             OperatorError: if the model can't be served.
         """
-        codecs = codecs or codecs_for(settings.kv_bits, settings.kv_group_size)
-        engine = cls(settings, text, tenants or Tenants(), codecs, pressure or MemoryPressure(), tell)
+        codecs = codecs or codecs_of(settings)
+        engine = cls(settings, text, tenants or Tenants(), codecs, constants, pressure or MemoryPressure(), tell)
         engine._loop.start()
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:

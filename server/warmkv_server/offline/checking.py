@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from warmkv_server.contract.fairness import Bound
+from warmkv_server.contract.model import LayerInfo
 from warmkv_server.contract.settings import Settings
-from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.engine.cache.codecs.choose import codecs_of
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.errors import InvalidField
@@ -29,7 +31,7 @@ def check(settings: Settings) -> dict[str, Any]:
     loaded = models.load(
         settings.model,
         adapter=settings.adapter,
-        codecs=codecs_for(settings.kv_bits, settings.kv_group_size),
+        codecs=codecs_of(settings),
         context_limit=settings.context_limit,
         tokenizer_found=sources.append,
     )
@@ -43,6 +45,7 @@ def check(settings: Settings) -> dict[str, Any]:
         "choosable": loaded.choosable.count,
         "ends": [{"id": end.token_id, "text": end.text, "named_by": list(end.sources)} for end in info.ends],
         "caches": dict(Counter(layer.cache_kind for layer in info.layers)),
+        "kv_codecs": list(_codecs(info.layers)),
         "kv_bits": info.kv_bits,
         "kv_group_size": info.kv_group_size,
         "kv_bytes_per_token": info.kv_bytes_per_token,
@@ -50,6 +53,29 @@ def check(settings: Settings) -> dict[str, Any]:
         **found,
         "unusual": lines,
     }
+
+
+def _codecs(layers: Sequence[LayerInfo]) -> Iterator[dict[str, Any]]:
+    """Streams that are coded alike, for one reason: how many, and the most that one of them loses."""
+    found: dict[tuple[str, str, int, str], list[float | None]] = {}
+    for layer in layers:
+        for side, stream in (("keys", layer.keys), ("values", layer.values)):
+            if stream is not None:
+                key = side, stream.codec, stream.group_size, stream.reason
+                found.setdefault(key, []).append(stream.loss)
+        for each in _codecs(layer.members):
+            found.setdefault((each["of"], each["codec"], each["group_size"], each["reason"]), []).extend(
+                [each["most_lost"]] * each["caches"]
+            )
+    for (side, codec, group_size, reason), losses in found.items():
+        yield {
+            "of": side,
+            "codec": codec,
+            "group_size": group_size,
+            "caches": len(losses),
+            "most_lost": max((loss for loss in losses if loss is not None), default=None),
+            "reason": reason,
+        }
 
 
 async def _tried(source: TokenizerSource) -> tuple[dict[str, Any], list[str]]:

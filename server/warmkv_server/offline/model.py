@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from warmkv_server.contract.kv import all_kinds
-from warmkv_server.contract.settings import Settings
-from warmkv_server.engine.cache.codecs.choose import codecs_for
+from warmkv_server.contract.settings import CONSTANTS, Settings
+from warmkv_server.engine.cache.codecs.choose import codecs_of
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
 from warmkv_server.kv.blocks import blockfile
@@ -19,7 +19,12 @@ def load(settings: Settings) -> tuple[Fingerprint, Specs, int]:
         OperatorError
     """
     device.prepare()
-    codecs = codecs_for(settings.kv_bits, settings.kv_group_size)
-    info = models.load(settings.model, adapter=settings.adapter, codecs=codecs, context_limit=None).info
+    info = models.load(
+        settings.model,
+        adapter=settings.adapter,
+        codecs=codecs_of(settings),
+        context_limit=None,
+        constants=settings.data_dir / CONSTANTS,
+    ).info
     specs = {kind: blockfile.ordered(info.layout.of_kind(kind)) for kind in all_kinds()}
     return Fingerprint.of_model(info.fingerprint_fields), specs, info.vocab_size

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import TextIO
 
 FIELDS = "fields"
 """Attribute of a record: what its line says, by name."""
@@ -31,9 +32,17 @@ class JsonLines(logging.Formatter):
         return json.dumps(said)
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """A line that can't be written, such as to a file on a full disk, is lost: there is nowhere to say so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 def log_to_stderr(level: str, form: str) -> None:
     """Have everything from this level on written so."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for noisy in _NOISY:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from time import time
 
 from warmkv.v1 import agent_service_pb2 as pb
@@ -11,7 +11,7 @@ from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import Fallback, Source
-from warmkv_server.contract.model import EndSource, Features, LayerInfo, ModelInfo, ModelKind
+from warmkv_server.contract.model import EndSource, Features, LayerInfo, ModelInfo, ModelKind, StreamInfo
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability, StoreStats, Tier
 from warmkv_server.errors import InvalidField
@@ -66,7 +66,7 @@ class ServerServicer:
             device=info.device,
             blas=info.blas,
             context_limit=info.context_limit,
-            layers=[_layer(layer, info.kv_bits) for layer in info.layers],
+            layers=[_layer(layer) for layer in info.layers],
             kv_bits=info.kv_bits,
             kv_group_size=info.kv_group_size,
             kv_bytes_per_token=info.kv_bytes_per_token,
@@ -147,17 +147,22 @@ def _source(source: str) -> str:
     return pb.CacheSource.Name(convert.SOURCES[Source(source)])
 
 
-def _layer(layer: LayerInfo, kv_bits: int) -> server_pb.LayerInfo:
-    quantised = layer.cache_kind in ("append", "window")
+def _layer(layer: LayerInfo) -> server_pb.LayerInfo:
     return server_pb.LayerInfo(
         cache_kind=CACHE_KINDS[layer.cache_kind],
         kv_heads=layer.kv_heads,
         key_dim=layer.key_dim,
         value_dim=layer.value_dim,
-        kv_bits=kv_bits if quantised else 0,
+        kv_bits=max((stream.bits for stream in layer.streams if not layer.members), default=0),
         window=layer.window,
-        members=[_layer(member, kv_bits) for member in layer.members],
+        members=[_layer(member) for member in layer.members],
+        keys=_stream(layer.keys),
+        values=_stream(layer.values),
     )
+
+
+def _stream(stream: StreamInfo | None) -> server_pb.StreamCodec | None:
+    return server_pb.StreamCodec(**asdict(stream)) if stream is not None else None
 
 
 def _features(features: Features) -> server_pb.ModelFeatures:

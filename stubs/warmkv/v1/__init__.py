@@ -142,6 +142,7 @@ from warmkv.v1.server_service_pb2 import (
     ModelKind,
     ServerCounters,
     ServerGauges,
+    StreamCodec,
 )
 from warmkv.v1.server_service_pb2_grpc import (
     ServerServiceServicer,
@@ -263,6 +264,7 @@ __all__ = [
     "ServerGauges",
     "ServerServiceServicer",
     "ServerServiceStub",
+    "StreamCodec",
     "StreamMode",
     "TIER_HOT",
     "TIER_UNSPECIFIED",

@@ -163,6 +163,8 @@ class LayerInfo(_message.Message):
     KV_BITS_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     cache_kind: Global___CacheKind.ValueType
     """How it grows and how it can be cut."""
     kv_heads: _builtins.int
@@ -179,6 +181,14 @@ class LayerInfo(_message.Message):
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerInfo]:
         """The parts of a composite cache, in order; empty for the other kinds."""
 
+    @_builtins.property
+    def keys(self) -> Global___StreamCodec:
+        """How its keys are stored; unset for recurrent and composite caches."""
+
+    @_builtins.property
+    def values(self) -> Global___StreamCodec:
+        """How its values are stored; unset for recurrent and composite caches."""
+
     def __init__(
         self,
         *,
@@ -189,14 +199,60 @@ class LayerInfo(_message.Message):
         kv_bits: _builtins.int = ...,
         window: _builtins.int = ...,
         members: _abc.Iterable[Global___LayerInfo] | None = ...,
+        keys: Global___StreamCodec | None = ...,
+        values: Global___StreamCodec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_kind", b"cache_kind", "key_dim", b"key_dim", "kv_bits", b"kv_bits", "kv_heads", b"kv_heads", "members", b"members", "value_dim", b"value_dim", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_kind", b"cache_kind", "key_dim", b"key_dim", "keys", b"keys", "kv_bits", b"kv_bits", "kv_heads", b"kv_heads", "members", b"members", "value_dim", b"value_dim", "values", b"values", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerInfo: _TypeAlias = LayerInfo  # noqa: Y015
+
+@_typing.final
+class StreamCodec(_message.Message):
+    """How a cache's keys or values are stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODEC_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    codec: _builtins.str
+    """`exact`: as they were computed. `affineN`: words of N bits with a scale and a bias for each group. `hadamardN` and
+    `oN`: after a change of basis that was calibrated on what the model computes of a text.
+    """
+    bits: _builtins.int
+    """Bits of a word; 0 for `exact`."""
+    group_size: _builtins.int
+    """Values that share a scale; 0 for `exact`."""
+    loss: _builtins.float
+    """Share of what tells tokens apart that it loses, on a short text, in the head for which it is worst. Unset where it
+    was not measured.
+    """
+    reason: _builtins.str
+    """Why it isn't the codec that was asked for, in words; empty if it is."""
+    def __init__(
+        self,
+        *,
+        codec: _builtins.str = ...,
+        bits: _builtins.int = ...,
+        group_size: _builtins.int = ...,
+        loss: _builtins.float | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "bits", b"bits", "codec", b"codec", "group_size", b"group_size", "loss", b"loss", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+
+Global___StreamCodec: _TypeAlias = StreamCodec  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
@@ -279,7 +335,7 @@ class GetServerInfoResponse(_message.Message):
     context_limit: _builtins.int
     """Most tokens of a context."""
     kv_bits: _builtins.int
-    """Bits of a quantised K or V value. 0: K and V are kept as they were computed."""
+    """Bits of a quantised K or V value, of the one with more bits. 0: K and V are kept as they were computed."""
     kv_group_size: _builtins.int
     """Values that share one scale and bias. 0 if kv_bits is 0."""
     kv_bytes_per_token: _builtins.int

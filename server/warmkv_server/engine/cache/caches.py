@@ -47,6 +47,8 @@ class QuantiseFirst(Kept):
     even = False
     codec: LayerCodec
     log: list[Update]
+    starts: tuple[int, ...] | None = None
+    """Of a batch: the positions of the rows' next tokens, where whoever feeds them knows: `offset` is on the device."""
 
     @property
     def batches(self) -> bool:
@@ -79,7 +81,8 @@ class QuantiseFirst(Kept):
     def quantised(self, keys: mx.array, values: mx.array, kept: int) -> tuple[mx.array, mx.array]:
         """What attention reads of them. The first `kept` tokens are logged."""
         coded: Coded
-        tokens, start, dtype = keys.shape[-2], self.offset, keys.dtype
+        tokens, dtype = keys.shape[-2], keys.dtype
+        start, self.starts = self.offset if self.starts is None else self.starts, None
         if kept == 1:
             coded, keys, values = self.codec.read_back(keys, values, start)
         else:
@@ -96,12 +99,13 @@ class QuantiseFirst(Kept):
 
     def take(self) -> tuple[Words, Words]:
         runs: list[Coded] = []
-        for computed, run in itertools.groupby(self.log, key=attrgetter("computed")):
+        for stepped, run in itertools.groupby(self.log, key=attrgetter("stepped")):
             updates = list(run)
             joined = join_tokens([update.coded for update in updates])
-            runs.append(self.codec.encode_computed(joined, updates[0].start) if computed else joined)
+            runs.append(apart(self.codec.words_of(joined, updates[0].start) if stepped else joined))
         self.log = []
-        return apart(join_tokens(runs))
+        keys, values = join_tokens(runs)
+        return keys, values
 
     def arrays(self) -> list[mx.array]:
         held = [] if self.keys is None else [self.keys, self.values]

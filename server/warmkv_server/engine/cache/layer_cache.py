@@ -20,13 +20,13 @@ class Update(NamedTuple):
     """What one call of the model had a layer store.
 
     Attributes:
-        computed: whether `coded` is what was computed, of which the words are yet to be made. So it is for updates of
-            one token: what a step of decoding costs is the count of its operations, and many words are made at once.
+        stepped: whether `coded` is what the words are yet to be made of. So it is for updates of one token: what a step
+            of decoding costs is the count of its operations, and many words are made at once.
         start: position of the first token.
     """
 
     coded: Coded
-    computed: bool
+    stepped: bool
     start: Position
 
 
@@ -57,6 +57,9 @@ class LayerCache(Protocol):
 
 class TokenCache(LayerCache, Protocol):
     """One that keeps keys and values, (rows, kv_heads, tokens, head_dim), of all tokens or of the last ones."""
+
+    starts: tuple[int, ...] | None
+    """Of a batch: the positions of the tokens that the rows are fed next, if they are known."""
 
     def take(self) -> tuple[Words, Words]:
         """Keys' and values' words of what was stored since the last time."""

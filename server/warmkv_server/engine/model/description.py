@@ -11,7 +11,8 @@ from mlx_lm.models.cache import CacheList
 
 from warmkv_server.contract.generation import Sampling
 from warmkv_server.contract.kv import PartKind
-from warmkv_server.contract.model import LayerInfo
+from warmkv_server.contract.model import LayerInfo, StreamInfo
+from warmkv_server.engine.cache.codecs.codec import KEYS, VALUES, CodecPlan, Stream
 from warmkv_server.engine.cache.layer_cache import LayerCache
 from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.errors import OperatorError
@@ -28,9 +29,17 @@ def layers(model: Any, cache_map: CacheMap) -> tuple[LayerInfo, ...]:
         if cache.kind == PartKind.STATE:
             return LayerInfo(PartKind.STATE)
         keys, values = cache_map.streams_of(number)
-        return LayerInfo(keys.kind, keys.heads, keys.head_dim, values.head_dim, cache.window)
+        coded = [_stream(cache_map.codecs, (number, side)) for side in (KEYS, VALUES)]
+        return LayerInfo(keys.kind, keys.heads, keys.head_dim, values.head_dim, cache.window, (), *coded)
 
     return tuple(describe(cache) for cache in cache_map.empty_caches(model))
+
+
+def _stream(codecs: CodecPlan, stream: Stream) -> StreamInfo:
+    codec, finding = codecs.of_stream(stream), codecs.findings.get(stream)
+    name = codec.identity.partition("-")[0]
+    told = (finding.loss, finding.reason) if finding is not None else (None, "")
+    return StreamInfo(f"{name}{codec.bits}" if name else "exact", codec.bits, codec.group_size, *told)
 
 
 def sampling_defaults(folder: Path | None) -> Sampling:

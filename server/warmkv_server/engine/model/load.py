@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.cache.layout import CacheMap
 from warmkv_server.engine.model import (
     adapters,
+    calibration_text,
     checkpoint,
     config_norms,
     description,
@@ -30,6 +32,8 @@ from warmkv_server.engine.model import (
 from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.engine.model.calibration import TEXT, TOKENS, refined
 from warmkv_server.engine.model.checkpoint import Checkpoint
+from warmkv_server.engine.model.choosing import choose, plan_of, say
+from warmkv_server.engine.model.constants import keep, kept
 from warmkv_server.engine.model.cpu_modules import exchange_modules
 from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
@@ -41,6 +45,8 @@ from warmkv_server.engine.output.sampling import Choosable
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import blas
 from warmkv_server.text.task import TokenizerSource
+
+log = logging.getLogger(__name__)
 
 __all__ = ["BUILT_IN", "LayerInfo", "LoadedModel", "ModelInfo", "ModelKind", "load"]
 
@@ -68,6 +74,7 @@ def load(
     adapter: str | None,
     codecs: CodecPlan,
     context_limit: int | None,
+    constants: Path | None = None,
     tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
 ) -> LoadedModel:
     """Load a model and find out how its caches are kept.
@@ -77,6 +84,7 @@ def load(
         adapter: folder of a LoRA adapter, or None.
         codecs: of the KV.
         context_limit: positions to serve, at most the model's own; None for all.
+        constants: folder that keeps what codecs need to know of models; None to find it out anew.
         tokenizer_found: told what the tokenizer is made of, once it is known to load.
 
     Raises:
@@ -124,9 +132,6 @@ def load(
     if on_cpu:
         exchange_modules(model, limit)
     runner = ModelRunner(model)
-    calibration = [token for token in tokenizer.encode(TEXT, add_special_tokens=False) if token < vocab_size]
-    cache_map = _caches(runner, codecs, calibration[: min(limit, TOKENS)], spec)
-    codecs = cache_map.codecs
     dtype = next(str(array.dtype) for _, array in _parameters(model) if mx.issubdtype(array.dtype, mx.floating))
     fields = {
         "weights": weights_digest,
@@ -134,10 +139,13 @@ def load(
         "implementation": digest_files(implementation),
         "config": digest_json(config),
         "tokenizer": digest_files(tokenizers.files(folder)),
-        **codecs.fingerprint_fields(),
         "dtype": dtype.removeprefix("mlx.core."),
         "rope": digest_json({k: v for k, v in text_config.items() if k.startswith("rope")}),
     }
+
+    cache_map = _caches(runner, codecs, _Text(tokenizer, vocab_size, limit), spec, fields, constants)
+    codecs = cache_map.codecs
+    fields |= codecs.fingerprint_fields()
     info = ModelInfo(
         model_id=spec,
         kind=kind,
@@ -165,20 +173,65 @@ def _sources(model: Any) -> list[Path]:
     return sorted(Path(str(sys.modules[name].__file__)) for name in names if name.startswith("mlx_lm."))
 
 
-def _caches(runner: ModelRunner, codecs: CodecPlan, calibration: Sequence[int], spec: str) -> CacheMap:
+def recoded(loaded: LoadedModel, codecs: CodecPlan) -> LoadedModel:
+    """The same model with its KV coded in another way, whatever that loses. Its `info` stays as it was."""
+    if codecs.asked is not None:
+        text = _Text(loaded.tokenizer, loaded.info.vocab_size, loaded.info.context_limit)
+        codecs = _made(loaded.runner, codecs, text, {}, None)
+    return replace(loaded, cache_map=discover(loaded.runner, codecs))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a model can be tried on."""
+
+    tokenizer: TokenizerWrapper
+    vocab_size: int
+    positions: int
+
+    def tokens(self, said: str) -> list[int]:
+        found = self.tokenizer.encode(said, add_special_tokens=False)
+        return [token for token in found if token < self.vocab_size][: self.positions]
+
+
+def _caches(
+    runner: ModelRunner, codecs: CodecPlan, text: _Text, spec: str, fields: Mapping[str, str], folder: Path | None
+) -> CacheMap:
+    """How the KV is kept, in the codecs that were asked for or in others that do for the model."""
     try:
-        found = discover(runner, codecs)
-        finer = refined(runner, codecs, calibration)
+        if codecs.asked is not None:
+            made = _made(runner, codecs, text, fields, folder)
+            say(made, spec)
+            return discover(runner, made)
+        found = discover(runner, codecs)  # says what is wrong with a codec that doesn't fit at all
+        finer = refined(runner, codecs, text.tokens(TEXT)[:TOKENS])
         return found if finer is codecs else discover(runner, finer)
     except OperatorError:
         raise
     except (
         Exception
     ) as error:  # the model's first step: a kernel that the device lacks, a config that contradicts itself
-        text = " ".join(str(error).split()) or type(error).__name__
+        told = " ".join(str(error).split()) or type(error).__name__
         raise OperatorError(
-            f"the model {spec} can't compute a token on this device ({device.describe()}): {text}; take another model"
+            f"the model {spec} can't compute a token on this device ({device.describe()}): {told}; take another model"
         ) from error
+
+
+def _made(
+    runner: ModelRunner, codecs: CodecPlan, text: _Text, fields: Mapping[str, str], folder: Path | None
+) -> CodecPlan:
+    """The codecs that were asked for, as the model needs them: as they were made before, or new."""
+    asked, group_size = codecs.asked, codecs.group_size
+    assert asked is not None
+    key = digest_json([fields, str(asked), group_size, calibration_text.TEXT])
+    found = kept(folder, key) if folder is not None else None
+    if found is None:
+        log.info("looking at what the model computes of a text, to code its KV as %s", asked)
+        tokens = text.tokens(calibration_text.TEXT)
+        found = choose(runner, asked, group_size, tokens, text.tokenizer.bos_token_id, text.positions)
+        if folder is not None:
+            found = keep(folder, key, found)
+    return plan_of(found, runner.model, asked, group_size, text.positions)
 
 
 def _parameters(model: Any) -> list[tuple[str, mx.array]]:

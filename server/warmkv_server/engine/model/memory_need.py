@@ -6,6 +6,9 @@ scores of attention, copies) depends on the model's code and on the device's ker
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +39,9 @@ _MASK = 4
 _SMALLEST = 32
 """A chunk of fewer tokens takes about as much as one of these: operations have a price of their own."""
 
-_MARGIN = 1.1
-"""On what was measured: the order in which MLX evaluates arrays, and so how many are there at once, varies a little."""
+_MARGIN = 1.35
+"""On what was measured: when MLX's threads let go of arrays, and so how many are there at once, varies from run to run
+(measured on two cores: by up to a quarter)."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,26 @@ def _layers(cache_map: CacheMap) -> dict[int, tuple[Stack, Stack]]:
 
 def _temporary(loaded: LoadedModel, tokens: int, prefix: int) -> int:
     """Bytes that a chunk of so many tokens behind a prefix takes besides what was there before."""
-    caches = _zeros(loaded, prefix, tokens)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    loaded.runner.probe(StepPlan.probe([0] * tokens, prefix, Wanted.NOTHING), caches)
-    mx.eval(kinds.arrays(caches))
-    return max(0, mx.get_peak_memory() - before)
+    with _nothing_going():
+        caches = _zeros(loaded, prefix, tokens)
+        mx.synchronize()  # a stream lets go of what its last operation took a little after that is done
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        loaded.runner.probe(StepPlan.probe([0] * tokens, prefix, Wanted.NOTHING), caches)
+        mx.eval(kinds.arrays(caches))
+        return max(0, mx.get_peak_memory() - before)
+
+
+@contextmanager
+def _nothing_going() -> Iterator[None]:
+    """Keep garbage of the load for a while: were it to go while memory is measured, a step would seem to take less."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _zeros(loaded: LoadedModel, length: int, more: int) -> list[Any]:

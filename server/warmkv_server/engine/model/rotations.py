@@ -19,7 +19,7 @@ from mlx_lm.models import rope_utils
 
 from warmkv_server.errors import OperatorError
 
-Rotation = Mapping[str, Any]
+ToldRotation = Mapping[str, Any]
 
 _CLASSES: dict[str, tuple[type, ...]] = {
     "yarn": (rope_utils.YarnRoPE,),
@@ -32,7 +32,7 @@ _CLASSES: dict[str, tuple[type, ...]] = {
 """Of rope_utils, for each type of scaling; a class that the model brings itself is left as it is."""
 
 
-def settle(model: Any, told: Sequence[Rotation], positions: int, own_positions: int) -> None:
+def settle(model: Any, told: Sequence[ToldRotation], positions: int, own_positions: int) -> None:
     """Exchange what the model rotates otherwise than it is told to.
 
     Args:
@@ -68,11 +68,11 @@ def _is_known(module: Any) -> bool:
     return type(module) is RoPE or any(type(module) in classes for classes in _CLASSES.values())
 
 
-def _key(rotation: Rotation) -> tuple[Any, ...]:
+def _key(rotation: ToldRotation) -> tuple[Any, ...]:
     return rotation["rope_type"], rotation.get("rope_theta"), rotation.get("factor")
 
 
-def _exchanged(built: Mapping[str, Any], told: Rotation, own_positions: int) -> dict[str, Module]:
+def _exchanged(built: Mapping[str, Any], told: ToldRotation, own_positions: int) -> dict[str, Module]:
     """In place of plain rotations that have another base or scaling."""
     kind, theta = told["rope_type"], told.get("rope_theta")
     scaled = kind in _CLASSES
@@ -99,7 +99,7 @@ def _exchanged(built: Mapping[str, Any], told: Rotation, own_positions: int) -> 
     return new
 
 
-def _check_each(built: Any, told: Sequence[Rotation]) -> None:
+def _check_each(built: Any, told: Sequence[ToldRotation]) -> None:
     thetas = {float(r["rope_theta"]) for r in told if isinstance(r.get("rope_theta"), int | float)}
     found = {float(module.base) for module in built if type(module) is RoPE}
     kinds = {rotation["rope_type"] for rotation in told} & _CLASSES.keys()
@@ -112,7 +112,7 @@ def _check_each(built: Any, told: Sequence[Rotation]) -> None:
         )
 
 
-def _correct(module: Any, told: Rotation, positions: int) -> None:
+def _correct(module: Any, told: ToldRotation, positions: int) -> None:
     """Compute a scaling as transformers does, where mlx-lm computes another."""
     kind = told["rope_type"]
     if kind == "yarn" and type(module) is rope_utils.YarnRoPE:
@@ -127,7 +127,7 @@ def _correct(module: Any, told: Rotation, positions: int) -> None:
         module._freqs = mx.array(told["short_factor"], dtype=mx.float32) * frequencies
 
 
-def _yarn_frequencies(dims: int, told: Rotation) -> mx.array:
+def _yarn_frequencies(dims: int, told: ToldRotation) -> mx.array:
     """As `YarnRoPE` has them, with ends of the ramp between two frequencies. (Peng et al., arXiv 2309.00071, 3.2.)"""
     base, length, factor = told["rope_theta"], told["original_max_position_embeddings"], told["factor"]
 

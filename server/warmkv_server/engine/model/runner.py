@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from warmkv_server.engine.cache import caches as kinds
 from warmkv_server.engine.model.step_plan import StepPlan, Wanted
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ModelRunner:
         if chosen is None:
             return self._feed(self.model, plan, caches)[:, 0]
         log.debug("%s", plan)
+        _tell(plan, caches)
         inputs = chosen[:, None]
         logits: mx.array = self.model(inputs if plan.fed == 1 else mx.repeat(inputs, plan.fed, axis=1), cache=caches)
         return logits[:, 0]
@@ -67,12 +69,21 @@ class ModelRunner:
     def _feed(self, part: Callable[..., mx.array], plan: StepPlan, caches: Sequence[Any]) -> mx.array:
         """Feed tokens that the plan has, padded behind their ends."""
         log.debug("%s", plan)
+        _tell(plan, caches)
         prompts = [row.tokens or () for row in plan.rows]
         found = part(mx.array([[*tokens, *[0] * (plan.fed - len(tokens))] for tokens in prompts]), cache=caches)
         if padding := plan.fed - max(map(len, prompts)):
             for cache in caches:
                 cache.cut(padding)
         return found
+
+
+def _tell(plan: StepPlan, caches: Sequence[Any]) -> None:
+    """Have the caches of a batch know the positions at which its rows are fed."""
+    if len(plan.rows) > 1:
+        starts = tuple([row.start for row in plan.rows])
+        for leaf in kinds.token_leaves(caches).values():
+            leaf.starts = starts
 
 
 def _body(model: Any) -> Any:

@@ -157,6 +157,8 @@ class Decoder:
         if len(self._running.batches) != 1 or len(self._running.batches[0].sequences) != 1:
             return False
         batch, sequence = self._running.batches[0], self._running.batches[0].sequences[0]
+        if not speculator.limit and sequence.constraint is None:
+            return False
         with self._running.containing(sequence):
             proposal = speculator.propose(sequence)
             guess = proposal.tokens

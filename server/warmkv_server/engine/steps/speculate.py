@@ -142,6 +142,7 @@ class Speculator:
         force: most tokens of one that a grammar forces.
 
     Attributes:
+        limit: as given. Where it is 0, there is nothing to guess for an answer without a grammar.
         proposed: tokens that were guessed and checked.
         accepted: those of them that were right.
 
@@ -156,7 +157,7 @@ class Speculator:
                 "or a recurrent state, which can't take back a wrong guess; start without it"
             )
         self.proposed = self.accepted = 0
-        self._limit = limit
+        self.limit = limit
         self._force = force if loaded.cache_map.can_be_cut else 0
         self._loaded = loaded
         weights = [array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(loaded.model.parameters()))]
@@ -180,7 +181,7 @@ class Speculator:
         assert pending is not None
         assert stream.chooser is not None
         constraint = stream.constraint
-        if not stream.chooser.memoryless or not (self._limit if constraint is None else self._limit or self._force):
+        if not stream.chooser.memoryless or not (self.limit or self._force):
             return _NOTHING
         total = min(answer.max_tokens, stream.loaded.info.context_limit - stream.prompt_length)
         if stream.ident != self._ident:
@@ -190,13 +191,13 @@ class Speculator:
         left = total - len(stream.completion) - (not stream.sent)
         affords = min(left - 1, self._purse.affords(self._check, self._price(stream.done)))
         if constraint is None:
-            return Proposal(self._look_up(stream, pending, min(affords, self._limit, self._reach)))
+            return Proposal(self._look_up(stream, pending, min(affords, self.limit, self._reach)))
         if affords < 1:
             return _NOTHING
         try:
             stream.constrain()
             forced = constraint.forced(min(affords, self._force))
-            guess = forced or self._look_up(stream, pending, min(affords, self._limit, self._reach))
+            guess = forced or self._look_up(stream, pending, min(affords, self.limit, self._reach))
             return Proposal(*constraint.masks(guess), forced=bool(forced)) if guess else _NOTHING
         except RanOut:  # the next step says so
             return _NOTHING

@@ -17,8 +17,8 @@ from warmkv_server.kv.index.records import Fingerprint
 log = logging.getLogger(__name__)
 
 _SHORT = 12
-_OWN_CHOICE = {"kv_bits", "kv_group_size"}
-"""Fields that a flag sets; the others follow from the model."""
+_OWN_CHOICE = {"kv", "kv_bits", "kv_group_size", "kv_streams"}
+"""Fields that follow from flags; the others follow from the model."""
 
 
 class Foreign:
@@ -68,8 +68,15 @@ class Foreign:
         differing = set(kept.differing(self._served)) if kept is not None else set()
         if kept is None or not differing <= _OWN_CHOICE:
             return "to go on with it, serve the model that it was made with"
-        flags = [f"--{name.replace('_', '-')} {kept.fields[name]}" for name in ("kv_bits", "kv_group_size")]
-        return f"to go on with it, serve with {' '.join(flags if kept.fields['kv_bits'] != '0' else flags[:1])}"
+        chosen = kept.fields.get("kv")
+        if "kv_streams" in kept.fields and chosen is None:
+            return "to go on with it, serve it as it was served then"  # a codec that was changed for the model's sake
+        if chosen is None and kept.fields["kv_bits"] == "0":
+            flags = ["--kv-bits 0"]
+        else:
+            first = f"--kv {chosen}" if chosen is not None else f"--kv-bits {kept.fields['kv_bits']}"
+            flags = [first, f"--kv-group-size {kept.fields['kv_group_size']}"]
+        return f"to go on with it, serve with {' '.join(flags)}"
 
 
 def _brief(value: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from warmkv_server.contract.kv import Fallback, KVLayout
 from warmkv_server.contract.names import AgentKey
-from warmkv_server.contract.settings import Settings
+from warmkv_server.contract.settings import CONSTANTS, Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.kv.blocks.disk import BLOCKS, QUARANTINE, object_path, quarantined_bytes
 from warmkv_server.kv.blocks.files import TEMP_SUFFIX, Files, entries, in_words, is_plain
@@ -185,7 +185,7 @@ def make_folders(data_dir: Path, files: Files) -> None:
 
 def _is_own(name: str) -> bool:
     """Whether something in a data directory is the store's, by its name."""
-    names = {BLOCKS, QUARANTINE, FOLDER, locking.FILE_NAME, "reserve", signing.FILE_NAME, READERS_LOCK}
+    names = {BLOCKS, QUARANTINE, FOLDER, CONSTANTS, locking.FILE_NAME, "reserve", signing.FILE_NAME, READERS_LOCK}
     return name in names or name.startswith((INDEX_FILE, commit_log.FILE_NAME, models.FILE_NAME))
 
 

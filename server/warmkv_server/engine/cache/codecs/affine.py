@@ -59,6 +59,16 @@ class AffineCodec:
             return _decode_nibbles(packed, scales, biases, self.group_size)
         return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
 
+    def step(self, x: mx.array, _: Position = 0) -> tuple[Words, mx.array]:
+        # Putting what was computed together is one operation, and putting words together three.
+        return (x,), self.decode(self.encode(x), x.dtype)
+
+    def words_of(self, stepped: Words, _: Position = 0) -> Words:
+        return self.encode(*stepped)
+
+    def beside(self, other: object) -> AffineCodec | None:
+        return self if self == other else None
+
     def read_back(self, keys: mx.array, values: mx.array, _: Position = 0) -> tuple[Coded, mx.array, mx.array]:
         if kernel_reads_back(self, keys.dtype):
             return ((keys,), (values,)), *cuda.read_back(keys, values, bits=self.bits, group_size=self.group_size)

@@ -25,3 +25,9 @@ class AsComputed:
 
     def decode(self, words: Words, _dtype: mx.Dtype, _: Position = 0) -> mx.array:
         return words[0]
+
+    def step(self, x: mx.array, _: Position) -> tuple[Words, mx.array]:
+        return (x,), x
+
+    def words_of(self, stepped: Words, _: Position) -> Words:
+        return stepped

@@ -14,11 +14,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import mlx.core as mx
 import xxhash
 
+from warmkv_server.contract.kv_choice import KvChoice
+
 Words = tuple[mx.array, ...]
 """What is stored of one stream: its components, each (rows, kv_heads, tokens, width)."""
 
-Position = int | mx.array
-"""Of the first token, in its context: one for all rows, or one for each, (rows,)."""
+Position = int | tuple[int, ...] | mx.array
+"""Of the first token, in its context: one for all rows, or one for each, (rows,) where it isn't known before the device
+has computed it."""
 
 Coded = tuple[Words, ...]
 """A layer's keys' words and its values'; or both as one, side by side along the axis of heads."""
@@ -70,6 +73,15 @@ class Codec(Protocol):
     def decode(self, words: Words, dtype: mx.Dtype, start: Position, /) -> mx.array:
         """The values that attention reads, in the model's type."""
 
+    def step(self, x: mx.array, start: Position, /) -> tuple[Words, mx.array]:
+        """What attention reads of one token, and that of which `words_of` makes its words: later, of many at once.
+
+        It may be coded otherwise than among others by `encode`; what is read is what its words will give.
+        """
+
+    def words_of(self, stepped: Words, start: Position, /) -> Words:
+        """Of what `step` gave, of one step or of several that were joined."""
+
 
 @runtime_checkable
 class PairCodec(Codec, Protocol):
@@ -78,10 +90,13 @@ class PairCodec(Codec, Protocol):
     What a step of decoding costs is the count of its operations, and these are half.
     """
 
+    def beside(self, other: Codec, /) -> PairCodec | None:
+        """The codec of both at once, of keys as this one and of values as the other; None if there is none."""
+
     def read_back(self, keys: mx.array, values: mx.array, start: Position, /) -> tuple[Coded, mx.array, mx.array]:
         """What attention reads of both, where their words can wait: in as few operations as the device allows.
 
-        Returns what was computed, each or both side by side, as it would be words; and the keys and values to read.
+        Returns what `words_of` makes words of, of each or of both side by side; and the keys and values to read.
         """
 
 
@@ -94,7 +109,7 @@ class LayerCodec:
 
     @cached_property
     def _pair(self) -> PairCodec | None:
-        return self.keys if self.keys == self.values and isinstance(self.keys, PairCodec) else None
+        return self.keys.beside(self.values) if isinstance(self.keys, PairCodec) else None
 
     def encode(self, keys: mx.array, values: mx.array, start: Position) -> Coded:
         if self._pair is not None and keys.shape == values.shape:
@@ -104,24 +119,37 @@ class LayerCodec:
     def decode(self, coded: Coded, dtype: mx.Dtype, start: Position) -> tuple[mx.array, mx.array]:
         """The keys and values that attention reads, in the model's type."""
         if len(coded) == 1:
-            both = self.keys.decode(coded[0], dtype, start)
+            assert self._pair is not None
+            both = self._pair.decode(coded[0], dtype, start)
             heads = both.shape[1] // 2
             return both[:, :heads], both[:, heads:]
         keys, values = coded
         return self.keys.decode(keys, dtype, start), self.values.decode(values, dtype, start)
 
     def read_back(self, keys: mx.array, values: mx.array, start: Position) -> tuple[Coded, mx.array, mx.array]:
-        """The same in one, where the words can wait. Returns also what was computed, for `encode_computed`."""
+        """The same in one, of one token, whose words can wait. Returns also what `words_of` makes them of."""
         if self._pair is not None and keys.shape == values.shape:
             return self._pair.read_back(keys, values, start)
-        return ((keys,), (values,)), *self.decode(self.encode(keys, values, start), keys.dtype, start)
+        stepped_keys, keys = self.keys.step(keys, start)
+        stepped_values, values = self.values.step(values, start)
+        return (stepped_keys, stepped_values), keys, values
 
-    def encode_computed(self, computed: Coded, start: Position) -> Coded:
-        """Words of what `read_back` says was computed, in one step or in several whose results were joined."""
-        if len(computed) == 1:
-            return (self.keys.encode(computed[0][0], start),)
-        (keys,), (values,) = computed
-        return self.encode(keys, values, start)
+    def words_of(self, stepped: Coded, start: Position) -> Coded:
+        """Of what `read_back` gave, of one step or of several that were joined."""
+        if len(stepped) == 1:
+            assert self._pair is not None
+            return (self._pair.words_of(stepped[0], start),)
+        keys, values = stepped
+        return self.keys.words_of(keys, start), self.values.words_of(values, start)
+
+
+class Finding(NamedTuple):
+    """What was found of a stream on a short text."""
+
+    loss: float
+    """Of what tells tokens apart, the share that its codec loses."""
+    reason: str = ""
+    """Why it doesn't have the codec that was asked for; empty if it has."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +158,14 @@ class CodecPlan:
 
     Attributes:
         default: of all streams but those in `streams`.
+        asked: what the operator asked for, where it has to be made for a model.
+        findings: of each stream that was looked at when it was.
     """
 
     default: Codec
     streams: Mapping[Stream, Codec] = field(default_factory=dict)
+    asked: KvChoice | None = None
+    findings: Mapping[Stream, Finding] = field(default_factory=dict)
 
     def of_stream(self, stream: Stream) -> Codec:
         return self.streams.get(stream, self.default)
@@ -163,6 +195,8 @@ class CodecPlan:
         fields = {"kv_bits": str(self.bits), "kv_group_size": str(self.group_size)}
         if self.default.identity != (f"affine-{self.bits}-{self.group_size}" if self.bits else ""):
             fields["kv_codec"] = self.default.identity
+        if self.asked is not None:
+            fields["kv"] = str(self.asked)
         if self.streams:
             told = [(*stream, codec.identity) for stream, codec in self.streams.items()]
             fields["kv_streams"] = xxhash.xxh3_128(repr(sorted(told)).encode()).hexdigest()
