@@ -169,7 +169,8 @@ def positions_of(start: tuple[int, ...] | mx.array, tokens: int) -> mx.array:
 
 def _turn(module: Any, x: mx.array, start: int, tokens: int) -> mx.array:
     """A vector, rotated to each of these positions, (tokens, head_dim)."""
-    turned: mx.array = module(mx.broadcast_to(x, (1, 1, tokens, x.size)), offset=start)
+    # Not broadcast: on CUDA, MLX rotates rows that share their memory to other values.
+    turned: mx.array = module(mx.contiguous(mx.broadcast_to(x, (1, 1, tokens, x.size))), offset=start)
     if turned.shape != (1, 1, tokens, x.size):
         raise UnknownRotationError(f"{type(module).__name__} changes the shape of what it rotates")
     return turned.astype(mx.float32)[0, 0]

@@ -166,11 +166,12 @@ class TransformCodec:
 
     def _into(self, x: mx.array, start: Position) -> mx.array:
         """In the other basis, (rows, heads, tokens, head_dim)."""
-        x = x.astype(mx.float32)
         arrays, tokens = self._arrays, x.shape[-2]
+        # The mean goes first: it may be many times what is left, and GPUs round factors to eleven bits.
+        x = x.astype(mx.float32) - self._turned(_at(start, tokens, arrays.mean, arrays.first), start, tokens)
         if self.rotation is not None:
             x = (x[..., None, :] * self._turn(start, tokens)).flatten(-2)
-        return x @ arrays.into - _at(start, tokens, arrays.mean_into, arrays.first_into)
+        return x @ arrays.into
 
     def _back(self, numbers: mx.array, scales: mx.array, start: Position) -> mx.array:
         """Values of whole numbers, (rows, heads, tokens, groups, group size), that have these scales.
@@ -186,9 +187,13 @@ class TransformCodec:
             # One group after the other, so that what is added is added in one order.
             for group, back in enumerate(arrays.back):
                 found = (numbers[..., group, :] @ back) * scales[..., group, :] + found
+        return self._turned(found, start, tokens)
+
+    def _turned(self, still: mx.array, start: Position, tokens: int) -> mx.array:
+        """Rotated to where they stand, (..., tokens or 1, head_dim or twice that)."""
         if self.rotation is None:
-            return found
-        turned = found * self._turn(start, tokens, flat=True)
+            return still
+        turned = still * self._turn(start, tokens, flat=True)
         half = turned.shape[-1] // 2
         return turned[..., :half] + turned[..., half:]
 
@@ -207,14 +212,11 @@ class _Arrays:
 
     Attributes:
         into: (heads, head_dim or twice that, head_dim).
-        mean_into, first_into: (heads, 1, head_dim), in the other basis.
         back: of each group, (heads, group size, head_dim or twice that).
         mean, first: (heads, 1, head_dim or twice that).
     """
 
     into: mx.array
-    mean_into: mx.array
-    first_into: mx.array
     back: tuple[mx.array, ...]
     mean: mx.array
     first: mx.array
@@ -225,7 +227,6 @@ class _Arrays:
         back = basis.back.astype(np.float64)
         into = np.linalg.inv(back)
         mean, first = basis.mean[:, None].astype(np.float64), basis.first[:, None].astype(np.float64)
-        mean_into, first_into = mean @ into, first @ into
         if rotation is not None:
             partner, still = rotation.partner, codec.still
             turns = np.ones((len(back), 1, 1))
@@ -243,8 +244,6 @@ class _Arrays:
 
         made = cls(
             array(into),
-            array(mean_into),
-            array(first_into),
             tuple(array(groups[:, group]) for group in range(groups.shape[1])),
             array(mean),
             array(first),
