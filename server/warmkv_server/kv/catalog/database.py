@@ -174,6 +174,8 @@ class Database:
             self._use_reserve()  # A full disk has no room for SQLite's log, without which nothing can be removed.
         try:
             _make_private(path)
+            with contextlib.suppress(OSError):  # It is made when the log is folded, at the latest.
+                _make_private(self._readers)  # A reader that doesn't find it takes it that nobody has the index.
             self._db = sqlite3.connect(path, _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
             raise _unusable(path, error) from error
