@@ -28,7 +28,6 @@ from warmkv import v1
 WARMKV = Path(sys.executable).with_name("warmkv")
 START_SECONDS = 120.0
 STOP_SECONDS = 120.0
-RUN_SECONDS = 120.0
 RPC_SECONDS = 120.0
 """No call of a test takes longer, unless the server hangs."""
 
@@ -106,37 +105,6 @@ def started_anew(command: Sequence[str | Path], environment: Mapping[str, str], 
     """A process that begins from nothing, as an operator's does."""
     everything = clean_environment() | dict(environment)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=everything)
-
-
-def run_warmkv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    command = [str(each) for each in arguments]
-    if sys.platform == "linux":
-        return preloaded.run(command, clean_environment(), RUN_SECONDS)
-    return run_anew(*command)
-
-
-def run_anew(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The same in a process that begins from nothing, as an operator's does; with more variables."""
-    return subprocess.run(
-        [WARMKV, *arguments],
-        env={**clean_environment(), **environment},
-        text=True,
-        capture_output=True,
-        timeout=RUN_SECONDS,
-        check=False,
-    )
-
-
-def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """What an operator did wrong, on one line, and nothing else."""
-    lines = [line for line in result.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
-    assert result.returncode == 2, result
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("warmkv: ")
-    for word in words:
-        assert word in lines[0]
-    assert result.stdout == ""
 
 
 @contextmanager

@@ -7,18 +7,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.e2e.harness import (
-    Client,
-    Server,
-    assert_one_sentence,
-    refusal_of,
-    refused,
-    run_warmkv,
-    serving,
-    some_tokens,
-    text,
-    token_ids,
-)
+from tests.e2e.commands import assert_one_sentence, run_warmkv
+from tests.e2e.harness import Client, Server, refusal_of, refused, serving, some_tokens, text, token_ids
 from warmkv import v1
 
 TLS = Path(__file__).parent / "tls"

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.e2e.harness import (
-    Answer,
-    Client,
-    assert_one_sentence,
-    run_warmkv,
-    serving,
-    some_tokens,
-    text,
-    token_ids,
-)
+from tests.e2e.commands import assert_one_sentence, run_warmkv
+from tests.e2e.harness import Answer, Client, serving, some_tokens, text, token_ids
 from warmkv import v1
 
 SUFFIX = text(" So the answer is")

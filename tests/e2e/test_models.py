@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.harness import run_warmkv as run
+from tests.e2e.commands import run_warmkv as run
 from tests.e2e.harness import serving
 from tests.engine.tokenizers import variant
 from warmkv_server.engine.model.load import BUILT_IN

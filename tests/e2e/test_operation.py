@@ -17,20 +17,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from tests.e2e.harness import (
-    Answer,
-    Client,
-    Server,
-    assert_one_sentence,
-    free_port,
-    refused,
-    run_anew,
-    run_warmkv,
-    serving,
-    some_tokens,
-    text,
-    token_ids,
-)
+from tests.e2e.commands import assert_one_sentence, run_anew, run_warmkv
+from tests.e2e.harness import Answer, Client, Server, free_port, refused, serving, some_tokens, text, token_ids
 from tests.e2e.test_adapter import write_adapter
 from tests.e2e.waiting import await_that, read_deltas
 from warmkv import v1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.e2e.harness import assert_one_sentence, run_warmkv, serving, some_tokens, text, token_ids
+from tests.e2e.commands import assert_one_sentence, run_warmkv
+from tests.e2e.harness import serving, some_tokens, text, token_ids
 from warmkv import v1
 
 

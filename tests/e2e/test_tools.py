@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.e2e.harness import Answer, Client, Server, chat, refused, run_warmkv, serving
+from tests.e2e.commands import run_warmkv
+from tests.e2e.harness import Answer, Client, Server, chat, refused, serving
 from tests.engine.parrot import write_speaker
 from tests.engine.tokenizers import variant
 from warmkv import v1

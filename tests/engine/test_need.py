@@ -72,7 +72,7 @@ async def test_a_long_answer_alone(folder_of: FolderOf) -> None:
     """Its cache grows, and its words are gathered, without another chunk."""
     job = job_of(prompt_of(700), 600)
     async with running(folder_of("llama"), prefill_chunk=CHUNK) as engine:
-        with within(engine, [job], 4):
+        with within(engine, [job], 3.5):
             await outcome(engine.submit(job))
 
 

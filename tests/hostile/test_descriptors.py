@@ -15,15 +15,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.e2e.harness import (
-    Client,
-    assert_one_sentence,
-    free_port,
-    run_warmkv,
-    serving,
-    some_tokens,
-    token_ids,
-)
+from tests.e2e.commands import assert_one_sentence, run_warmkv
+from tests.e2e.harness import Client, free_port, serving, some_tokens, token_ids
 from tests.e2e.waiting import await_that
 from tests.hostile import http2
 from warmkv import v1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import assert_one_sentence, run_warmkv
+from tests.e2e.commands import assert_one_sentence, run_warmkv
 from tests.offline.commands import refusal
 from warmkv_server import config
 from warmkv_server.app import serve
