@@ -51,7 +51,7 @@ def written(chat: Chat, conversation: ChatState, *, behind: bool) -> Written:
             "content.chat.tools are other ones than the context has; leave them out to go on with those, or replace "
             "the context (Prime, or CONTEXT_MODE_REPLACE)"
         )
-    tools = conversation.tools if behind else chat.tools or ()
+    tools = conversation.tools if behind and chat.tools is None else chat.tools or ()
     variables = conversation.variables if chat.variables is None else chat.variables
     calls = conversation.calls if behind else ()
     messages, waiting = _settled(chat.messages, calls)

@@ -101,6 +101,8 @@ def source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(
                 "|".join(re.sub(r"[][\\.+*?()|{}^$#&~-]", r"\\\g<0>", t) for t in grammar.texts)
             )
+        case GrammarKind.MESSAGE:
+            raise ValueError("a message is more than one grammar")
 
 
 def complaint(grammar: Grammar, message: str) -> WarmKVError:

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from warmkv.v1 import agent_service_pb2 as warmkv_dot_v1_dot_agent__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ewarmkv/v1/server_service.proto\x12\twarmkv.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dwarmkv/v1/agent_service.proto\"\x81\x02\n\tLayerInfo\x12(\n\ncache_kind\x18\x01 \x01(\x0e\x32\x14.warmkv.v1.CacheKind\x12\x10\n\x08kv_heads\x18\x02 \x01(\x05\x12\x0f\n\x07key_dim\x18\x03 \x01(\x05\x12\x11\n\tvalue_dim\x18\x04 \x01(\x05\x12\x0f\n\x07kv_bits\x18\x05 \x01(\x05\x12\x0e\n\x06window\x18\x06 \x01(\x05\x12%\n\x07members\x18\x07 \x03(\x0b\x32\x14.warmkv.v1.LayerInfo\x12$\n\x04keys\x18\x08 \x01(\x0b\x32\x16.warmkv.v1.StreamCodec\x12&\n\x06values\x18\t \x01(\x0b\x32\x16.warmkv.v1.StreamCodec\"j\n\x0bStreamCodec\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x0c\n\x04\x62its\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\tB\x07\n\x05_loss\"\x16\n\x14GetServerInfoRequest\"\x97\x05\n\x15GetServerInfoResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12(\n\nmodel_kind\x18\x02 \x01(\x0e\x32\x14.warmkv.v1.ModelKind\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0c\n\x04\x62las\x18\x06 \x01(\t\x12\x15\n\rcontext_limit\x18\x07 \x01(\x05\x12$\n\x06layers\x18\x08 \x03(\x0b\x32\x14.warmkv.v1.LayerInfo\x12\x0f\n\x07kv_bits\x18\t \x01(\x05\x12\x15\n\rkv_group_size\x18\n \x01(\x05\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x03\x12\x17\n\x0fhot_bytes_limit\x18\x0c \x01(\x03\x12\x18\n\x10\x64isk_bytes_limit\x18\r \x01(\x03\x12)\n\ndurability\x18\x0e \x01(\x0e\x32\x15.warmkv.v1.Durability\x12@\n\x08versions\x18\x0f \x03(\x0b\x32..warmkv.v1.GetServerInfoResponse.VersionsEntry\x12\x34\n\x11sampling_defaults\x18\x10 \x01(\x0b\x32\x19.warmkv.v1.SamplingParams\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x11 \x01(\x05\x12\'\n\nend_tokens\x18\x15 \x03(\x0b\x32\x13.warmkv.v1.EndToken\x12*\n\x08\x66\x65\x61tures\x18\x12 \x01(\x0b\x32\x18.warmkv.v1.ModelFeatures\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x90\x01\n\rModelFeatures\x12\x13\n\x0btool_format\x18\x01 \x01(\t\x12\x17\n\x0freasoning_marks\x18\x02 \x03(\t\x12\x1a\n\x12template_variables\x18\x03 \x03(\t\x12\x13\n\x0bimage_types\x18\x05 \x03(\t\x12 \n\x18template_keeps_reasoning\x18\x06 \x01(\x08\"V\n\x08\x45ndToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12*\n\x07sources\x18\x03 \x03(\x0e\x32\x19.warmkv.v1.EndTokenSource\"\x17\n\x15GetServerStatsRequest\"\x9e\x01\n\x16GetServerStatsResponse\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x63ounters\x18\x02 \x01(\x0b\x32\x19.warmkv.v1.ServerCounters\x12\'\n\x06gauges\x18\x03 \x01(\x0b\x32\x17.warmkv.v1.ServerGauges\"\xc9\x06\n\x0eServerCounters\x12K\n\x12requests_by_source\x18\x01 \x03(\x0b\x32/.warmkv.v1.ServerCounters.RequestsBySourceEntry\x12M\n\x13\x66\x61llbacks_by_reason\x18\x02 \x03(\x0b\x32\x30.warmkv.v1.ServerCounters.FallbacksByReasonEntry\x12\x19\n\x11hot_tokens_reused\x18\x03 \x01(\x03\x12\x1a\n\x12warm_tokens_reused\x18\x04 \x01(\x03\x12\x1c\n\x14shared_tokens_reused\x18\x05 \x01(\x03\x12\x18\n\x10prefilled_tokens\x18\x06 \x01(\x03\x12\x14\n\x0c\x62ytes_loaded\x18\x07 \x01(\x03\x12\x18\n\x10kv_bytes_written\x18\x08 \x01(\x03\x12\x1e\n\x16metadata_bytes_written\x18\t \x01(\x03\x12\x11\n\tevictions\x18\n \x01(\x03\x12\x13\n\x0bquarantined\x18\x0b \x01(\x03\x12\x16\n\x0e\x63ommits_failed\x18\x0c \x01(\x03\x12I\n\x11\x61nswers_by_source\x18\r \x03(\x0b\x32..warmkv.v1.ServerCounters.AnswersBySourceEntry\x12P\n\x15\x66irst_token_by_source\x18\x0e \x03(\x0b\x32\x31.warmkv.v1.ServerCounters.FirstTokenBySourceEntry\x1a\x37\n\x15RequestsBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x38\n\x16\x46\x61llbacksByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x36\n\x14\x41nswersBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1aT\n\x17\x46irstTokenBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration:\x02\x38\x01\"\xec\x01\n\x0cServerGauges\x12\x11\n\thot_bytes\x18\x01 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x03\x12\x41\n\x0e\x61gents_by_tier\x18\x03 \x03(\x0b\x32).warmkv.v1.ServerGauges.AgentsByTierEntry\x12\x13\n\x0bqueue_depth\x18\x04 \x01(\x05\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\x12\x14\n\x0cstale_agents\x18\x06 \x01(\x05\x1a\x33\n\x11\x41gentsByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x94\x01\n\x12\x43ountTokensRequest\x12#\n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x12.warmkv.v1.Content\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12,\n\x0c\x63ontext_mode\x18\x03 \x01(\x0e\x32\x16.warmkv.v1.ContextMode\x12\x19\n\x11include_token_ids\x18\x04 \x01(\x08\"V\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x17\n\x0freplaced_tokens\x18\x03 \x01(\x05*\x80\x01\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12MODEL_KIND_BUILTIN\x10\x01\x12\x14\n\x10MODEL_KIND_LOCAL\x10\x02\x12\x12\n\x0eMODEL_KIND_HUB\x10\x03\x12\x15\n\x11MODEL_KIND_RANDOM\x10\x04*\x90\x01\n\tCacheKind\x12\x1a\n\x16\x43\x41\x43HE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41\x43HE_KIND_APPEND_ONLY\x10\x01\x12\x17\n\x13\x43\x41\x43HE_KIND_WINDOWED\x10\x02\x12\x18\n\x14\x43\x41\x43HE_KIND_RECURRENT\x10\x03\x12\x18\n\x14\x43\x41\x43HE_KIND_COMPOSITE\x10\x04*h\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_FULL\x10\x01\x12\x14\n\x10\x44URABILITY_FSYNC\x10\x02\x12\x13\n\x0f\x44URABILITY_NONE\x10\x03*\xbb\x01\n\x0e\x45ndTokenSource\x12 \n\x1c\x45ND_TOKEN_SOURCE_UNSPECIFIED\x10\x00\x12&\n\"END_TOKEN_SOURCE_GENERATION_CONFIG\x10\x01\x12\x1b\n\x17\x45ND_TOKEN_SOURCE_CONFIG\x10\x02\x12\x1e\n\x1a\x45ND_TOKEN_SOURCE_TOKENIZER\x10\x03\x12\"\n\x1e\x45ND_TOKEN_SOURCE_CHAT_TEMPLATE\x10\x04\x32\x88\x02\n\rServerService\x12R\n\rGetServerInfo\x12\x1f.warmkv.v1.GetServerInfoRequest\x1a .warmkv.v1.GetServerInfoResponse\x12U\n\x0eGetServerStats\x12 .warmkv.v1.GetServerStatsRequest\x1a!.warmkv.v1.GetServerStatsResponse\x12L\n\x0b\x43ountTokens\x12\x1d.warmkv.v1.CountTokensRequest\x1a\x1e.warmkv.v1.CountTokensResponseB\x16P\x01Z\x12warmkv/v1;warmkvv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ewarmkv/v1/server_service.proto\x12\twarmkv.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dwarmkv/v1/agent_service.proto\"\x81\x02\n\tLayerInfo\x12(\n\ncache_kind\x18\x01 \x01(\x0e\x32\x14.warmkv.v1.CacheKind\x12\x10\n\x08kv_heads\x18\x02 \x01(\x05\x12\x0f\n\x07key_dim\x18\x03 \x01(\x05\x12\x11\n\tvalue_dim\x18\x04 \x01(\x05\x12\x0f\n\x07kv_bits\x18\x05 \x01(\x05\x12\x0e\n\x06window\x18\x06 \x01(\x05\x12%\n\x07members\x18\x07 \x03(\x0b\x32\x14.warmkv.v1.LayerInfo\x12$\n\x04keys\x18\x08 \x01(\x0b\x32\x16.warmkv.v1.StreamCodec\x12&\n\x06values\x18\t \x01(\x0b\x32\x16.warmkv.v1.StreamCodec\"j\n\x0bStreamCodec\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x0c\n\x04\x62its\x18\x02 \x01(\x05\x12\x12\n\ngroup_size\x18\x03 \x01(\x05\x12\x11\n\x04loss\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\tB\x07\n\x05_loss\"\x16\n\x14GetServerInfoRequest\"\x97\x05\n\x15GetServerInfoResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12(\n\nmodel_kind\x18\x02 \x01(\x0e\x32\x14.warmkv.v1.ModelKind\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0c\n\x04\x62las\x18\x06 \x01(\t\x12\x15\n\rcontext_limit\x18\x07 \x01(\x05\x12$\n\x06layers\x18\x08 \x03(\x0b\x32\x14.warmkv.v1.LayerInfo\x12\x0f\n\x07kv_bits\x18\t \x01(\x05\x12\x15\n\rkv_group_size\x18\n \x01(\x05\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x03\x12\x17\n\x0fhot_bytes_limit\x18\x0c \x01(\x03\x12\x18\n\x10\x64isk_bytes_limit\x18\r \x01(\x03\x12)\n\ndurability\x18\x0e \x01(\x0e\x32\x15.warmkv.v1.Durability\x12@\n\x08versions\x18\x0f \x03(\x0b\x32..warmkv.v1.GetServerInfoResponse.VersionsEntry\x12\x34\n\x11sampling_defaults\x18\x10 \x01(\x0b\x32\x19.warmkv.v1.SamplingParams\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x11 \x01(\x05\x12\'\n\nend_tokens\x18\x15 \x03(\x0b\x32\x13.warmkv.v1.EndToken\x12*\n\x08\x66\x65\x61tures\x18\x12 \x01(\x0b\x32\x18.warmkv.v1.ModelFeatures\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xaa\x01\n\rModelFeatures\x12\x13\n\x0btool_format\x18\x01 \x01(\t\x12\x17\n\x0freasoning_marks\x18\x02 \x03(\t\x12\x1a\n\x12template_variables\x18\x03 \x03(\t\x12\x18\n\x10response_formats\x18\x04 \x03(\t\x12\x13\n\x0bimage_types\x18\x05 \x03(\t\x12 \n\x18template_keeps_reasoning\x18\x06 \x01(\x08\"V\n\x08\x45ndToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12*\n\x07sources\x18\x03 \x03(\x0e\x32\x19.warmkv.v1.EndTokenSource\"\x17\n\x15GetServerStatsRequest\"\x9e\x01\n\x16GetServerStatsResponse\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x63ounters\x18\x02 \x01(\x0b\x32\x19.warmkv.v1.ServerCounters\x12\'\n\x06gauges\x18\x03 \x01(\x0b\x32\x17.warmkv.v1.ServerGauges\"\xc9\x06\n\x0eServerCounters\x12K\n\x12requests_by_source\x18\x01 \x03(\x0b\x32/.warmkv.v1.ServerCounters.RequestsBySourceEntry\x12M\n\x13\x66\x61llbacks_by_reason\x18\x02 \x03(\x0b\x32\x30.warmkv.v1.ServerCounters.FallbacksByReasonEntry\x12\x19\n\x11hot_tokens_reused\x18\x03 \x01(\x03\x12\x1a\n\x12warm_tokens_reused\x18\x04 \x01(\x03\x12\x1c\n\x14shared_tokens_reused\x18\x05 \x01(\x03\x12\x18\n\x10prefilled_tokens\x18\x06 \x01(\x03\x12\x14\n\x0c\x62ytes_loaded\x18\x07 \x01(\x03\x12\x18\n\x10kv_bytes_written\x18\x08 \x01(\x03\x12\x1e\n\x16metadata_bytes_written\x18\t \x01(\x03\x12\x11\n\tevictions\x18\n \x01(\x03\x12\x13\n\x0bquarantined\x18\x0b \x01(\x03\x12\x16\n\x0e\x63ommits_failed\x18\x0c \x01(\x03\x12I\n\x11\x61nswers_by_source\x18\r \x03(\x0b\x32..warmkv.v1.ServerCounters.AnswersBySourceEntry\x12P\n\x15\x66irst_token_by_source\x18\x0e \x03(\x0b\x32\x31.warmkv.v1.ServerCounters.FirstTokenBySourceEntry\x1a\x37\n\x15RequestsBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x38\n\x16\x46\x61llbacksByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x36\n\x14\x41nswersBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1aT\n\x17\x46irstTokenBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration:\x02\x38\x01\"\xec\x01\n\x0cServerGauges\x12\x11\n\thot_bytes\x18\x01 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x03\x12\x41\n\x0e\x61gents_by_tier\x18\x03 \x03(\x0b\x32).warmkv.v1.ServerGauges.AgentsByTierEntry\x12\x13\n\x0bqueue_depth\x18\x04 \x01(\x05\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\x12\x14\n\x0cstale_agents\x18\x06 \x01(\x05\x1a\x33\n\x11\x41gentsByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x94\x01\n\x12\x43ountTokensRequest\x12#\n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x12.warmkv.v1.Content\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12,\n\x0c\x63ontext_mode\x18\x03 \x01(\x0e\x32\x16.warmkv.v1.ContextMode\x12\x19\n\x11include_token_ids\x18\x04 \x01(\x08\"V\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x17\n\x0freplaced_tokens\x18\x03 \x01(\x05*\x80\x01\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12MODEL_KIND_BUILTIN\x10\x01\x12\x14\n\x10MODEL_KIND_LOCAL\x10\x02\x12\x12\n\x0eMODEL_KIND_HUB\x10\x03\x12\x15\n\x11MODEL_KIND_RANDOM\x10\x04*\x90\x01\n\tCacheKind\x12\x1a\n\x16\x43\x41\x43HE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41\x43HE_KIND_APPEND_ONLY\x10\x01\x12\x17\n\x13\x43\x41\x43HE_KIND_WINDOWED\x10\x02\x12\x18\n\x14\x43\x41\x43HE_KIND_RECURRENT\x10\x03\x12\x18\n\x14\x43\x41\x43HE_KIND_COMPOSITE\x10\x04*h\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_FULL\x10\x01\x12\x14\n\x10\x44URABILITY_FSYNC\x10\x02\x12\x13\n\x0f\x44URABILITY_NONE\x10\x03*\xbb\x01\n\x0e\x45ndTokenSource\x12 \n\x1c\x45ND_TOKEN_SOURCE_UNSPECIFIED\x10\x00\x12&\n\"END_TOKEN_SOURCE_GENERATION_CONFIG\x10\x01\x12\x1b\n\x17\x45ND_TOKEN_SOURCE_CONFIG\x10\x02\x12\x1e\n\x1a\x45ND_TOKEN_SOURCE_TOKENIZER\x10\x03\x12\"\n\x1e\x45ND_TOKEN_SOURCE_CHAT_TEMPLATE\x10\x04\x32\x88\x02\n\rServerService\x12R\n\rGetServerInfo\x12\x1f.warmkv.v1.GetServerInfoRequest\x1a .warmkv.v1.GetServerInfoResponse\x12U\n\x0eGetServerStats\x12 .warmkv.v1.GetServerStatsRequest\x1a!.warmkv.v1.GetServerStatsResponse\x12L\n\x0b\x43ountTokens\x12\x1d.warmkv.v1.CountTokensRequest\x1a\x1e.warmkv.v1.CountTokensResponseB\x16P\x01Z\x12warmkv/v1;warmkvv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,14 +47,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVERCOUNTERS_FIRSTTOKENBYSOURCEENTRY']._serialized_options = b'8\001'
   _globals['_SERVERGAUGES_AGENTSBYTIERENTRY']._loaded_options = None
   _globals['_SERVERGAUGES_AGENTSBYTIERENTRY']._serialized_options = b'8\001'
-  _globals['_MODELKIND']._serialized_start=2943
-  _globals['_MODELKIND']._serialized_end=3071
-  _globals['_CACHEKIND']._serialized_start=3074
-  _globals['_CACHEKIND']._serialized_end=3218
-  _globals['_DURABILITY']._serialized_start=3220
-  _globals['_DURABILITY']._serialized_end=3324
-  _globals['_ENDTOKENSOURCE']._serialized_start=3327
-  _globals['_ENDTOKENSOURCE']._serialized_end=3514
+  _globals['_MODELKIND']._serialized_start=2969
+  _globals['_MODELKIND']._serialized_end=3097
+  _globals['_CACHEKIND']._serialized_start=3100
+  _globals['_CACHEKIND']._serialized_end=3244
+  _globals['_DURABILITY']._serialized_start=3246
+  _globals['_DURABILITY']._serialized_end=3350
+  _globals['_ENDTOKENSOURCE']._serialized_start=3353
+  _globals['_ENDTOKENSOURCE']._serialized_end=3540
   _globals['_LAYERINFO']._serialized_start=142
   _globals['_LAYERINFO']._serialized_end=399
   _globals['_STREAMCODEC']._serialized_start=401
@@ -66,31 +66,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=1150
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=1197
   _globals['_MODELFEATURES']._serialized_start=1200
-  _globals['_MODELFEATURES']._serialized_end=1344
-  _globals['_ENDTOKEN']._serialized_start=1346
-  _globals['_ENDTOKEN']._serialized_end=1432
-  _globals['_GETSERVERSTATSREQUEST']._serialized_start=1434
-  _globals['_GETSERVERSTATSREQUEST']._serialized_end=1457
-  _globals['_GETSERVERSTATSRESPONSE']._serialized_start=1460
-  _globals['_GETSERVERSTATSRESPONSE']._serialized_end=1618
-  _globals['_SERVERCOUNTERS']._serialized_start=1621
-  _globals['_SERVERCOUNTERS']._serialized_end=2462
-  _globals['_SERVERCOUNTERS_REQUESTSBYSOURCEENTRY']._serialized_start=2207
-  _globals['_SERVERCOUNTERS_REQUESTSBYSOURCEENTRY']._serialized_end=2262
-  _globals['_SERVERCOUNTERS_FALLBACKSBYREASONENTRY']._serialized_start=2264
-  _globals['_SERVERCOUNTERS_FALLBACKSBYREASONENTRY']._serialized_end=2320
-  _globals['_SERVERCOUNTERS_ANSWERSBYSOURCEENTRY']._serialized_start=2322
-  _globals['_SERVERCOUNTERS_ANSWERSBYSOURCEENTRY']._serialized_end=2376
-  _globals['_SERVERCOUNTERS_FIRSTTOKENBYSOURCEENTRY']._serialized_start=2378
-  _globals['_SERVERCOUNTERS_FIRSTTOKENBYSOURCEENTRY']._serialized_end=2462
-  _globals['_SERVERGAUGES']._serialized_start=2465
-  _globals['_SERVERGAUGES']._serialized_end=2701
-  _globals['_SERVERGAUGES_AGENTSBYTIERENTRY']._serialized_start=2650
-  _globals['_SERVERGAUGES_AGENTSBYTIERENTRY']._serialized_end=2701
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2704
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2852
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2854
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2940
-  _globals['_SERVERSERVICE']._serialized_start=3517
-  _globals['_SERVERSERVICE']._serialized_end=3781
+  _globals['_MODELFEATURES']._serialized_end=1370
+  _globals['_ENDTOKEN']._serialized_start=1372
+  _globals['_ENDTOKEN']._serialized_end=1458
+  _globals['_GETSERVERSTATSREQUEST']._serialized_start=1460
+  _globals['_GETSERVERSTATSREQUEST']._serialized_end=1483
+  _globals['_GETSERVERSTATSRESPONSE']._serialized_start=1486
+  _globals['_GETSERVERSTATSRESPONSE']._serialized_end=1644
+  _globals['_SERVERCOUNTERS']._serialized_start=1647
+  _globals['_SERVERCOUNTERS']._serialized_end=2488
+  _globals['_SERVERCOUNTERS_REQUESTSBYSOURCEENTRY']._serialized_start=2233
+  _globals['_SERVERCOUNTERS_REQUESTSBYSOURCEENTRY']._serialized_end=2288
+  _globals['_SERVERCOUNTERS_FALLBACKSBYREASONENTRY']._serialized_start=2290
+  _globals['_SERVERCOUNTERS_FALLBACKSBYREASONENTRY']._serialized_end=2346
+  _globals['_SERVERCOUNTERS_ANSWERSBYSOURCEENTRY']._serialized_start=2348
+  _globals['_SERVERCOUNTERS_ANSWERSBYSOURCEENTRY']._serialized_end=2402
+  _globals['_SERVERCOUNTERS_FIRSTTOKENBYSOURCEENTRY']._serialized_start=2404
+  _globals['_SERVERCOUNTERS_FIRSTTOKENBYSOURCEENTRY']._serialized_end=2488
+  _globals['_SERVERGAUGES']._serialized_start=2491
+  _globals['_SERVERGAUGES']._serialized_end=2727
+  _globals['_SERVERGAUGES_AGENTSBYTIERENTRY']._serialized_start=2676
+  _globals['_SERVERGAUGES_AGENTSBYTIERENTRY']._serialized_end=2727
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2730
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2878
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2880
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2966
+  _globals['_SERVERSERVICE']._serialized_start=3543
+  _globals['_SERVERSERVICE']._serialized_end=3807
 # @@protoc_insertion_point(module_scope)
