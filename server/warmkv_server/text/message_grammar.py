@@ -45,9 +45,7 @@ class _Writing:
 
     def of(self, message: Message) -> str:
         thought = message.thought
-        self._no_text = self._without(message.marks)
-        if thought is not None and thought.begin and isinstance(begin := self._spell(thought.begin)[0], str):
-            self._no_text += rf" & ~/\s*{_quoted(begin)}(?s:.*)/"
+        self._no_text = self._without(message.marks, thought.begin if thought is not None else "")
         ways = []
         if message.calls is not None:
             ways.append(f"space? {self._calls(message.calls)}")
@@ -118,17 +116,20 @@ class _Writing:
         """Anything up to a mark, and the mark."""
         first, *rest = self._spell(mark)
         free = f"{name.upper()}_FREE"
+        self._rules.append(f"{free}: {_ANY}{without}")
         if isinstance(first, int):
-            self._rules.append(f"{free}: {_ANY}{without}")
             return f"{free} {self._pieces([first, *rest])}"
-        before = "".join(f" & {part}" for part in without.split(" & ")[1:] if part != self._without([first])[3:])
-        self._rules += [f"{free}: {_ANY}{before}", f"{name}_end[lazy]: {free} {json.dumps(first, ensure_ascii=False)}"]
+        self._rules.append(f"{name}_end[lazy]: {free} {self._pieces([first])}")
         return f"{name}_end {self._pieces(rest)}"
 
-    def _without(self, marks: Sequence[str]) -> str:
-        """And none of the marks that are text."""
-        texts = [pieces[0] for pieces in map(self._spell, marks) if isinstance(pieces[0], str)]
-        return "".join(f" & ~/(?s:.*){_quoted(text)}(?s:.*)/" for text in texts)
+    def _without(self, marks: Sequence[str], begin: str = "") -> str:
+        """And none of the marks that are text, nor one at the beginning."""
+        texts = {piece for mark in marks if isinstance(piece := self._spell(mark)[0], str)}
+        least = sorted(text for text in texts if not any(other in text for other in texts - {text}))
+        parts = [f"(?s:.*)({'|'.join(map(_quoted, least))})"] if least else []
+        if begin and isinstance(first := self._spell(begin)[0], str):
+            parts.append(rf"\s*{_quoted(first)}")
+        return f" & ~/({'|'.join(parts)})(?s:.*)/" if parts else ""
 
     def _exactly(self, text: str) -> str:
         return self._pieces(self._spell(text)) if text else ""
