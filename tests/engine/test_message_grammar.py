@@ -59,6 +59,11 @@ FORMATS = {
         '{"count": 3}<|tool_call_end|><|tool_calls_section_end|>',
     ),
     "gpt_oss": Written(' to=functions.first<|channel|>commentary json<|message|>{"place": "Uri"}', ""),
+    "glm47": Written(
+        "</think><tool_call>first<arg_key>place</arg_key><arg_value>Uri</arg_value></tool_call>",
+        "</think><tool_call>first<arg_key>place</arg_key><arg_value>Uri</arg_value></tool_call>"
+        "<tool_call>other<arg_key>count</arg_key><arg_value>3</arg_value></tool_call>",
+    ),
     "llama3_json": Written('{"name": "first", "parameters": {"place": "Uri"}}', ""),
     "qwen3_coder": Written(
         "<tool_call>\n<function=first>\n<parameter=place>\nUri\n</parameter>\n</function>\n</tool_call>",
@@ -68,6 +73,7 @@ FORMATS = {
 }
 MARKS = (
     *THINK,
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|channel|>", "<|message|>"),
     *("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     "<|tool_calls_section_end|>",
@@ -148,7 +154,7 @@ def require_good(name: str, calls: Sequence[CallFinished]) -> None:
         assert each.status is CallStatus.MALFORMED or each.call.name in schemas
 
 
-@pytest.mark.parametrize("most", [0, 1, 2])
+@pytest.mark.parametrize("most", [0, 1])
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_forced_is_read_as_calls(name: str, most: int, vocab: Vocab) -> None:
     ended = 0
@@ -175,7 +181,7 @@ def test_an_answer_that_may_be_either_is_read_as_what_it_is(name: str, vocab: Vo
             require_good(name, read(name, text)[1])
     how = speaks.calls
     assert how is not None
-    arguments = "\n<parameter=place>\nUri\n</parameter>\n</function>\n" if how.syntax.unread else '{"place": "Uri"}'
+    arguments = how.syntax.unread or '{"place": "Uri"}'
     call = f"{how.syntax.opens}weather{how.syntax.middle}{arguments}{how.syntax.closes}".replace(ID, "abcdefgh9")
     for taken in ("Hello", "", call, f"<think>\nI call.\n</think>\n\n{call}"):
         assert takes(speaks, vocab, taken), taken

@@ -65,7 +65,7 @@ class CallSyntax:
         middle: between that and its arguments.
         again, middle_again: the same of further calls, from the arguments before; empty where an answer has one call.
         closes: behind the last arguments.
-        unread: whether the arguments are no JSON, so that they can't be told from what stands around them.
+        unread: some arguments, where they are no JSON, so that they can't be told from what stands around them.
         inner: what such a call has before its name, and no argument.
     """
 
@@ -74,7 +74,7 @@ class CallSyntax:
     again: str = ""
     middle_again: str = ""
     closes: str = ""
-    unread: bool = False
+    unread: str = ""
     inner: str = ""
 
 

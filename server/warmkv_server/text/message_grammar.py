@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from warmkv_server.contract.grammar import ID, NUMBER, Calls, Grammar, GrammarKind, Message, Thought
+from warmkv_server.contract.grammar import ID, NUMBER, Calls, CallSyntax, Grammar, GrammarKind, Message, Thought
 from warmkv_server.text import grammars
 
 Spell = Callable[[str], Sequence[str | int]]
@@ -98,8 +98,7 @@ class _Writing:
         self._rules.append(f"called: call {further} {closes}")
         self._rules.append(f"call: {self._one_of(calls, syntax.middle)}")
         if syntax.unread:
-            inner = self._without([syntax.inner] if syntax.inner else [])
-            self._rules.append(f"unread: {self._up_to('arguments', syntax.closes, inner)}")
+            self._rules.append(f"unread: {self._unread(syntax)}")
         return f"{self._exactly(syntax.opens)} called"
 
     def _one_of(self, calls: Calls, middle: str) -> str:
@@ -109,14 +108,27 @@ class _Writing:
             ways.append(f"{self._exactly(name + middle)} {arguments}")
         return " | ".join(ways)
 
+    def _unread(self, syntax: CallSyntax) -> str:
+        """Arguments that are no JSON, and what ends them; tokens that are no text are those that some have had."""
+        inner = self._without([syntax.inner] if syntax.inner else [])
+        pieces = self._spell(syntax.unread)
+        marks = dict.fromkeys(f"<[{piece}]>" for piece in pieces if isinstance(piece, int))
+        if not marks or isinstance(self._spell(syntax.closes)[0], str):
+            # What begins with a mark must have it, or it would go on with the name.
+            begin = "" if syntax.middle else _quoted(syntax.unread.partition(">")[0] + ">")
+            return self._up_to("arguments", syntax.closes, inner, f"/({begin}(?s:.*))?/" if begin else _ANY)
+        self._rules.append(f"ARGUMENTS: {_ANY}{inner}")
+        end, more = self._exactly(syntax.closes), f"(({' | '.join(marks)}) ARGUMENTS?)*"
+        return f"ARGUMENTS? {more} {end}" if syntax.middle else f"({next(iter(marks))} ARGUMENTS? {more})? {end}"
+
     def _name(self, source: str) -> str:
         return f"@{self._named.setdefault(source, f'part{len(self._named)}')}"
 
-    def _up_to(self, name: str, mark: str, without: str = "") -> str:
+    def _up_to(self, name: str, mark: str, without: str = "", anything: str = _ANY) -> str:
         """Anything up to a mark, and the mark."""
         first, *rest = self._spell(mark)
         free = f"{name.upper()}_FREE"
-        self._rules.append(f"{free}: {_ANY}{without}")
+        self._rules.append(f"{free}: {anything}{without}")
         if isinstance(first, int):
             return f"{free} {self._pieces([first, *rest])}"
         self._rules.append(f"{name}_end[lazy]: {free} {self._pieces([first])}")

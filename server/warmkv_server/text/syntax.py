@@ -50,7 +50,10 @@ def _unread(form: ToolFormat, calls: Sequence[ToolCall], one: str, both: str) ->
     between, second, _ = both.partition(form.end)[2].partition(calls[1].name)
     apart = between.removesuffix(opens) if second and between.endswith(opens) else "-"
     again = apart + opens if not apart.strip(SPACE) else ""
-    return CallSyntax(opens, rest[:1], again, rest[:1] if again else "", form.end, unread=True, inner=inner)
+    # A mark may be a token of its own, which can't be begun.
+    middle = "" if rest.startswith("<") else rest[:1]
+    unread = rest[len(middle) : rest.find(form.end)]
+    return CallSyntax(opens, middle, again, middle if again else "", form.end, unread, inner)
 
 
 def _begun(form: ToolFormat, opens: str) -> str:
