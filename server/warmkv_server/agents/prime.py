@@ -17,7 +17,7 @@ from warmkv_server.errors import AgentNotFound
 async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeResult], run: Run[PrimeResult]) -> None:
     """Publish one PrimeResult, once the context is committed. All or nothing."""
     key, identity = request.key, request.identity
-    async with tools.turns.take(key, run):
+    async with tools.turns.take(key, run, makes=not request.append):
         timings = queued_since(request.arrived)
         agent = tools.store.agent(key.tenant, key.agent_id)
         if agent is None and request.append:

@@ -88,7 +88,7 @@ class Model:
     context_limit: int
 
 
-def prime(request: pb.PrimeRequest, model: Model) -> None:
+def prime(request: convert.AnyPrime, model: Model) -> None:
     faults = Faults()
     _agent_id(faults, "agent_id", request.agent_id)
     _content(faults, request.content, model.vocab_size, model.context_limit)
@@ -101,7 +101,7 @@ def prime(request: pb.PrimeRequest, model: Model) -> None:
     faults.refuse()
 
 
-def extend(request: pb.ExtendRequest, model: Model) -> None:
+def extend(request: convert.AnyExtend, model: Model) -> None:
     faults = Faults()
     chat = request.content.WhichOneof("kind") == "chat"
     faults.need(chat or not request.generation_prompt, "generation_prompt", "needs content.chat")
@@ -303,7 +303,7 @@ def _labels(faults: Faults, field: str, labels: Mapping[str, str]) -> None:
         faults.need(len(value) <= limits.LABEL_VALUE_CHARACTERS, name, value_rule)
 
 
-def _expected_revision(faults: Faults, request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest) -> None:
+def _expected_revision(faults: Faults, request: convert.AnyPrime | convert.AnyExtend | pb.GenerateRequest) -> None:
     faults.need(request.expected_revision >= 0, "expected_revision", "must be 0 (no such agent) or more")
 
 
