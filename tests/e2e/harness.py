@@ -302,6 +302,7 @@ class Refusal:
     domain: str
     fields: list[str]
     retry_seconds: float | None
+    metadata: dict[str, str]
 
 
 @contextmanager
@@ -331,4 +332,5 @@ def refusal_of(error: Any) -> Refusal:
         info.domain,
         [violation.field for violation in bad.field_violations],
         retry.retry_delay.ToNanoseconds() / 1e9 if has_retry else None,
+        dict(info.metadata),
     )

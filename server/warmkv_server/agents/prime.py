@@ -21,7 +21,9 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
         timings = queued_since(request.arrived)
         agent = tools.store.agent(key.tenant, key.agent_id)
         if agent is None and request.append:
-            raise AgentNotFound(f"there is no agent {key.agent_id!r}; create it with Prime or Generate")
+            raise AgentNotFound(
+                f"there is no agent {key.agent_id!r}; create it with Prime or Generate", agent_id=key.agent_id
+            )
         check_revision(agent, request.expected_revision)
         context = await assemble(
             tools.engine,

@@ -81,6 +81,9 @@ class Turns:
             raise QueueFull(
                 f"{self.waiting} requests wait for the turn of their agent, the most this server allows; try again",
                 retry_after=1.0,
+                limit=self._bound.most,
+                actual=self.waiting,
+                unit="requests",
             )
         async with self._stand(key, Place(run, makes=makes), len(line)):
             yield

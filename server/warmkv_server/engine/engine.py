@@ -216,7 +216,13 @@ class Engine:
         self.check_fits(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
         own = sum(handle.tenant == job.tenant for handle in self._handles.values())
         if self._bound.refuses(len(self._handles), own):
-            raise QueueFull(f"{len(self._handles)} requests are running or waiting; try again", retry_after=1.0)
+            raise QueueFull(
+                f"{len(self._handles)} requests are running or waiting; try again",
+                retry_after=1.0,
+                limit=self._bound.most,
+                actual=len(self._handles),
+                unit="requests",
+            )
         ident = next(self._idents)
         handle = self._handles[ident] = Handle(self, ident, job)
         self._loop.send(Submit(ident, job, constraint, time.perf_counter()))
@@ -237,7 +243,10 @@ class Engine:
         if needed > self._settings.inflight_bytes:
             raise MemoryBudget(
                 f"{tokens} tokens and an answer of up to {answer} need {needed} bytes while they are computed, more "
-                f"than the server's {self._settings.inflight_bytes}; send or ask for less, or raise --inflight-bytes"
+                f"than the server's {self._settings.inflight_bytes}; send or ask for less, or raise --inflight-bytes",
+                limit=self._settings.inflight_bytes,
+                actual=needed,
+                unit="bytes",
             )
 
     def cancel(self, ident: int) -> None:

@@ -20,8 +20,8 @@ Errors are google.rpc.Status with an ErrorInfo{domain: "warmkv", reason, metadat
 wrong field of a request at once, and RetryInfo is there where waiting helps. The metadata has what a program may want
 of what the message says:
   - field: the path of the wrong field, the first of them;
-  - limit, actual, unit: what is allowed and what came or would be, where it is known, in unit: tokens, bytes,
-    characters, entries, fields, requests or seconds;
+  - limit, actual, unit: what is allowed and what came or would be, where it is known, and of what that is a number,
+    such as tokens, bytes, characters, entries, requests or seconds;
   - agent_id, request_id: of whom the message speaks; agent_prefix: what the caller's agent_ids begin with;
   - revision, expected_revision: the agent's, 0 where there is none, and the request's;
   - error_id: what to look for in the server's log;
