@@ -16,6 +16,7 @@ from warmkv_server.contract.model import ModelInfo
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import CONSTANTS, LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.model.load_progress import LoadProgress, untold
 from warmkv_server.engine.steps.loop import SOON_SECONDS
 from warmkv_server.errors import InvalidField, OperatorError, ServerFailed
 from warmkv_server.kv.store import Fingerprint, Store
@@ -55,12 +56,15 @@ class Serving:
     stale: Mapping[str, int]
 
 
-async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Serving], None]) -> int:
+async def serve(
+    settings: Settings, text: StartedProcess, tell: Callable[[Serving], None], progress: LoadProgress = untold
+) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
         text: the first process for text work.
         tell: is called when calls are served.
+        progress: is called while the model loads, on another thread.
 
     Returns:
         The exit status; see shutdown.py.
@@ -101,6 +105,7 @@ async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Servin
             constants=settings.data_dir / CONSTANTS,
             pressure=pressure,
             tell=server.say_engine,
+            progress=progress,
         )
         engine = await _unless_stopped(_loaded(settings, starting), signals.first)
         try:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from warmkv_server.cli import reports
 from warmkv_server.offline.words import console
@@ -13,24 +22,33 @@ from warmkv_server.offline.words import console
 if TYPE_CHECKING:
     from warmkv import v1
 
-COMPUTING = "computing the context"
+_COMPUTING = "computing the context"
 
 
 class Bar:
-    """Appears when there is something to tell, and leaves nothing behind: `with Bar() as bar`."""
+    """Appears when there is something to tell, and leaves nothing behind: `with Bar() as bar`.
 
-    def __init__(self) -> None:
-        aside = console(stderr=True)
-        self._shown = aside.is_terminal
+    Args:
+        numbers: how it shows them, if not as they are.
+        aside: where it is shown, if not on stderr.
+
+    Attributes:
+        is_shown: whether there is a terminal.
+    """
+
+    def __init__(self, numbers: ProgressColumn | None = None, aside: Console | None = None) -> None:
+        aside = aside or console(stderr=True)
+        self.is_shown = aside.is_terminal
         self._bar = Progress(
             TextColumn("[dim]{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            numbers or MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=aside,
             transient=True,
         )
         self._task: TaskID | None = None
+        self._doing = ""
 
     def __enter__(self) -> Self:
         return self
@@ -40,26 +58,27 @@ class Bar:
     ) -> None:
         self.hide()
 
-    def tell(self, done: int, total: int, doing: str = COMPUTING) -> None:
-        """Show how far it is; without a total, only what is done."""
-        if not self._shown:
+    def tell(self, done: int, total: int, doing: str = _COMPUTING) -> None:
+        """Show how far it is; without a total, only that it goes on."""
+        if not self.is_shown:
             return
+        if doing != self._doing:
+            self.hide()
         if self._task is None:
-            self._task = self._bar.add_task(doing)
+            self._task, self._doing = self._bar.add_task(doing, total=None), doing
             self._bar.start()
-        self._bar.update(self._task, description=doing, completed=done, total=total or None)
+        self._bar.update(self._task, completed=done, total=total or None)
 
     def follow(self, progress: v1.PrimeProgress) -> None:
         """Show how far a Prime or an Extend is."""
         from warmkv import v1
 
         computes = progress.activity == v1.ACTIVITY_PREFILLING
-        self.tell(
-            progress.tokens_done, progress.tokens_total, COMPUTING if computes else reports.activity(progress.activity)
-        )
+        doing = _COMPUTING if computes else reports.activity(progress.activity)
+        self.tell(progress.tokens_done, progress.tokens_total, doing)
 
     def hide(self) -> None:
         if self._task is not None:
             self._bar.stop()
             self._bar.remove_task(self._task)
-            self._task = None
+            self._task, self._doing = None, ""

@@ -120,7 +120,10 @@ def _message(message: pb.ChatMessage) -> ChatMessage:
 AnyPrime = pb.PrimeRequest | pb.PrimeStreamRequest
 AnyExtend = pb.ExtendRequest | pb.ExtendStreamRequest
 
-_SAME = {pb.PrimeStreamRequest: pb.PrimeRequest, pb.ExtendStreamRequest: pb.ExtendRequest}
+_SAME = {
+    pb.PrimeStreamRequest.DESCRIPTOR.full_name: pb.PrimeRequest.DESCRIPTOR.full_name,
+    pb.ExtendStreamRequest.DESCRIPTOR.full_name: pb.ExtendRequest.DESCRIPTOR.full_name,
+}
 """Requests that ask for the same in the same fields, and only are answered in another way."""
 
 
@@ -131,8 +134,8 @@ def identity(request: AnyPrime | AnyExtend | pb.GenerateRequest | pb.ForkAgentRe
     body = type(request)()
     body.CopyFrom(request)  # type: ignore[arg-type]
     body.ClearField("request_id")
-    kind = _SAME.get(type(request), type(request))  # type: ignore[call-overload]
-    hasher = hashlib.blake2b(kind.DESCRIPTOR.full_name.encode() + b"\0", digest_size=16)
+    name = request.DESCRIPTOR.full_name
+    hasher = hashlib.blake2b(_SAME.get(name, name).encode() + b"\0", digest_size=16)
     hasher.update(body.SerializeToString(deterministic=True))
     return Identity(request.request_id, hasher.digest())
 

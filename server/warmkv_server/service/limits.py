@@ -6,7 +6,7 @@ for nearly all fields, so that whatever comes costs little. The second is what e
 
 from __future__ import annotations
 
-from warmkv_server.errors import About
+from typing import Any
 
 # On the wire.
 MESSAGE_FIELDS = 32_768
@@ -60,6 +60,6 @@ DELTA_BYTES, DELTA_CHARACTERS = 2 << 20, 400 << 10
 """Token ids with their log probabilities, and text, which takes up to four bytes a character."""
 
 
-def about(limit: int, actual: int, unit: str) -> dict[str, About]:
+def about(limit: int, actual: int, unit: str) -> dict[str, Any]:
     """What an error that has to do with a limit says to programs."""
     return {"limit": limit, "actual": actual, "unit": unit}

@@ -80,7 +80,8 @@ class AsyncClient:
             said.identify(followed)
             with raising("PrimeStream"):
                 call = self.agent_service.PrimeStream(followed, timeout=self.timeout, metadata=self.metadata)
-                return (await _followed(call, on_progress)).response
+                response: v1.PrimeResponse = (await _followed(call, on_progress)).response
+                return response
         request = v1.PrimeRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Prime"):
@@ -94,7 +95,8 @@ class AsyncClient:
             said.identify(followed)
             with raising("ExtendStream"):
                 call = self.agent_service.ExtendStream(followed, timeout=self.timeout, metadata=self.metadata)
-                return (await _followed(call, on_progress)).response
+                response: v1.ExtendResponse = (await _followed(call, on_progress)).response
+                return response
         request = v1.ExtendRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Extend"):

@@ -109,7 +109,8 @@ class Client:
             said.identify(followed)
             with raising("PrimeStream"):
                 call = self.agent_service.PrimeStream(followed, timeout=self.timeout, metadata=self.metadata)
-                return _followed(call, on_progress).response
+                response: v1.PrimeResponse = _followed(call, on_progress).response
+                return response
         request = v1.PrimeRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Prime"):
@@ -124,7 +125,8 @@ class Client:
             said.identify(followed)
             with raising("ExtendStream"):
                 call = self.agent_service.ExtendStream(followed, timeout=self.timeout, metadata=self.metadata)
-                return _followed(call, on_progress).response
+                response: v1.ExtendResponse = _followed(call, on_progress).response
+                return response
         request = v1.ExtendRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Extend"):
