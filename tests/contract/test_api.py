@@ -191,6 +191,16 @@ def test_a_request_that_is_answered_by_a_stream_has_the_same_fields(
     assert fields[f"{kind}StreamRequest"] == fields[f"{kind}Request"]
 
 
+def test_packages_have_their_names_in_every_language(files: list[FileDescriptorProto]) -> None:
+    """Those that clients import; where a language has a default of its own, too."""
+    for file in files:
+        assert file.package == "warmkv.v1"
+        assert file.options.csharp_namespace == "Warmkv.V1"
+        assert file.options.go_package == "warmkv/v1;warmkvv1"
+        assert file.options.java_multiple_files
+        assert file.options.java_package == "warmkv.v1"
+
+
 def test_messages_and_enums_are_top_level(files: list[FileDescriptorProto]) -> None:
     for message in (message for file in files for message in file.message_type):
         assert not message.enum_type, message.name
