@@ -85,6 +85,9 @@ def test_loading_is_a_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> Non
     assert "reading the weights" in screen.getvalue()
     assert "checking the weights" in screen.getvalue()
     assert screen.getvalue().endswith("\x1b[2K")  # the line is erased
+    shown = len(screen.getvalue())
+    loading.tell("checking the weights", 2, 4)  # the thread that loads may be a moment behind
+    assert len(screen.getvalue()) == shown
     assert not caplog.messages
 
 

@@ -67,7 +67,7 @@ def serve(**flags: Any) -> None:
         from warmkv_server.app import serve as run  # imports MLX, and not before the process above is there
 
         with Loading() as loading:
-            status = asyncio.run(run(settings, text, loading.serves, loading.tell))
+            status = asyncio.run(run(settings, text, loading.serves, loading.tell, loading.hide))
     except OperatorError as error:
         _refuse(str(error))
     except ServerFailed as error:

@@ -44,17 +44,23 @@ class Loading:
     def __init__(self, clock: Callable[[], float] = time.monotonic, bar: Bar | None = None) -> None:
         self._clock = clock
         self._bar = Bar(DownloadColumn(binary_units=True)) if bar is None else bar
-        self._told = self._began = clock()
+        self._began: float | None = None
+        self._told = 0.0
+        self._over = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.hide()
+        self.hide()
 
     def tell(self, what: str, done: int, total: int) -> None:
         """Say how many of its bytes are done. On any thread."""
         now = self._clock()
+        if self._began is None:
+            self._began = self._told = now
+        if self._over:
+            return
         if self._bar.is_shown:
             if now - self._began > _SOON_SECONDS:
                 self._bar.tell(done, total, what)
@@ -64,8 +70,13 @@ class Loading:
 
     def serves(self, serving: Serving) -> None:
         """It is loaded."""
-        self._bar.hide()
+        self.hide()
         show(serving)
+
+    def hide(self) -> None:
+        """Say no more."""
+        self._over = True
+        self._bar.hide()
 
 
 def show(serving: Serving) -> None:
