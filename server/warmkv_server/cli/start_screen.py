@@ -34,8 +34,8 @@ _LINE_SECONDS = 10.0
 """From one line in the log to the next."""
 
 
-class Loading:
-    """Says how far a model's loading is: a bar on stderr where that is a terminal, a line now and then elsewhere.
+class StartScreen:
+    """Says how far a model's loading is, and then that it is served: a bar and a screen on a terminal, lines elsewhere.
 
     Args:
         clock: seconds.
