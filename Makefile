@@ -53,7 +53,7 @@ hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="
 	@$(PYTEST) $(BESIDE) tests/hostile $(ARGS)
 
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
-	@$(PYTEST) tests/reference $(ARGS)
+	@$(PYTEST) $(BESIDE) tests/reference $(ARGS)
 
 clients: setup ## Run the Go, Java and Node clients and the README's commands (needs Go, Maven and Node)
 	$(BIN)/python tests/clients/run.py
