@@ -43,7 +43,7 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(PYTEST) $(BESIDE) -m "not long" $(ARGS)
 
-test-long: setup ## Run the rest of them: power cuts, kill -9, state machines, planted bugs, the benchmark itself
+test-long: setup ## Run the rest of them: every kind of cache, power cuts, kill -9, state machines, planted bugs, the benchmark
 	@$(PYTEST) $(BESIDE) -m long $(ARGS)
 
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
