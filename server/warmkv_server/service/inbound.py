@@ -79,7 +79,11 @@ async def read_all(
         if len(data) > _LARGE_BYTES:
             give_back_later()
         if (refused := refusal(data)) is not None:
-            raise refused
+            try:
+                raise refused
+            finally:
+                # The error knows this frame, by its traceback: by knowing it too, the frame would keep the message.
+                del refused
         try:
             yield kind.FromString(data)
         except DecodeError:
