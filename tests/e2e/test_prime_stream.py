@@ -29,8 +29,9 @@ def extend_stream(client: Client, agent: str, content: v1.Content | None, **fiel
 
 def until_it_computes(stream: Any) -> v1.PrimeProgress:
     for event in stream:
-        if event.progress.tokens_done:
-            return event.progress
+        progress: v1.PrimeProgress = event.progress
+        if progress.tokens_done:
+            return progress
     pytest.fail("the stream ended before it computed anything")
 
 
@@ -73,7 +74,7 @@ def test_an_agent_that_is_primed_for_the_first_time_is_seen(client: Client, agen
     assert seen.activity == v1.ACTIVITY_PREFILLING
     assert far.tokens_done <= seen.tokens_done <= seen.tokens_total == 20_000
     assert not seen.HasField("create_time")
-    pages, page_token = [], ""
+    pages, page_token = list[str](), ""
     while not pages or page_token:
         page = client.list(page_size=1, page_token=page_token)
         pages += [each.agent_id for each in page.agents]
@@ -82,10 +83,11 @@ def test_an_agent_that_is_primed_for_the_first_time_is_seen(client: Client, agen
     assert pages == sorted(pages)
     # There is nothing yet that could be copied, changed or refused to.
     not_found = grpc.StatusCode.NOT_FOUND, "AGENT_NOT_FOUND"
-    for call in (
+    calls: list[Callable[[], Any]] = [
         lambda: client.fork(agent, f"{agent}-2"),
         lambda: client.update(v1.Agent(agent_id=agent, pinned=True), "pinned"),
-    ):
+    ]
+    for call in calls:
         with refused(*not_found):
             call()
     stream.cancel()

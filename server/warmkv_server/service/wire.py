@@ -189,8 +189,7 @@ class _Walk:
                 )
         elif end - at > limits.STRING_BYTES and not field.is_image and len(self.found) < limits.VIOLATIONS:
             rule = f"has {end - at} bytes; no string but content may have more than {limits.STRING_BYTES}"
-            about = {"limit": limits.STRING_BYTES, "actual": end - at, "unit": "bytes"}
-            self.found.append(Violation(str(place), rule, about))
+            self.found.append(Violation(str(place), rule, limits.about(limits.STRING_BYTES, end - at, "bytes")))
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         """The number that begins there, and where it ends."""
