@@ -17,6 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TOOLS = HERE / "go" / "bin"
+LONGEST = "16384"
+"""Tokens of a context. To compute one takes some tens of seconds on two cores, longer than clients' keepalive."""
 PACKAGES = (
     "github.com/fullstorydev/grpcurl/cmd/grpcurl",
     "google.golang.org/grpc/cmd/protoc-gen-go-grpc",
@@ -60,6 +62,7 @@ def server() -> Iterator[str]:
     """A server on the built-in model, with an empty data directory."""
     with tempfile.TemporaryDirectory() as data:
         command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
+        command += ["--context-limit", LONGEST]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         try:

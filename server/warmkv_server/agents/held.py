@@ -67,14 +67,17 @@ def _calls(choice: ToolChoice, tools: Mapping[int, Tool], traits: Traits, text: 
     remedy = "set tool_choice.mode to TOOL_CHOICE_MODE_NONE, or leave it out"
     if syntax is None:
         what = "tool_choice" if text is None else text.field
-        raise Unsupported(f"{what}: calls as this model writes them ({form.name}) can't be forced; {remedy}")
+        raise Unsupported(
+            f"{what}: calls as this model writes them ({form.name}) can't be forced; {remedy}", field=what
+        )
     if text is not None and not form.begins:
         raise Unsupported(
             f"{text.field}: calls as this model writes them ({form.name}) can't be told from an answer of this form; "
-            f"{remedy}"
+            f"{remedy}",
+            field=text.field,
         )
     if text is not None and text.kind is GrammarKind.LARK:
-        raise Unsupported(f"{text.field}: calls can't be told from a sentence of a grammar; {remedy}")
+        raise Unsupported(f"{text.field}: calls can't be told from a sentence of a grammar; {remedy}", field=text.field)
     require_strict(tools, traits)
     named = tuple((tool.name, strict_grammar(tool, n) if tool.strict else None) for n, tool in tools.items())
     begins = next((mark for mark in (*form.begins, *form.around) if syntax.opens.startswith(mark)), "")

@@ -42,9 +42,11 @@ def require_strict(tools: Mapping[int, Tool], traits: Traits) -> None:
     if strict is None or (traits.syntax is not None and not traits.syntax.unread):
         return
     form = traits.form.name if traits.form is not None else "unknown"
+    field = f"content.chat.tools.tools[{strict}].strict"
     raise Unsupported(
-        f"content.chat.tools.tools[{strict}].strict: arguments as this model writes them ({form}) can't be held to a "
-        "schema; leave it out: a call's status says whether its arguments satisfy it"
+        f"{field}: arguments as this model writes them ({form}) can't be held to a "
+        "schema; leave it out: a call's status says whether its arguments satisfy it",
+        field=field,
     )
 
 
