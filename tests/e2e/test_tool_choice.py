@@ -63,7 +63,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Iterator[Cl
         yield client
 
 
-def choose(mode: v1.ToolChoiceMode = v1.TOOL_CHOICE_MODE_AUTO, *names: str, most: int = 0) -> v1.ToolChoice:
+def choose(mode: v1.ToolChoiceMode.ValueType = v1.TOOL_CHOICE_MODE_AUTO, *names: str, most: int = 0) -> v1.ToolChoice:
     return v1.ToolChoice(mode=mode, allowed_names=names, max_calls=most)
 
 
@@ -178,7 +178,7 @@ def test_a_format_begins_behind_the_reasoning(client: Client) -> None:
 
 @pytest.mark.parametrize("retention", [v1.REASONING_RETENTION_KEEP, v1.REASONING_RETENTION_DROP])
 def test_reasoning_before_a_format_is_kept_or_dropped(
-    client: Client, agent: str, retention: v1.ReasoningRetention
+    client: Client, agent: str, retention: v1.ReasoningRetention.ValueType
 ) -> None:
     begun = asked(user("Does it rain?"))
     begun.chat.template_variables["thinks"] = True
