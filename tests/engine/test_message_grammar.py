@@ -209,7 +209,7 @@ def test_a_response_format_begins_behind_the_reasoning(vocab: Vocab) -> None:
     for grammar, good, bad in (
         (Grammar(GrammarKind.JSON_SCHEMA, (PLACE,)), '{"place": "Uri"}', '{"place": "Bern"}'),
         (Grammar(GrammarKind.REGEX, ("[a-z<>/ ]+",)), "a/b <c>", "A"),
-        (Grammar(GrammarKind.CHOICES, ("yes", "no/")), "no/", "none"),
+        (Grammar(GrammarKind.CHOICES, ("yes", "no/", "a\nb")), "a\nb", "none"),
         (Grammar(GrammarKind.LARK, ('start: A " " B\nA: /[0-9]+/\nB: "x"',)), "12 x", "12"),
     ):
         alone = Message(Thought(*THINK), text=grammar)

@@ -63,13 +63,10 @@ def _allowed(choice: ToolChoice, tools: Sequence[Tool]) -> dict[int, Tool]:
 
 def _calls(choice: ToolChoice, tools: Mapping[int, Tool], traits: Traits, text: Grammar | None) -> Calls:
     form, syntax = traits.form, traits.syntax
-    assert form is not None  # or the tools would have been refused
     remedy = "set tool_choice.mode to TOOL_CHOICE_MODE_NONE, or leave it out"
-    if syntax is None:
-        what = "tool_choice" if text is None else text.field
-        raise Unsupported(
-            f"{what}: calls as this model writes them ({form.name}) can't be forced; {remedy}", field=what
-        )
+    if form is None or syntax is None:  # perhaps the tools are of another model's time
+        what, name = "tool_choice" if text is None else text.field, form.name if form is not None else "no known form"
+        raise Unsupported(f"{what}: calls as this model writes them ({name}) can't be forced; {remedy}", field=what)
     if text is not None and not form.begins:
         raise Unsupported(
             f"{text.field}: calls as this model writes them ({form.name}) can't be told from an answer of this form; "
