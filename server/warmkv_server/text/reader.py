@@ -39,6 +39,7 @@ class MessageReader:
         ident: names the call of a number.
         thinks: whether the prompt has begun the reasoning.
         tools: for formats that need them to be read.
+        around: marks that say nothing, where there is no format of calls.
 
     Attributes:
         finished: the calls so far that are over. Those that are whole count as valid.
@@ -52,11 +53,13 @@ class MessageReader:
         *,
         thinks: bool = False,
         tools: Sequence[Tool] = (),
+        around: Sequence[str] = (),
     ) -> None:
         self._marks = marks
         self._form = form
         self._ident = ident
         self._tools = tools
+        self._silent = form.marks if form is not None else tuple(around)
         self._buffer = ""
         self._step: Callable[[bool], bool] = self._reasoning if thinks and marks else self._text
         self._bare = form is not None and not form.begins
@@ -102,8 +105,7 @@ class MessageReader:
             return True
         if self._marks and self._may_think and (begun := self._begins_thought(self._marks[0], final)) is not None:
             return begun
-        form = self._form
-        marks = form.marks if form is not None else ()
+        form, marks = self._form, self._silent
         at, mark = _first(self._buffer, marks)
         if mark:
             self._tell_text(self._buffer[:at].rstrip(SPACE))
