@@ -1,6 +1,6 @@
 // A conversation with a WarmKV server in Go, on stubs generated from proto/.
 //
-//	client [HOST:PORT [SECONDS]]
+//	client [HOST:PORT [SECONDS [TOKENS]]]
 package main
 
 import (
@@ -11,6 +11,7 @@ import (
 	"io"
 	"log"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -66,6 +67,11 @@ func main() {
 	fail(client)
 	if silence > 0 {
 		staySilent(connection, silence)
+	}
+	if len(os.Args) > 3 {
+		tokens, err := strconv.Atoi(os.Args[3])
+		check(err)
+		prime(client, tokens)
 	}
 }
 
@@ -137,6 +143,20 @@ func staySilent(connection *grpc.ClientConn, silence time.Duration) {
 		log.Fatal(err)
 	}
 	fmt.Printf("silent for %.0f s, and still connected\n", silence.Seconds())
+}
+
+// prime makes a context of so many tokens. The call hears nothing until they are computed, but for the pings.
+func prime(client warmkv.AgentServiceClient, tokens int) {
+	ctx, done := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer done()
+	ids := make([]int32, tokens)
+	for n := range ids {
+		ids[n] = 300 + int32(n*n%2700)
+	}
+	content := &warmkv.Content{Kind: &warmkv.Content_TokenIds{TokenIds: &warmkv.TokenIds{Ids: ids}}}
+	primed, err := client.Prime(ctx, &warmkv.PrimeRequest{AgentId: agentID + "-long", Content: content, RequestId: rand.Text()})
+	check(err)
+	fmt.Printf("primed %d tokens in %.1f s\n", primed.Agent.TokenCount, primed.Timings.Prefill.AsDuration().Seconds())
 }
 
 func fromUser(message string) *warmkv.Content {

@@ -1,6 +1,6 @@
 // A conversation with a WarmKV server in Node, straight from proto/.
 //
-//   node client.mjs [HOST:PORT [SECONDS]]
+//   node client.mjs [HOST:PORT [SECONDS [TOKENS]]]
 import { randomUUID } from "node:crypto";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
@@ -25,7 +25,7 @@ const rpc = protobuf.parse(`
   message Status { int32 code = 1; string message = 2; repeated Any details = 3; }
   message ErrorInfo { string reason = 1; string domain = 2; map<string, string> metadata = 3; }`).root;
 
-const [, , target = "127.0.0.1:50051", seconds = "0"] = process.argv;
+const [, , target = "127.0.0.1:50051", seconds = "0", tokens = "0"] = process.argv;
 const options = {
   "grpc.service_config": JSON.stringify(retries),
   // A long prefill says nothing for minutes: pings tell a slow server from a dead one.
@@ -40,6 +40,7 @@ await ask("What is my name?");
 await cancel();
 await fail();
 if (Number(seconds)) await staySilent(Number(seconds));
+if (Number(tokens)) await prime(Number(tokens));
 client.close();
 
 // Prints an answer as it comes, and then what was reused for it.
@@ -92,6 +93,20 @@ async function staySilent(seconds) {
   }
   health.close();
   console.log(`silent for ${seconds} s, and still connected`);
+}
+
+// Makes a context of so many tokens, and tells how far it is.
+async function prime(count) {
+  const ids = Array.from({ length: count }, (_, n) => 300 + ((n * n * 11) % 2700));
+  const request = { agentId: `${agentId}-long`, content: { tokenIds: { ids } }, requestId: randomUUID() };
+  let computed = 0;
+  for await (const event of client.primeStream(request, { deadline: Date.now() + 600_000 })) {
+    if (event.progress) computed = event.progress.tokensDone;
+    if (event.response) {
+      const { agent, timings } = event.response;
+      console.log(`primed ${agent.tokenCount} tokens in ${timings.prefill.seconds} s, told of ${computed} before`);
+    }
+  }
 }
 
 function generate(message, fields) {

@@ -1,6 +1,6 @@
-"""The same on an event loop: `python examples/python/async_client.py [HOST:PORT [SECONDS]]`.
+"""The same on an event loop: `python async_client.py [HOST:PORT [SECONDS]]`.
 
-It needs `pip install . grpcio-health-checking`, the latter for the server's health alone.
+It needs `pip install . grpcio-health-checking` in the checkout, the latter for the server's health alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A conversation with a WarmKV server in Python: `python examples/python/sync_client.py [HOST:PORT [SECONDS]]`.
+"""A conversation with a WarmKV server in Python: `python sync_client.py [HOST:PORT [SECONDS [TOKENS]]]`.
 
-It needs `pip install . grpcio-health-checking`, the latter for the server's health alone.
+It needs `pip install . grpcio-health-checking` in the checkout, the latter for the server's health alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from warmkv.client import Client, WarmKVError
 TOKENS_TO_WAIT_FOR = 8
 
 
-def main(target: str = "127.0.0.1:50051", seconds: str = "0") -> None:
+def main(target: str = "127.0.0.1:50051", seconds: str = "0", tokens: str = "0") -> None:
     # Keepalive: every 10 seconds the client asks whether the connection lives; without this, every 20 seconds.
     # Retries: what finds no server, or one that loads or stops, is tried again, which is built in.
     with Client(target, timeout=300, options=[("grpc.keepalive_time_ms", 10_000)]) as client:
@@ -28,6 +28,8 @@ def main(target: str = "127.0.0.1:50051", seconds: str = "0") -> None:
         fail(client)
         if float(seconds):
             stay_silent(client, float(seconds))
+        if int(tokens):
+            prime(client, int(tokens))
 
 
 def ask(client: Client, message: str) -> None:
@@ -68,6 +70,13 @@ def stay_silent(client: Client, seconds: float) -> None:
         if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
             raise
     print(f"silent for {seconds:g} s, and still connected")
+
+
+def prime(client: Client, count: int) -> None:
+    """Make a context of so many tokens. The call hears nothing until they are computed, but for the pings."""
+    ids = (300 + n * n * 13 % 2700 for n in range(count))
+    primed = client.prime("example-python-long", v1.Content(token_ids=v1.TokenIds(ids=ids)))
+    print(f"primed {primed.agent.token_count} tokens in {primed.timings.prefill.ToTimedelta().total_seconds():.1f} s")
 
 
 if __name__ == "__main__":

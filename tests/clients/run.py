@@ -2,9 +2,9 @@
 
 Needs Go, Java with Maven, Node and Rust; builds and installs the rest into folders that git ignores.
 
-First all examples talk to one server at once, and each then stays silent for long enough for some pings. Then the
-server is killed with -9 and started again, and each example talks to it once more, behind a balancer that refuses the
-first try of every call.
+First all examples talk to one server at once, and each then stays silent for long enough for some pings; those that can
+prime the longest context of the server, and hear nothing until it is computed. Then the server is killed with -9 and
+started again, and each example talks to it once more, behind a balancer that refuses the first try of every call.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ EXAMPLES = ROOT / "examples"
 GRPCURL = ROOT / "tests" / "clients" / "go"
 SILENT_SECONDS = 45
 """Four pings of the examples' clients; a server that minds them has ended the connection by then."""
+LONGEST = 16_384
+"""Tokens of a context. To compute one takes some tens of seconds on two cores, longer than clients' keepalive."""
+PRIMED = {"Python": LONGEST, "Go": LONGEST, "Java": LONGEST, "Node": 4096}
+"""What the examples that prime are to prime; Node is told how far it is, and needs no silence."""
 ANSWER = re.compile(r"^\[(\w+)] reused (\d+) of (\d+) tokens, first token in [\d.,]+ s$", re.MULTILINE)
 
 # Each example: where it is run, and its command.
@@ -48,11 +52,13 @@ def main() -> None:
     build()
     with tempfile.TemporaryDirectory() as data:
         with server(data) as address, ThreadPoolExecutor(len(CLIENTS)) as together:
-            running = {name: together.submit(run, name, address, SILENT_SECONDS) for name in CLIENTS}
+            running = {name: together.submit(run, name, address, SILENT_SECONDS, PRIMED.get(name)) for name in CLIENTS}
             for name, done in running.items():
                 printed = done.result()
                 check(name, printed, {"COLD", "SHARED"})
                 require("and still connected" in printed, name, printed, "it did not stay connected")
+                if name in PRIMED:
+                    require(f"primed {PRIMED[name]} tokens" in printed, name, printed, "it did not prime")
         with server(data) as address:
             for name in CLIENTS:
                 with balancer(address) as (front, refused):
@@ -85,10 +91,10 @@ def at(folder: Path, *command: str, **environment: str) -> None:
     subprocess.run(command, cwd=folder, env=os.environ | environment, check=True)
 
 
-def run(name: str, address: str, silent_seconds: int) -> str:
+def run(name: str, address: str, silent_seconds: int, primed: int | None = None) -> str:
     """What an example prints."""
     folder, command = CLIENTS[name]
-    arguments = [address, str(silent_seconds)]
+    arguments = [address, str(silent_seconds), *([str(primed)] if primed else [])]
     if command[0] == "mvn":
         arguments = [f"-Dexec.args={' '.join(arguments)}"]
     done = subprocess.run(
@@ -97,7 +103,7 @@ def run(name: str, address: str, silent_seconds: int) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     require(done.returncode == 0, name, done.stdout, f"it ended with {done.returncode}")
@@ -128,6 +134,7 @@ def require(condition: bool, name: str, printed: str, otherwise: str) -> None:
 def server(data: str) -> Iterator[str]:
     """A server on the built-in model; killed with -9 at the end."""
     command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
+    command += ["--context-limit", str(LONGEST)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:

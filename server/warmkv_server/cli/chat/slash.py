@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from warmkv_server.cli import reports, running
+from warmkv_server.cli.bar import Bar
 from warmkv_server.cli.chat.session import ChatSession
 from warmkv_server.offline import words
 
@@ -97,7 +98,9 @@ def _system(chat: ChatSession, rest: str) -> None:
             f"agent {chat.agent} has a context already, and a system text stands at its beginning: /delete it first, "
             "or go to a new one with /agent ID"
         )
-    chat.screen.note(reports.computed(chat.client.prime(chat.agent, messages(("system", rest)), expected_revision=0)))
+    with Bar() as bar:
+        done = chat.client.prime(chat.agent, messages(("system", rest)), on_progress=bar.follow, expected_revision=0)
+    chat.screen.note(reports.computed(done))
 
 
 def _save(chat: ChatSession, rest: str) -> None:

@@ -24,11 +24,14 @@ import warmkv.v1.Content;
 import warmkv.v1.GenerateRequest;
 import warmkv.v1.GenerateResponse;
 import warmkv.v1.GetAgentRequest;
+import warmkv.v1.PrimeRequest;
+import warmkv.v1.PrimeResponse;
+import warmkv.v1.TokenIds;
 
 /**
  * A conversation with a WarmKV server in Java, on stubs generated from proto/.
  *
- * <pre>mvn compile exec:java -Dexec.args="[HOST:PORT [SECONDS]]"</pre>
+ * <pre>mvn compile exec:java -Dexec.args="[HOST:PORT [SECONDS [TOKENS]]]"</pre>
  */
 public final class Client {
   private static final String AGENT = "example-java";
@@ -67,6 +70,9 @@ public final class Client {
     fail(client);
     if (seconds > 0) {
       staySilent(channel, seconds);
+    }
+    if (arguments.length > 2) {
+      prime(client, Integer.parseInt(arguments[2]));
     }
     channel.shutdownNow().awaitTermination(10, TimeUnit.SECONDS);
   }
@@ -140,6 +146,24 @@ public final class Client {
       expect(Status.Code.DEADLINE_EXCEEDED, ended);
     }
     System.out.printf("silent for %d s, and still connected%n", seconds);
+  }
+
+  /** Makes a context of so many tokens. The call hears nothing until they are computed, but for the pings. */
+  private static void prime(AgentServiceBlockingStub client, int tokens) {
+    TokenIds.Builder ids = TokenIds.newBuilder();
+    for (long n = 0; n < tokens; n++) {
+      ids.addIds(300 + (int) (n * n * 7 % 2700));
+    }
+    PrimeRequest request =
+        PrimeRequest.newBuilder()
+            .setAgentId(AGENT + "-long")
+            .setContent(Content.newBuilder().setTokenIds(ids))
+            .setRequestId(UUID.randomUUID().toString())
+            .build();
+    PrimeResponse primed = client.withDeadlineAfter(10, TimeUnit.MINUTES).prime(request);
+    System.out.printf(
+        "primed %d tokens in %d s%n",
+        primed.getAgent().getTokenCount(), primed.getTimings().getPrefill().getSeconds());
   }
 
   private static GenerateRequest.Builder fromUser(String message) {
