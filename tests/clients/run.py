@@ -1,80 +1,152 @@
-"""Runs clients of other languages, and the README's commands, against a real server. Called by `make clients`.
+"""Runs examples/ in every language, and the README's commands, against a real server. Called by `make clients`.
 
-Needs Go, Node, and Java with Maven; builds and installs the rest into folders that git ignores.
+Needs Go, Java with Maven, Node and Rust; builds and installs the rest into folders that git ignores.
+
+First all examples talk to one server at once, and each then stays silent for long enough for some pings; those that can
+prime the longest context of the server, and hear nothing until it is computed. Then the server is killed with -9 and
+started again, and each example talks to it once more, behind a balancer that refuses the first try of every call.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-TOOLS = HERE / "go" / "bin"
-LONGEST = "12288"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it is run as a script
+
+from tests.clients.balancer import balancer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLES = ROOT / "examples"
+GRPCURL = ROOT / "tests" / "clients" / "go"
+SILENT_SECONDS = 45
+"""Four pings of the examples' clients; a server that minds them has ended the connection by then."""
+LONGEST = 12_288
 """Tokens of a context. To compute one takes some tens of seconds on two cores, longer than clients' keepalive."""
-PACKAGES = (
-    "github.com/fullstorydev/grpcurl/cmd/grpcurl",
-    "google.golang.org/grpc/cmd/protoc-gen-go-grpc",
-    "google.golang.org/protobuf/cmd/protoc-gen-go",
-)
+PRIMED = {"Python": LONGEST, "Go": LONGEST, "Java": LONGEST, "Node": 4096}
+"""What the examples that prime are to prime; Node is told how far it is, and needs no silence."""
+ANSWER = re.compile(r"^\[(\w+)] reused (\d+) of (\d+) tokens, first token in [\d.,]+ s$", re.MULTILINE)
+
+# Each example: where it is run, and its command.
+CLIENTS: Mapping[str, tuple[Path, Sequence[str]]] = {
+    "Python": (ROOT, (sys.executable, "examples/python/sync_client.py")),
+    "Python, asyncio": (ROOT, (sys.executable, "examples/python/async_client.py")),
+    "Go": (EXAMPLES / "go", ("bin/client",)),
+    "Java": (EXAMPLES / "java", ("mvn", "--quiet", "--batch-mode", "exec:java")),
+    "Node": (EXAMPLES / "node", ("node", "client.mjs")),
+    "Rust": (EXAMPLES / "rust", ("target/debug/warmkv-rust-example",)),
+}
 
 
 def main() -> None:
-    build_go()
-    subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=HERE / "node", check=True)
-    java = ["mvn", "--quiet", "--batch-mode"]
-    subprocess.run([*java, "compile"], cwd=HERE / "java", check=True)
-    with server() as address:
-        subprocess.run([TOOLS / "client", address], check=True)
-        subprocess.run([*java, "exec:java", f"-Dexec.args={address}"], cwd=HERE / "java", check=True)
-        subprocess.run(["node", "client.mjs", address, str(ROOT / "proto")], cwd=HERE / "node", check=True)
+    if missing := [command for command in ("go", "mvn", "npm", "cargo") if not shutil.which(command)]:
+        sys.exit(f"the clients need Go, Java with Maven, Node and Rust; missing: {', '.join(missing)}")
+    build()
+    with tempfile.TemporaryDirectory() as data:
+        with server(data) as address, ThreadPoolExecutor(len(CLIENTS)) as together:
+            running = {name: together.submit(run, name, address, SILENT_SECONDS, PRIMED.get(name)) for name in CLIENTS}
+            for name, done in running.items():
+                printed = done.result()
+                check(name, printed, {"COLD", "SHARED"})
+                require("and still connected" in printed, name, printed, "it did not stay connected")
+                if name in PRIMED:
+                    require(f"primed {PRIMED[name]} tokens" in printed, name, printed, "it did not prime")
+        with server(data) as address:
+            for name in CLIENTS:
+                with balancer(address) as (front, refused):
+                    printed = run(name, front, 0)
+                check(name, printed, {"WARM"})
+                tried_again = {"/warmkv.v1.AgentService/Generate", "/warmkv.v1.AgentService/GetAgent"}
+                require(tried_again <= refused, name, printed, f"only these were refused: {refused}")
+                print(f"{name} client: answered, cancelled, refused, silent for {SILENT_SECONDS} s, tried again, warm")
     subprocess.run([sys.executable, ROOT / "tools" / "transcript.py", "--check"], check=True)
 
 
-def build_go() -> None:
-    """The tools that go.mod pins, the stubs, and the client."""
-    go = HERE / "go"
-    TOOLS.mkdir(exist_ok=True)
-    subprocess.run(["go", "build", "-o", f"{TOOLS}/", *PACKAGES], cwd=go, check=True)
-    protos = sorted((ROOT / "proto").rglob("*.proto"))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}"),
-            *(f"--go_out={go}", "--go_opt=module=warmkv", f"--go-grpc_out={go}", "--go-grpc_opt=module=warmkv"),
-            *map(str, protos),
-        ],
-        env=os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"},
-        check=True,
+def build() -> None:
+    """What each language makes of an example and proto/, and grpcurl for the README."""
+    go, stubs = EXAMPLES / "go", ROOT / "proto"
+    plugins = ("google.golang.org/grpc/cmd/protoc-gen-go-grpc", "google.golang.org/protobuf/cmd/protoc-gen-go")
+    at(GRPCURL, "go", "build", "-o", "bin/", "github.com/fullstorydev/grpcurl/cmd/grpcurl")
+    at(go, "go", "build", "-o", "bin/", *plugins)
+    generate = (sys.executable, "-m", "grpc_tools.protoc", f"-I{stubs}", "--go_opt=module=warmkv", "--go_out=.")
+    protos = sorted(map(str, stubs.rglob("*.proto")))
+    path = f"{go / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    at(go, *generate, "--go-grpc_opt=module=warmkv", "--go-grpc_out=.", *protos, PATH=path)
+    at(go, "go", "vet", ".")
+    at(go, "go", "build", "-o", "bin/client", ".")
+    at(EXAMPLES / "node", "npm", "ci", "--silent", "--no-audit", "--no-fund")
+    at(EXAMPLES / "java", "mvn", "--quiet", "--batch-mode", "compile")
+    at(EXAMPLES / "rust", "cargo", "build", "--quiet", "--locked")
+
+
+def at(folder: Path, *command: str, **environment: str) -> None:
+    subprocess.run(command, cwd=folder, env=os.environ | environment, check=True)
+
+
+def run(name: str, address: str, silent_seconds: int, primed: int | None = None) -> str:
+    """What an example prints."""
+    folder, command = CLIENTS[name]
+    arguments = [address, str(silent_seconds), *([str(primed)] if primed else [])]
+    if command[0] == "mvn":
+        arguments = [f"-Dexec.args={' '.join(arguments)}"]
+    done = subprocess.run(
+        (*command, *arguments),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
     )
-    subprocess.run(["go", "vet", "."], cwd=go, check=True)
-    subprocess.run(["go", "build", "-o", str(TOOLS / "client"), "."], cwd=go, check=True)
+    require(done.returncode == 0, name, done.stdout, f"it ended with {done.returncode}")
+    return done.stdout
+
+
+def check(name: str, printed: str, first_sources: set[str]) -> None:
+    """Each conversation starts from one of these sources, and goes on hot; then come a cancellation and an error."""
+    answers = ANSWER.findall(printed)
+    conversations = 2 if "asyncio" in name else 1
+    require(len(answers) == 2 * conversations, name, printed, "it has another number of answers")
+    sources = [source for source, *_ in answers]
+    require(sources.count("HOT") == conversations, name, printed, "the second answer was not hot")
+    require({*sources} - {"HOT"} <= first_sources, name, printed, f"the first answer was none of {first_sources}")
+    require(all(int(reused) <= int(prompt) for _, reused, prompt in answers), name, printed, "it reused too much")
+    cancelled = re.search(r"^cancelled after (\d+) tokens$", printed, re.MULTILINE)
+    require(cancelled is not None and 8 <= int(cancelled[1]) < 10_000, name, printed, "it was not cancelled")
+    error = re.search(r"^not_?found: AGENT_NOT_FOUND ", printed, re.MULTILINE | re.IGNORECASE)
+    require(error is not None, name, printed, "the error has no details")
+
+
+def require(condition: bool, name: str, printed: str, otherwise: str) -> None:
+    if not condition:
+        sys.exit(f"{name} client: {otherwise}\n{printed}")
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """A server on the built-in model, with an empty data directory."""
-    with tempfile.TemporaryDirectory() as data:
-        command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
-        command += ["--context-limit", LONGEST]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if found := re.match(r"listening on (\S+)", line):
-                    yield found[1]
-                    break
-            else:
-                sys.exit(f"the server ended with {process.wait()} before it was serving")
-        finally:
-            process.terminate()
-            process.wait()
+def server(data: str) -> Iterator[str]:
+    """A server on the built-in model; killed with -9 at the end."""
+    command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
+    command += ["--context-limit", str(LONGEST)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if found := re.match(r"listening on (\S+)", line):
+                yield found[1]
+                break
+        else:
+            sys.exit(f"the server ended with {process.wait()} before it was serving")
+    finally:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":
