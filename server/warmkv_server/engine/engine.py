@@ -131,6 +131,7 @@ class Engine:
                 codecs=codecs,
                 constants=constants,
                 context_limit=settings.context_limit,
+                chat_template=settings.chat_template,
                 tokenizer_found=self.text.found,
             ),
             self._delivery.send,

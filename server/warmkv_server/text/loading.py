@@ -38,8 +38,6 @@ def load(
         Exception: whatever transformers does.
     """
     settings: dict[str, Any] = {"trust_remote_code": False}
-    if chat_template is not None:
-        settings["chat_template"] = chat_template
     try:
         tokenizer = tokenizer_utils.load(folder, settings, eos_token_ids=eos_token_ids, defaults=defaults)
     except Exception as error:
@@ -47,8 +45,18 @@ def load(
             raise
         tokenizer = _by_itself(folder, settings, eos_token_ids, defaults)
         log.warning("the tokenizer is what tokenizer.json alone says: %s", " ".join(str(error).split())[:200])
+    if chat_template is not None:
+        tokenizer._tokenizer.chat_template = chat_template
+        tokenizer._chat_template = None  # which mlx-lm brings for some classes, as a function
+        tokenizer.has_chat_template = True
     _repair_decoder(tokenizer)
     return tokenizer
+
+
+def template_of(tokenizer: TokenizerWrapper) -> str | None:
+    """Its chat template if that is one text, and not several by name, or a function of mlx-lm's."""
+    found = tokenizer.chat_template if tokenizer._chat_template is None else None
+    return found if isinstance(found, str) else None
 
 
 def _by_itself(
