@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from warmkv_server.cli import reports, running
 from warmkv_server.cli.chat.session import ChatSession
@@ -88,8 +89,6 @@ def _stats(chat: ChatSession, _: str) -> None:
 
 def _system(chat: ChatSession, rest: str) -> None:
     """TEXT: what the agent is to be; before anything is said"""
-    from warmkv.client import chat as messages
-
     if not rest:
         raise _Wrong("/system needs a text")
     if chat.known() is not None:
@@ -97,22 +96,30 @@ def _system(chat: ChatSession, rest: str) -> None:
             f"agent {chat.agent} has a context already, and a system text stands at its beginning: /delete it first, "
             "or go to a new one with /agent ID"
         )
-    chat.screen.note(reports.computed(chat.client.prime(chat.agent, messages(("system", rest)), expected_revision=0)))
+    chat.screen.note(
+        reports.computed(chat.client.prime(chat.agent, chat.content(("system", rest)), expected_revision=0))
+    )
 
 
 def _save(chat: ChatSession, rest: str) -> None:
     """FILE: write what was said here; as JSON messages if the name ends in .json"""
     file = Path(_one(rest, "/save FILE")).expanduser()
     if file.suffix == ".json":
-        text = json.dumps([{"role": role, "content": said} for role, said in chat.said], ensure_ascii=False, indent=2)
+        text = json.dumps(chat.said, ensure_ascii=False, indent=2)
     else:
-        text = "\n\n".join(f"{role}: {said}" for role, said in chat.said)
+        text = "\n\n".join(_as_text(message) for message in chat.said)
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text + "\n")
     except OSError as error:
         raise _Wrong(f"{file} can't be written: {error.strerror or error}") from None
     chat.screen.note(f"{file}: {len(chat.said)} messages")
+
+
+def _as_text(message: Mapping[str, Any]) -> str:
+    lines = [f"{message['role']}: {message['content']}"]
+    lines += [f"{call['function']['name']} {call['function']['arguments']}" for call in message.get("tool_calls", ())]
+    return "\n".join(lines)
 
 
 def _help(chat: ChatSession, _: str) -> None:
