@@ -17,7 +17,8 @@ from tests.engine.parrot import write_speaker
 from warmkv_server.cli.main import app
 
 TEMPLATED = TEMPLATE.replace(
-    "<|assistant|>{%- if thinks", "<|assistant|>{%- if messages[-1].role == 'tool' -%}<|told|>{%- endif -%}{%- if thinks"
+    "<|assistant|>{%- if thinks",
+    "<|assistant|>{%- if messages[-1].role == 'tool' -%}<|told|>{%- endif -%}{%- if thinks",
 )
 CALLS = ('<tool_call>{"name": "weather", "arguments": {"place": "Uri"}}</tool_call>\n', '<tool_call>{"name": "wea')
 SAYINGS = [

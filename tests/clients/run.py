@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TOOLS = HERE / "go" / "bin"
+AGENT_LOOP = ROOT / "examples" / "agent_loop"
 PACKAGES = (
     "github.com/fullstorydev/grpcurl/cmd/grpcurl",
     "google.golang.org/grpc/cmd/protoc-gen-go-grpc",
@@ -33,33 +34,52 @@ def main() -> None:
         subprocess.run([TOOLS / "client", address], check=True)
         subprocess.run([*java, "exec:java", f"-Dexec.args={address}"], cwd=HERE / "java", check=True)
         subprocess.run(["node", "client.mjs", address, str(ROOT / "proto")], cwd=HERE / "node", check=True)
+    run_agent_loops()
     subprocess.run([sys.executable, ROOT / "tools" / "transcript.py", "--check"], check=True)
 
 
+def run_agent_loops() -> None:
+    """The loops in Python and Go, with a model that calls two tools and answers."""
+    with tempfile.TemporaryDirectory() as room:
+        folder = f"{room}/model"
+        subprocess.run([sys.executable, "-m", "tests.clients.scripted", folder], cwd=ROOT, check=True)
+        with server("--model", folder) as address:
+            for command in ([sys.executable, AGENT_LOOP / "agent_loop.py"], [TOOLS / "agentloop"]):
+                done = subprocess.run([*command, "-target", address], check=True, capture_output=True, text=True)
+                print(done.stdout, end="")
+                if not done.stdout.endswith("It has 53.6 degrees.\n"):
+                    sys.exit(f"{command[-1]} didn't come to an answer")
+
+
 def build_go() -> None:
-    """The tools that go.mod pins, the stubs, and the client."""
-    go = HERE / "go"
+    """The tools that go.mod pins, the stubs, and the clients."""
     TOOLS.mkdir(exist_ok=True)
-    subprocess.run(["go", "build", "-o", f"{TOOLS}/", *PACKAGES], cwd=go, check=True)
+    subprocess.run(["go", "build", "-o", f"{TOOLS}/", *PACKAGES], cwd=HERE / "go", check=True)
+    build_go_client(HERE / "go", "warmkv", "client")
+    build_go_client(AGENT_LOOP / "go", "agentloop", "agentloop")
+
+
+def build_go_client(go: Path, module: str, name: str) -> None:
     protos = sorted((ROOT / "proto").rglob("*.proto"))
+    packages = [f"Mwarmkv/v1/{proto.name}={module}/v1" for proto in protos]
+    options = [f"--{plugin}_opt={each}" for plugin in ("go", "go-grpc") for each in (f"module={module}", *packages)]
     subprocess.run(
         [
             *(sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}"),
-            *(f"--go_out={go}", "--go_opt=module=warmkv", f"--go-grpc_out={go}", "--go-grpc_opt=module=warmkv"),
-            *map(str, protos),
+            *(f"--go_out={go}", f"--go-grpc_out={go}", *options, *map(str, protos)),
         ],
         env=os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"},
         check=True,
     )
     subprocess.run(["go", "vet", "."], cwd=go, check=True)
-    subprocess.run(["go", "build", "-o", str(TOOLS / "client"), "."], cwd=go, check=True)
+    subprocess.run(["go", "build", "-o", str(TOOLS / name), "."], cwd=go, check=True)
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """A server on the built-in model, with an empty data directory."""
+def server(*flags: str) -> Iterator[str]:
+    """A server, by default on the built-in model, with an empty data directory."""
     with tempfile.TemporaryDirectory() as data:
-        command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
+        command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data, *flags]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         try:
