@@ -81,6 +81,6 @@ def test_a_check_says_what_the_other_template_can_or_why_it_is_none(tmp_path: Pa
     assert f"{path}, in place of the model's own" in given
     assert "calls as json_tools" in given
     path.write_text("{{ raise_exception('Never.') }}")
-    given = run_warmkv("models", "check", "builtin:tiny", "--chat-template", path)
-    assert given.returncode == 2
-    assert f"warmkv: --chat-template {path}: a user's message is refused: Never." in given.stderr.splitlines()[-1]
+    refusal = run_warmkv("models", "check", "builtin:tiny", "--chat-template", path)
+    assert refusal.returncode == 2
+    assert f"warmkv: --chat-template {path}: a user's message is refused: Never." in refusal.stderr.splitlines()[-1]

@@ -15,7 +15,7 @@ from warmkv_server.cli.chat.own_server import OwnServer
 from warmkv_server.cli.chat.screen import Screen
 from warmkv_server.cli.chat.session import PATIENCE, ChatSession, Lost
 from warmkv_server.cli.chat.slash import COMMANDS, Leave, obey
-from warmkv_server.cli.chat.tools import NO_TOOLS, Tools, ask
+from warmkv_server.cli.chat.tools import NO_TOOLS, Toolbox, ask
 from warmkv_server.cli.connection import on_server
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import places
@@ -75,7 +75,7 @@ def chat(
                 raise typer.Exit(1)
 
 
-def _tools(file: Path | None, yes: bool, interactive: bool) -> Tools:
+def _tools(file: Path | None, yes: bool, interactive: bool) -> Toolbox:
     """
     Raises:
         OperatorError: the file can't be used, or nobody can be asked.
@@ -90,7 +90,7 @@ def _tools(file: Path | None, yes: bool, interactive: bool) -> Tools:
         )
     from warmkv_server.cli.chat import functions
 
-    return Tools(functions.read(file), (lambda _: True) if yes else ask)
+    return Toolbox(functions.read(file), (lambda _: True) if yes else ask)
 
 
 def _require_tools(client: Client, file: Path) -> None:

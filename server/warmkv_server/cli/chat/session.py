@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from warmkv_server.cli import reports
 from warmkv_server.cli.chat.own_server import OwnServer
 from warmkv_server.cli.chat.screen import Screen
-from warmkv_server.cli.chat.tools import NO_TOOLS, Tools
+from warmkv_server.cli.chat.tools import NO_TOOLS, Toolbox
 from warmkv_server.cli.connection import sentence
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ChatSession:
         *,
         max_tokens: int,
         interactive: bool,
-        tools: Tools = NO_TOOLS,
+        tools: Toolbox = NO_TOOLS,
     ) -> None:
         self.client = client
         self.agent = agent

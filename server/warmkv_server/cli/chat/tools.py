@@ -26,7 +26,7 @@ def ask(question: str) -> bool:
         return False
 
 
-class Tools:
+class Toolbox:
     """
     Args:
         allowed: asked before each call, with a question for people.
@@ -69,7 +69,7 @@ class Tools:
         return function.call(call.arguments_json)
 
 
-NO_TOOLS = Tools({}, ask)
+NO_TOOLS = Toolbox({}, ask)
 
 
 def _told(function: Function) -> v1.Tool:
