@@ -64,6 +64,11 @@ def long() -> str:
     return "x" * 200_000
 
 
+def file() -> str:
+    """A name."""
+    return "caf\\udce9"
+
+
 def leaves() -> None:
     """Ends the program."""
     raise SystemExit("bye")
@@ -83,7 +88,7 @@ def functions(tmp_path: Path) -> dict[str, Function]:
 
 
 def test_what_a_model_is_told(functions: dict[str, Function]) -> None:
-    assert list(functions) == ["weather", "root", "long", "leaves"]
+    assert list(functions) == ["weather", "root", "long", "file", "leaves"]
     weather, root = functions["weather"], functions["root"]
     assert weather.description == "The weather at a place.\n\nOf one day."
     place = {"title": {"type": "string"}, "country": {"default": "CH", "type": "string"}}
@@ -106,6 +111,7 @@ def test_what_comes_of_a_call(functions: dict[str, Function]) -> None:
     assert functions["root"].call('{"of": -1}').startswith("error: ValueError: ")
     assert functions["root"].call('{"of": "nine"}').startswith("error: the arguments are wrong: of: ")
     assert functions["leaves"].call("{}") == "error: SystemExit: bye"
+    assert functions["file"].call("{}") == "caf?"
     long = functions["long"].call("{}")
     assert long.startswith("x" * MOST_CHARACTERS)
     assert long.endswith("(cut here: it has 200000 characters)")

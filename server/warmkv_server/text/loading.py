@@ -53,10 +53,13 @@ def load(
     return tokenizer
 
 
-def template_of(tokenizer: TokenizerWrapper) -> str | None:
-    """Its chat template if that is one text, and not several by name, or a function of mlx-lm's."""
-    found = tokenizer.chat_template if tokenizer._chat_template is None else None
-    return found if isinstance(found, str) else None
+def template_of(tokenizer: TokenizerWrapper) -> str | dict[str, str] | None:
+    """Its chat template: one text, several by name, or where mlx-lm brings it as a function, the module of that."""
+    function = tokenizer._chat_template
+    found: str | dict[str, str] | None = (
+        tokenizer.chat_template if function is None else {"mlx-lm": function.__module__}
+    )
+    return found
 
 
 def _by_itself(

@@ -57,7 +57,7 @@ class MessageReader:
         self._form = form
         self._ident = ident
         self._tools = tools
-        self._buffer = form.opened if form is not None else ""
+        self._buffer = form.opened if form is not None and not thinks else ""
         self._opened = bool(self._buffer)
         """Whether the buffer begins with what the prompt has, and the answer hasn't."""
         self._gap = ""

@@ -53,22 +53,25 @@ class Function:
         Args:
             arguments: a JSON object.
         """
+        said = self._outcome(arguments).encode("utf-8", "replace").decode()  # names of files can be no Unicode
+        if len(said) > MOST_CHARACTERS:
+            return f"{said[:MOST_CHARACTERS]}\n(cut here: it has {len(said)} characters)"
+        return said
+
+    def _outcome(self, arguments: str) -> str:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
                 found = self.calls(**json.loads(arguments))
                 if inspect.isawaitable(found):
                     found = asyncio.run(_awaited(found))
-            said = found if isinstance(found, str) else to_json(found, fallback=str).decode()
+            return found if isinstance(found, str) else to_json(found, fallback=str).decode()
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            return f"error: the arguments are wrong: {'; '.join(wrong)}"[:MOST_CHARACTERS]
+            return f"error: the arguments are wrong: {'; '.join(wrong)}"
         except KeyboardInterrupt:
             return "error: the user stopped it"
         except (Exception, SystemExit) as error:  # whatever a function raises
-            return f"error: {type(error).__name__}: {error}"[:MOST_CHARACTERS]
-        if len(said) > MOST_CHARACTERS:
-            return f"{said[:MOST_CHARACTERS]}\n(cut here: it has {len(said)} characters)"
-        return said
+            return f"error: {type(error).__name__}: {error}"
 
 
 def read(path: Path) -> dict[str, Function]:
@@ -101,7 +104,7 @@ def _run(path: Path) -> ModuleType:
         raise OperatorError(f"--tools {path} is not Python; give a file whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module  # where type hints are looked up
-    sys.path.insert(0, str(path.absolute().parent))
+    sys.path.append(str(path.absolute().parent))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             spec.loader.exec_module(module)

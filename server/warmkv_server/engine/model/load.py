@@ -126,10 +126,11 @@ def load(
     vocab_size = int(text_config.get("vocab_size") or found.read.get("vocab_size") or len(tokenizer))
     ended_by = ends.find(folder, config, tokenizer, vocab_size)
     tokenizer.eos_token_ids = {end.token_id for end in ended_by}
+    template = template_of(tokenizer)
     tokenizer_found(
         TokenizerSource(
             folder,
-            chat_template=template_of(tokenizer),
+            chat_template=template if isinstance(template, str) else None,
             eos_token_ids=sorted(tokenizer.eos_token_ids),
             defaults=getattr(sys.modules[type(model).__module__], "TOKENIZER_DEFAULTS", None),
             vocab_size=vocab_size,
@@ -168,7 +169,7 @@ def load(
         fingerprint_fields=fields,
         sampling_defaults=description.sampling_defaults(folder if kind is not ModelKind.RANDOM else None),
         ends=ended_by,
-        chat_template_digest=digest_json(told) if (told := tokenizer.chat_template) is not None else "",
+        chat_template_digest=digest_json(template) if template is not None else "",
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
     return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))
