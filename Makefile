@@ -43,7 +43,7 @@ serve: setup ## Run the server; ARGS="--model DIR --port 0"
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(PYTEST) $(BESIDE) -m "not long" $(ARGS)
 
-test-long: setup ## Run the rest of them: power cuts, kill -9, state machines, planted bugs, the benchmark itself
+test-long: setup ## Run the rest of them: every kind of cache, power cuts, kill -9, state machines, planted bugs, the benchmark
 	@$(PYTEST) $(BESIDE) -m long $(ARGS)
 
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
@@ -53,7 +53,7 @@ hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="
 	@$(PYTEST) $(BESIDE) tests/hostile $(ARGS)
 
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
-	@$(PYTEST) tests/reference $(ARGS)
+	@$(PYTEST) $(BESIDE) tests/reference $(ARGS)
 
 clients: setup ## Run the Go, Java and Node clients and the README's commands (needs Go, Maven and Node)
 	$(BIN)/python tests/clients/run.py

@@ -17,6 +17,7 @@ from warmkv_server.contract.model import ModelInfo
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import CONSTANTS, LOOPBACK, Settings
 from warmkv_server.engine.engine import Engine
+from warmkv_server.engine.model.load_progress import LoadProgress, untold
 from warmkv_server.engine.steps.loop import SOON_SECONDS
 from warmkv_server.errors import InvalidField, OperatorError, ServerFailed
 from warmkv_server.kv.store import Fingerprint, Store
@@ -57,12 +58,20 @@ class Serving:
     stale: Mapping[str, int]
 
 
-async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Serving], None]) -> int:
+async def serve(
+    settings: Settings,
+    text: StartedProcess,
+    tell: Callable[[Serving], None],
+    progress: LoadProgress = untold,
+    given_up: Callable[[], object] = lambda: None,
+) -> int:
     """Serve until SIGTERM or SIGINT, then drain. A second signal cuts the draining short.
 
     Args:
         text: the first process for text work.
         tell: is called when calls are served.
+        progress: is called while the model loads, on another thread.
+        given_up: is called if it is stopped meanwhile, which ends the process here.
 
     Returns:
         The exit status; see shutdown.py.
@@ -103,8 +112,9 @@ async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Servin
             constants=settings.data_dir / CONSTANTS,
             pressure=pressure,
             tell=server.say_engine,
+            progress=progress,
         )
-        engine = await _unless_stopped(_loaded(settings, starting), signals.first)
+        engine = await _unless_stopped(_loaded(settings, starting), signals.first, given_up)
         try:
             store = await Store.open(
                 settings,
@@ -118,8 +128,8 @@ async def serve(settings: Settings, text: StartedProcess, tell: Callable[[Servin
             )
             shutdown = Shutdown(store, signals, settings)
             try:
-                await _unless_stopped(engine.text.ready(), signals.first)
-                await _unless_stopped(_say_unusual(engine, settings.chat_template), signals.first)
+                await _unless_stopped(engine.text.ready(), signals.first, given_up)
+                await _unless_stopped(_say_unusual(engine, settings.chat_template), signals.first, given_up)
                 agents = Agents(engine, store, settings, response_codecs(), auth.tenants)
                 gate.open(agents, engine.text_bytes)
                 # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
@@ -218,12 +228,15 @@ async def _say_unusual(engine: Engine, chat_template: Path | None) -> None:
         log.warning("%s: the tokenizer and the chat template can't be tried: %s", engine.info.model_id, error)
 
 
-async def _unless_stopped(loading: Coroutine[Any, Any, Loaded], stop: asyncio.Future[None]) -> Loaded:
+async def _unless_stopped(
+    loading: Coroutine[Any, Any, Loaded], stop: asyncio.Future[None], given_up: Callable[[], object]
+) -> Loaded:
     task = asyncio.create_task(loading)
     waited: list[asyncio.Future[Any]] = [task, stop]
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     if not task.done():
         # Loading a model can't be interrupted, and nothing has been promised that could be lost.
+        given_up()
         log.info("stopped while loading")
         logging.shutdown()
         os._exit(0)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.types import Activity, Doing
 from warmkv_server.errors import AgentDeleted, EmptyContent, EngineError, RequestCancelled
 
 Work = Callable[[Run[int]], Awaitable[None]]
@@ -143,3 +144,55 @@ async def test_stop_asks_what_is_at_work_to_end_and_lets_it_finish() -> None:
     with run.watch() as watch:
         assert await anext(watch) == 1
     assert isinstance(run.error, RequestCancelled)
+
+
+async def test_progress_is_told_when_it_changes_and_otherwise_so_often() -> None:
+    go_on, begin = asyncio.Event(), asyncio.Event()
+
+    async def work(run: Run[int]) -> None:
+        await begin.wait()
+        for done in range(3):
+            run.doing = Doing(Activity.PREFILLING, done, 3)
+            await asyncio.sleep(0)
+        await go_on.wait()
+        run.publish(1)
+
+    run = begun(work)
+    told: list[Doing] = []
+    with run.watch() as watch:
+        async for doing in watch.progress(0.001):
+            told.append(doing)
+            if told.count(Doing(Activity.QUEUED)) == 3:
+                begin.set()
+            if told.count(Doing(Activity.PREFILLING, 2, 3)) == 3:
+                go_on.set()
+        assert await watch.last() == 1
+    changes = [each for number, each in enumerate(told) if each not in told[:number]]
+    assert changes == [Doing(Activity.QUEUED), *(Doing(Activity.PREFILLING, done, 3) for done in range(3))]
+    assert [doing async for doing in run.watch().progress(0.001)] == []  # what is over has none
+
+
+async def test_who_reads_progress_slowly_gets_the_latest() -> None:
+    async def work(run: Run[int]) -> None:
+        for done in range(100):
+            run.doing = Doing(Activity.PREFILLING, done, 100)
+            await asyncio.sleep(0)
+
+    run = begun(work)
+    told: list[Doing] = []
+    with run.watch() as watch:
+        async for doing in watch.progress(60):
+            told.append(doing)
+            await run.over.wait()
+    assert len(told) == 1
+
+
+async def test_progress_ends_with_a_run_that_fails() -> None:
+    async def work(_: Run[int]) -> None:
+        raise EmptyContent("nothing")
+
+    run = begun(work)
+    with run.watch() as watch:
+        assert [doing async for doing in watch.progress(60)] == [Doing(Activity.QUEUED)]
+        with pytest.raises(EmptyContent):
+            await watch.last()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,21 @@ def test_what_runs_now(client: Client) -> None:
     finally:
         stream.cancel()
     await_that(lambda: run("ps").stdout == "0 requests at work, 0 waiting\n")
+
+
+def test_the_progress_of_a_prime(client: Client, pair: tuple[Server, Client], tmp_path: Path) -> None:
+    """A bar on the terminal that asks, and for who looks from elsewhere an agent that is being made."""
+    (tmp_path / "long").write_text("The fox and the dog. " * 2500)
+    with terminal("agents", "prime", "new", "-f", str(tmp_path / "long"), "--target", pair[0].address) as prime:
+        prime.expect(r"computing the context .*[1-9]\d*/\d+")
+        (seen,) = run_json("ps")["agents"]
+        assert (seen["agent_id"], seen["revision"], seen["activity"]) == ("new", "0", "ACTIVITY_PREFILLING")
+        assert re.search(r"^ *new +hot +0 +0 .* prefilling [\d,]+/[\d,]+", run("agents", "ls").stdout, re.MULTILINE)
+        assert "prefilling" in run("agents", "show", "new").stdout
+        assert client.get("new").revision == 0
+        run("agents", "rm", "new")
+        prime.expect("the agent 'new' was deleted")
+        assert prime.wait() == 1
 
 
 def test_top_in_a_terminal(client: Client, pair: tuple[Server, Client]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import subprocess
 from pathlib import Path
+
+import pytest
+from rich.console import Console
 
 from tests.cli.terminal import terminal
 from tests.e2e.harness import WARMKV, clean_environment, free_port, serving, text
 from tests.e2e.test_access import TLS
+from warmkv_server.cli.bar import Bar
+from warmkv_server.cli.start_screen import StartScreen
 from warmkv_server.offline.directory import make
 
 
@@ -63,3 +70,32 @@ def test_data_is_kept_where_the_platform_has_it(tmp_path: Path) -> None:
     assert str(tmp_path / "share" / "warmkv") in listed.stdout
     assert listed.stderr.endswith("there are contexts in ./data, too: --data-dir data\n")
     assert {each.name for each in tmp_path.iterdir()} == {"data", "log", "share"}
+
+
+def test_loading_is_a_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """Where it takes longer than a moment; and it is gone when calls are served."""
+    now, screen = [0.0], io.StringIO()
+    bar = Bar(aside=Console(file=screen, force_terminal=True, width=120))
+    with caplog.at_level(logging.INFO), StartScreen(lambda: now[0], bar) as start:
+        start.tell("reading the weights", 1 << 20, 4 << 20)
+        assert not screen.getvalue()
+        now[0] = 60.0
+        start.tell("reading the weights", 2 << 20, 4 << 20)
+        start.tell("checking the weights", 1, 4)
+    assert "reading the weights" in screen.getvalue()
+    assert "checking the weights" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[2K")  # the line is erased
+    shown = len(screen.getvalue())
+    start.tell("checking the weights", 2, 4)  # the thread that loads may be a moment behind
+    assert len(screen.getvalue()) == shown
+    assert not caplog.messages
+
+
+def test_loading_is_a_line_now_and_then_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    now, screen = [0.0], io.StringIO()
+    with caplog.at_level(logging.INFO), StartScreen(lambda: now[0], Bar(aside=Console(file=screen))) as start:
+        for seconds in range(25):
+            now[0] = float(seconds)
+            start.tell("reading the weights", seconds << 20, 24 << 20)
+    assert caplog.messages == ["reading the weights: 11.0 MiB of 24.0 MiB", "reading the weights: 22.0 MiB of 24.0 MiB"]
+    assert not screen.getvalue()

@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TOOLS = HERE / "go" / "bin"
 AGENT_LOOP = ROOT / "examples" / "agent_loop"
+LONGEST = "16384"
+"""Tokens of a context. To compute one takes some tens of seconds on two cores, longer than clients' keepalive."""
 PACKAGES = (
     "github.com/fullstorydev/grpcurl/cmd/grpcurl",
     "google.golang.org/grpc/cmd/protoc-gen-go-grpc",
@@ -79,7 +81,8 @@ def build_go_client(go: Path, module: str, name: str) -> None:
 def server(*flags: str) -> Iterator[str]:
     """A server, by default on the built-in model, with an empty data directory."""
     with tempfile.TemporaryDirectory() as data:
-        command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data, *flags]
+        command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
+        command += flags or ("--context-limit", LONGEST)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         try:

@@ -23,7 +23,7 @@ UNARY_RPCS = {
     "AgentService": "Prime Extend ForkAgent EvictAgent GetAgent ListAgents UpdateAgent DeleteAgent",
     "ServerService": "GetServerInfo GetServerStats CountTokens",
 }
-STREAMING_RPCS = {"AgentService": "Generate Score", "ServerService": ""}
+STREAMING_RPCS = {"AgentService": "Generate Score PrimeStream ExtendStream", "ServerService": ""}
 
 # Each message with its fields as NAME:TYPE. `?` behind the type marks an `optional` field, `*` a repeated one, and `|`
 # before the name a member of the message's oneof. Braces are a map.
@@ -39,8 +39,14 @@ Tool: name:string description:string parameters_json:string strict:bool
 ToolCall: id:string name:string arguments_json:string
 PrimeRequest: agent_id:string content:Content pinned:bool? ttl:Duration? labels:{string,string} expected_revision:int64?
  request_id:string
+PrimeStreamRequest: agent_id:string content:Content pinned:bool? ttl:Duration? labels:{string,string}
+ expected_revision:int64? request_id:string
 PrimeResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
+PrimeStreamResponse: |progress:PrimeProgress |response:PrimeResponse
+PrimeProgress: activity:Activity tokens_done:int32 tokens_total:int32
 ExtendRequest: agent_id:string content:Content expected_revision:int64? request_id:string generation_prompt:bool
+ExtendStreamRequest: agent_id:string content:Content expected_revision:int64? request_id:string generation_prompt:bool
+ExtendStreamResponse: |progress:PrimeProgress |response:ExtendResponse
 ScoreRequest: agent_id:string content:Content top_logprobs:int32
 ScoreResponse: tokens:TokenLogprobs* logprob_sum:double? cache:CacheReport timings:Timings
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
@@ -170,6 +176,29 @@ def test_enums_have_exactly_the_promised_values(files: list[FileDescriptorProto]
         assert enum.value[0].name == f"{prefix}_UNSPECIFIED"
         assert enum.value[0].number == 0
     assert {enum.name for file in files for enum in file.enum_type} == ENUMS.keys()
+
+
+@pytest.mark.parametrize("kind", ["Prime", "Extend"])
+def test_a_request_that_is_answered_by_a_stream_has_the_same_fields(
+    files: list[FileDescriptorProto], kind: str
+) -> None:
+    """Under the same numbers, so that the two are one request where they have one id."""
+    fields = {
+        message.name: {(field.number, _spelled(field, message)) for field in message.field}
+        for file in files
+        for message in file.message_type
+    }
+    assert fields[f"{kind}StreamRequest"] == fields[f"{kind}Request"]
+
+
+def test_packages_have_their_names_in_every_language(files: list[FileDescriptorProto]) -> None:
+    """Those that clients import; where a language has a default of its own, too."""
+    for file in files:
+        assert file.package == "warmkv.v1"
+        assert file.options.csharp_namespace == "Warmkv.V1"
+        assert file.options.go_package == "warmkv/v1;warmkvv1"
+        assert file.options.java_multiple_files
+        assert file.options.java_package == "warmkv.v1"
 
 
 def test_messages_and_enums_are_top_level(files: list[FileDescriptorProto]) -> None:

@@ -302,6 +302,7 @@ class Refusal:
     domain: str
     fields: list[str]
     retry_seconds: float | None
+    metadata: dict[str, str]
 
 
 @contextmanager
@@ -331,4 +332,12 @@ def refusal_of(error: Any) -> Refusal:
         info.domain,
         [violation.field for violation in bad.field_violations],
         retry.retry_delay.ToNanoseconds() / 1e9 if has_retry else None,
+        dict(info.metadata),
     )
+
+
+def check_sums(cache: v1.CacheReport) -> None:
+    """What every report of a cache adds up to."""
+    assert cache.cached_tokens == cache.hot_tokens + cache.warm_tokens + cache.shared_tokens
+    assert cache.cached_tokens + cache.prefilled_tokens == cache.prompt_tokens
+    assert (cache.bytes_loaded > 0) >= (cache.warm_tokens > 0)

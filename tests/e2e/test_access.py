@@ -60,8 +60,10 @@ def test_tokens_and_tenants(tmp_path: Path) -> None:
                 lambda: narrow.generate("other", text("x")),
                 lambda: narrow.update(v1.Agent(agent_id="other"), "pinned"),
             ):
-                with refused(*forbidden):
+                with refused(*forbidden) as refusals:
                     forbid()
+                assert refusals[0].metadata["agent_prefix"] == "team1-"
+                assert not refusals[0].metadata["agent_id"].startswith("team1-")
         server.kill()
         assert "red-token" not in server.log_text()
 

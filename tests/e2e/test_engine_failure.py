@@ -56,6 +56,7 @@ def failure(call: Callable[[], Any]) -> Refusal:
         call()
     refusal = refusal_of(caught.value)
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "ENGINE_ERROR"), refusal
+    assert refusal.metadata["error_id"] in refusal.message
     return refusal
 
 

@@ -84,6 +84,7 @@ def test_a_wrong_field_is_named(client: Client, name: str) -> None:
         call(client)
     assert len(refusals[0].fields) == len(fields)
     assert all(found.endswith(field) for found, field in zip(refusals[0].fields, fields, strict=True))
+    assert refusals[0].metadata["field"] == refusals[0].fields[0]
 
 
 def test_all_wrong_fields_are_named_at_once(client: Client) -> None:
@@ -198,8 +199,9 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
         answer = client.generate("a", text(" and on"))
         assert (answer.cache.source, answer.cache.cached_tokens) == (v1.CACHE_SOURCE_HOT, 300)
         assert not answer.finished.persisted
-        with refused(grpc.StatusCode.FAILED_PRECONDITION, "NOT_DURABLE"):
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "NOT_DURABLE") as refusals:
             client.evict("a")
+        assert refusals[0].metadata == {"agent_id": "a"}
         unavailable = (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
         with refused(*unavailable) as refusals:
             client.delete("before")
@@ -207,6 +209,10 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
         assert client.get("before").token_count == 300
         with refused(*unavailable):
             client.update(v1.Agent(agent_id="before", pinned=True), "pinned")
+        with refused(*unavailable) as refusals:
+            client.fork("a", "b")
+        assert refusals[0].metadata["agent_id"] == "a"
+        assert refusals[0].metadata["retry_delay"] == f"{refusals[0].retry_seconds:g}s"
         assert client.stats().counters.commits_failed >= 2
 
         let_files_grow_to(resource.RLIM_INFINITY)

@@ -67,6 +67,9 @@ def test_a_request_that_can_never_fit_in_memory_is_refused_before_anything_is_do
             client.prime("a", token_ids(some_tokens(2000, seed=1)))
         assert "--inflight-bytes" in refusals[0].message
         assert refusals[0].retry_seconds is None  # waiting doesn't help
+        told = refusals[0].metadata
+        assert (told["limit"], told["unit"]) == (str(12 << 20), "bytes")
+        assert int(told["actual"]) > 12 << 20
         with refused(*budget):
             client.generate("held", token_ids([301]))
         with refused(*budget):

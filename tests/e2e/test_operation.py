@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import urllib.request
@@ -258,4 +259,5 @@ def test_doctor_and_version() -> None:
     assert found.returncode == 0
     assert "GFLOP/s" in found.stdout
     assert "mlx-lm" in found.stdout
+    assert re.search(r"^memory +[\d.]+ GiB, ", found.stdout, re.MULTILINE)
     assert run_anew("version").stdout.strip()

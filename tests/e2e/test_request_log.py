@@ -113,6 +113,14 @@ def test_lines_for_people(server: Server, client: Client, agent: str) -> None:
     )
 
 
+def test_a_stream_of_progress_has_the_line_of_what_it_streams(server: Server, client: Client, agent: str) -> None:
+    stream = client.agents.PrimeStream(v1.PrimeStreamRequest(agent_id=agent, content=text("Some text")))
+    *_, last = stream
+    named = f"rpc=PrimeStream id=-[0-9a-f]+ tenant='' agent={agent} status=OK ms="
+    cost = f"prompt={last.response.cache.prompt_tokens} .* commit_ms=[\\d.]+ loaded_bytes=0 persisted=yes"
+    await_that(lambda: re.search(f"{named}.* {cost}$", server.log_text(), re.MULTILINE) is not None)
+
+
 def test_who_guesses_tokens_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     now = [5.0]
     requests = RequestLog(lambda: now[0])

@@ -89,7 +89,11 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         made = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             make(made)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first
+                    raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return folder

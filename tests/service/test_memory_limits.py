@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from warmkv_server.platform.memory import machine_bytes, usable_bytes
+from warmkv_server.platform.memory import describe, machine_bytes, usable_bytes
 
 GROUPS: dict[str, tuple[str, dict[str, str], int | None]] = {
     "no groups": ("", {}, None),
@@ -37,6 +37,7 @@ def test_the_least_limit_counts(tmp_path: Path, name: str) -> None:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
     assert usable_bytes(tmp_path) == (machine_bytes() if expected is None else expected)
+    assert ("a container's limit" in describe(tmp_path)) is (expected is not None)
 
 
 def test_no_proc_at_all(tmp_path: Path) -> None:

@@ -61,7 +61,11 @@ class Admission:
     async def _wait(self, nbytes: int, tenant: str) -> None:
         if self._bound.refuses(len(self._line), self._line.held_by(tenant)):
             raise QueueFull(
-                f"{len(self._line)} requests wait for memory, the most this server allows; try again", retry_after=1.0
+                f"{len(self._line)} requests wait for memory, the most this server allows; try again",
+                retry_after=1.0,
+                limit=self._bound.most,
+                actual=len(self._line),
+                unit="requests",
             )
         place = nbytes, asyncio.Event()
         self._line.join(tenant, place)

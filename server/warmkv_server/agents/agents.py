@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -71,10 +72,13 @@ class Agents:
 
     async def prime(self, request: PrimeRequest) -> PrimeResult | Recorded:
         """Prime and Extend."""
+        return await (await self.begin_prime(request)).result()
+
+    async def begin_prime(self, request: PrimeRequest) -> Run[PrimeResult | Recorded]:
+        """Begin, join or replay a Prime or an Extend; `watch` the run for its progress."""
         name, codec = ("extend", self._codecs.extend) if request.append else ("prime", self._codecs.prime)
         begin = partial(self._begin, name, partial(prime.prime, self._tools, request, codec))
-        run: Run[PrimeResult | Recorded] = await self._requests.run_once(request.key, request.identity, codec, begin)
-        return await run.result()
+        return await self._requests.run_once(request.key, request.identity, codec, begin)
 
     async def generate(self, request: GenerateRequest) -> Run[GenerateEvent]:
         """Begin, join or replay an answer; `watch` the run for its events."""
@@ -117,13 +121,18 @@ class Agents:
         return await self._begin("update", work).result()
 
     def get(self, key: AgentKey) -> AgentView:
+        if self.store.agent(*key) is None and self._turns.is_made(key):
+            return self._view(AgentRecord.unmade(*key))
         return self._view(manage.require(self._tools, key))
 
     def page(self, tenant: str, after: str, size: int, wanted: Callable[[AgentRecord], bool]) -> AgentPage:
         """The next agents by agent_id, strictly after `after`; perhaps fewer than `size`, even when more follow."""
         found: list[AgentView] = []
         looked_at = ""
+        made = sorted(each for each in self._turns.made_of(tenant) if each > after)
+        unmade = (AgentRecord.unmade(tenant, each) for each in made if self.store.agent(tenant, each) is None)
         records: Iterable[AgentRecord] = self.store.agents(tenant, after)
+        records = heapq.merge(records, unmade, key=lambda record: record.agent_id)
         for number, record in enumerate(islice(records, _LOOKED_AT + 1)):
             if len(found) == size or number == _LOOKED_AT:
                 return AgentPage(tuple(found), looked_at)

@@ -81,7 +81,9 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         timings = queued_since(request.arrived)
         for each in keys:
             if tools.store.agent(each.tenant, each.agent_id) is not None:
-                raise AgentExists(f"there is an agent {each.agent_id!r} already; candidates become new ones")
+                raise AgentExists(
+                    f"there is an agent {each.agent_id!r} already; candidates become new ones", agent_id=each.agent_id
+                )
         agent = tools.store.agent(key.tenant, key.agent_id) if key.agent_id else None
         check_revision(agent, request.expected_revision)
         context = await assemble(
@@ -89,7 +91,13 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         )
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         if answer is None:
-            raise ContextTooLong("the prompt fills the context, and leaves no room for answers; send less")
+            limit = tools.engine.info.context_limit
+            raise ContextTooLong(
+                "the prompt fills the context, and leaves no room for answers; send less",
+                limit=limit,
+                actual=limit + 1,
+                unit="tokens",
+            )
         grammar = request.answer.grammar
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens) - 1) as lease:

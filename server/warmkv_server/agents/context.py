@@ -64,7 +64,9 @@ def check_revision(agent: AgentRecord | None, expected: int | None) -> None:
         raise RevisionMismatch(
             f"the agent is at revision {actual} and not {expected}; read it with GetAgent and decide again"
             if actual
-            else f"there is no such agent, and so no revision {expected}"
+            else f"there is no such agent, and so no revision {expected}",
+            revision=actual,
+            expected_revision=expected,
         )
 
 
@@ -105,13 +107,22 @@ async def assemble(
     if len(tokens) > engine.info.context_limit:
         raise ContextTooLong(
             f"the context would have {len(tokens)} tokens, and this server takes {engine.info.context_limit}; "
-            "send less, or start a new context with CONTEXT_MODE_REPLACE"
+            "send less, or start a new context with CONTEXT_MODE_REPLACE",
+            limit=engine.info.context_limit,
+            actual=len(tokens),
+            unit="tokens",
         )
     after = ending_after(content, answered=prompted, previous=ending, holds_back=new.holds_back)
     context = Context(agent, tokens, after, conversation, new.thinks)
     if len(context.kept) > _MOST_KEPT:
         field = "content.chat.messages" if new.holds_back else "content.chat.tools"
-        raise InvalidField.of(field, f"are more than can be kept with an agent: {_MOST_KEPT} characters")
+        raise InvalidField.of(
+            field,
+            f"are more than can be kept with an agent: {_MOST_KEPT} characters",
+            limit=_MOST_KEPT,
+            actual=len(context.kept),
+            unit="characters",
+        )
     return context
 
 

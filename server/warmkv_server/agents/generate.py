@@ -122,7 +122,8 @@ def raise_why(run: Run[GenerateEvent]) -> None:
     run.check()
     raise ConstraintRanOut(
         "the response format took too much work for the next token, or left none; what was sampled until then is kept "
-        "where the request keeps anything"
+        "where the request keeps anything",
+        field="response_format",
     )
 
 

@@ -56,9 +56,10 @@ class ResponseCodec(Generic[EventT]):
         except ValueError as error:
             raise OutcomeUnreadable(
                 f"the request {outcome.request_id!r} was done, and nothing was done again, but its answer was kept by "
-                f"another version of WarmKV ({error}); see what the agent has with GetAgent, and use a new request_id"
+                f"another version of WarmKV ({error}); see what the agent has with GetAgent, and use a new request_id",
+                request_id=outcome.request_id,
             ) from error
-        cancelled = RequestCancelled("the call with this request_id was cancelled")
+        cancelled = RequestCancelled("the call with this request_id was cancelled", request_id=outcome.request_id)
         return Run.replay("a kept answer", events, cancelled if outcome.payload[1] else None)
 
 
@@ -182,5 +183,6 @@ class Requests:
 def _require_same(body_hash: bytes, identity: Identity) -> None:
     if body_hash != identity.body_hash:
         raise RequestIdReused(
-            f"request_id {identity.request_id!r} was used for another request; use a new id for a new request"
+            f"request_id {identity.request_id!r} was used for another request; use a new id for a new request",
+            request_id=identity.request_id,
         )

@@ -31,7 +31,10 @@ async def fork(
 
     require(tools, source)
     if tools.store.agent(*target) is not None:
-        raise AgentExists(f"there is an agent {target.agent_id!r} already; choose another agent_id, or delete it first")
+        raise AgentExists(
+            f"there is an agent {target.agent_id!r} already; choose another agent_id, or delete it first",
+            agent_id=target.agent_id,
+        )
     async with tools.turns.take(target, run):
         with run.uninterrupted():
             record = await tools.store.fork(
@@ -56,7 +59,7 @@ async def delete(tools: Tools, key: AgentKey, allow_missing: bool, run: Run[None
 
     In this order: what a disk that refuses keeps alive goes on as if nobody had asked.
     """
-    reason = AgentDeleted(f"the agent {key.agent_id!r} was deleted")
+    reason = AgentDeleted(f"the agent {key.agent_id!r} was deleted", agent_id=key.agent_id)
     with run.uninterrupted():
         async with tools.turns.overtake(key, run) as overtaking:
             run.doing = IDLE
@@ -78,4 +81,4 @@ def require(tools: Tools, key: AgentKey) -> AgentRecord:
 
 
 def not_found(key: AgentKey) -> AgentNotFound:
-    return AgentNotFound(f"there is no agent {key.agent_id!r}; ListAgents lists those there are")
+    return AgentNotFound(f"there is no agent {key.agent_id!r}; ListAgents lists those there are", agent_id=key.agent_id)

@@ -17,11 +17,13 @@ from warmkv_server.errors import AgentNotFound
 async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeResult], run: Run[PrimeResult]) -> None:
     """Publish one PrimeResult, once the context is committed. All or nothing."""
     key, identity = request.key, request.identity
-    async with tools.turns.take(key, run):
+    async with tools.turns.take(key, run, makes=not request.append):
         timings = queued_since(request.arrived)
         agent = tools.store.agent(key.tenant, key.agent_id)
         if agent is None and request.append:
-            raise AgentNotFound(f"there is no agent {key.agent_id!r}; create it with Prime or Generate")
+            raise AgentNotFound(
+                f"there is no agent {key.agent_id!r}; create it with Prime or Generate", agent_id=key.agent_id
+            )
         check_revision(agent, request.expected_revision)
         context = await assemble(
             tools.engine,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -80,7 +80,6 @@ class Run(Generic[EventT]):
         events: what was published, such that a watcher that joins late sees all of it.
         error: why it failed, once it is over.
         stopped: why it was told to stop, if it was.
-        doing: for whoever asks what the agent's request is doing.
     """
 
     def __init__(self, name: str, events: Events[EventT] | None = None) -> None:
@@ -88,8 +87,8 @@ class Run(Generic[EventT]):
         self.events: Events[EventT] = events if events is not None else AllEvents()
         self.error: WarmKVError | None = None
         self.stopped: WarmKVError | None = None
-        self.doing = Doing(Activity.QUEUED)
         self.over = asyncio.Event()
+        self._doing = Doing(Activity.QUEUED)
         self._watches: list[Watch[EventT]] = []
         self._endings: list[Callable[[], object]] = []
         self._interrupt: Callable[[], object] = _nothing
@@ -108,6 +107,16 @@ class Run(Generic[EventT]):
         self._task = asyncio.create_task(self._contain(work), name=self.name)
         self._task.add_done_callback(self._end)
         self._interrupt = self._task.cancel
+
+    @property
+    def doing(self) -> Doing:
+        """What it does now, for whoever asks."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, doing: Doing) -> None:
+        self._doing = doing
+        self._wake()
 
     def publish(self, event: EventT) -> None:
         self.events.add(event)
@@ -150,11 +159,8 @@ class Run(Generic[EventT]):
         Raises:
             WarmKVError: as the run failed.
         """
-        last: list[EventT] = []
         with self.watch() as watch:
-            async for event in watch:
-                last = [event]
-        return last[0]
+            return await watch.last()
 
     def attach(self, watch: Watch[EventT]) -> None:
         self._watches.append(watch)
@@ -222,6 +228,35 @@ class Watch(Generic[EventT]):
             self.news.clear()
             await self.news.wait()
         return events[0]
+
+    async def last(self) -> EventT:
+        """Wait for the only, or the last, event.
+
+        Raises:
+            WarmKVError: as the run failed.
+        """
+        last: list[EventT] = []
+        async for event in self:
+            last = [event]
+        return last[0]
+
+    async def progress(self, seconds: float) -> AsyncIterator[Doing]:
+        """What the run does until it is over: now, when it changes, and where it doesn't change, every so many seconds.
+
+        Who reads slowly gets what is so then, and not all that was in between.
+        """
+        told: Doing | None = None
+        while not self._run.over.is_set():
+            if told != self._run.doing:
+                told = self._run.doing
+                yield told
+                continue
+            self.news.clear()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.news.wait()
+            except TimeoutError:
+                told = None
 
 
 def _nothing() -> None:

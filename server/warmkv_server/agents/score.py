@@ -21,7 +21,9 @@ async def score(tools: Tools, request: ScoreRequest, run: Run[ScoreEvent]) -> No
     async with tools.turns.take(key, run):
         timings = queued_since(request.arrived)
         if key.agent_id and tools.store.agent(key.tenant, key.agent_id) is None:
-            raise AgentNotFound(f"there is no agent {key.agent_id!r}; create it with Prime or Generate")
+            raise AgentNotFound(
+                f"there is no agent {key.agent_id!r}; create it with Prime or Generate", agent_id=key.agent_id
+            )
         context = await assemble(tools.engine, tools.store, key, request.content, append=True, answer=False)
         held = tools.store.tokens(key.tenant, key.agent_id) if context.agent is not None else context.tokens[:0]
         first = max(1, _alike(held, context.tokens))

@@ -49,7 +49,8 @@ def written(chat: Chat, conversation: ChatState, *, behind: bool) -> Written:
     if behind and chat.tools is not None and chat.tools != conversation.tools:
         raise ToolsChanged(
             "content.chat.tools are other ones than the context has; leave them out to go on with those, or replace "
-            "the context (Prime, or CONTEXT_MODE_REPLACE)"
+            "the context (Prime, or CONTEXT_MODE_REPLACE)",
+            field="content.chat.tools",
         )
     tools = conversation.tools if behind else chat.tools or ()
     variables = conversation.variables if chat.variables is None else chat.variables
@@ -132,7 +133,8 @@ def _call_of(message: ChatMessage, calls: Sequence[MadeCall], field: str) -> Mad
     if message.call_id:
         raise NoPendingCall(
             f"{field}.tool_call_id: no call waits for its result; those of an answer wait until their results come, or "
-            "a message of role user or assistant"
+            "a message of role user or assistant",
+            field=f"{field}.tool_call_id",
         )
     if len(waiting) > 1:
         raise InvalidField.of(f"{field}.tool_call_id", f"must say which call's result this is; these wait: {ids}")

@@ -20,10 +20,15 @@ from warmkv_server.errors import QueueFull, WarmKVError
 
 @dataclass(eq=False)
 class Place:
-    """A run's place in its agent's line."""
+    """A run's place in its agent's line.
+
+    Attributes:
+        makes: whether the run makes the agent where there is none.
+    """
 
     run: Run[Any]
     overtakes: bool = False
+    makes: bool = False
     first: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -59,8 +64,11 @@ class Turns:
         self._lines: dict[AgentKey, list[Place]] = {}
 
     @asynccontextmanager
-    async def take(self, key: AgentKey, run: Run[Any]) -> AsyncIterator[None]:
+    async def take(self, key: AgentKey, run: Run[Any], *, makes: bool = False) -> AsyncIterator[None]:
         """Wait for the turn and hold it for the block. Without an agent_id there is no line to wait in.
+
+        Args:
+            makes: whether it makes the agent where there is none, and is to be seen while it does.
 
         Raises:
             QueueFull: if too many wait already.
@@ -73,8 +81,11 @@ class Turns:
             raise QueueFull(
                 f"{self.waiting} requests wait for the turn of their agent, the most this server allows; try again",
                 retry_after=1.0,
+                limit=self._bound.most,
+                actual=self.waiting,
+                unit="requests",
             )
-        async with self._stand(key, Place(run), len(line)):
+        async with self._stand(key, Place(run, makes=makes), len(line)):
             yield
 
     @asynccontextmanager
@@ -94,6 +105,14 @@ class Turns:
         """What is being done for an agent."""
         line = self._lines.get(key)
         return line[0].run.doing if line else IDLE
+
+    def is_made(self, key: AgentKey) -> bool:
+        """Whether a run is to make the agent where there is none, as far as it wasn't told to stop."""
+        return any(place.makes and place.run.stopped is None for place in self._lines.get(key, ()))
+
+    def made_of(self, tenant: str) -> list[str]:
+        """The agent_ids of a tenant for which that is so."""
+        return [key.agent_id for key in self._lines if key.tenant == tenant and self.is_made(key)]
 
     @property
     def lines(self) -> int:

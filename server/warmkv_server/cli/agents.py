@@ -12,6 +12,7 @@ import typer
 
 from warmkv_server.cli import reports
 from warmkv_server.cli.archives import export_agent, import_agent
+from warmkv_server.cli.bar import Bar
 from warmkv_server.cli.connection import Json, on_server
 from warmkv_server.errors import OperatorError
 from warmkv_server.offline import words
@@ -102,7 +103,8 @@ def prime(
         fields["pinned"] = pinned
     if ttl is not None:
         fields["ttl"] = _duration(ttl)
-    done = client.prime(agent, _content(file, role, chat), **fields)
+    with Bar() as bar:
+        done = client.prime(agent, _content(file, role, chat), on_progress=bar.follow, **fields)
     typer.echo(reports.dumped(reports.as_json(done)) if as_json else reports.computed(done))
 
 
@@ -112,7 +114,8 @@ def extend(
     client: Client, agent: AgentId, file: File, role: Role = None, chat: AsChat = False, as_json: Json = False
 ) -> None:
     """Put a text behind an agent's context, and compute it now."""
-    done = client.extend(agent, _content(file, role, chat))
+    with Bar() as bar:
+        done = client.extend(agent, _content(file, role, chat), on_progress=bar.follow)
     typer.echo(reports.dumped(reports.as_json(done)) if as_json else reports.computed(done))
 
 

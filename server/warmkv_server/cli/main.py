@@ -20,7 +20,7 @@ from warmkv_server.cli.data import DataDir, store
 from warmkv_server.cli.health import health
 from warmkv_server.cli.models import models
 from warmkv_server.cli.running import ps, top
-from warmkv_server.cli.start_screen import show
+from warmkv_server.cli.start_screen import StartScreen
 from warmkv_server.errors import OperatorError, ServerFailed
 from warmkv_server.platform.logs import log_to_stderr
 from warmkv_server.platform.versions import version_of
@@ -66,7 +66,8 @@ def serve(**flags: Any) -> None:
         text = StartedProcess.first()
         from warmkv_server.app import serve as run  # imports MLX, and not before the process above is there
 
-        status = asyncio.run(run(settings, text, show))
+        with StartScreen() as screen:
+            status = asyncio.run(run(settings, text, screen.serves, screen.tell, screen.hide))
     except OperatorError as error:
         _refuse(str(error))
     except ServerFailed as error:

@@ -107,7 +107,7 @@ def agents(found: Iterable[v1.Agent]) -> Table:
             size(agent.warm_bytes),
             size(agent.shared_bytes),
             "yes" if agent.pinned else "",
-            ago(time.time() - agent.last_used_time.ToSeconds()),
+            ago(time.time() - agent.last_used_time.ToSeconds()) if agent.revision else "",
             doing(agent),
         )
     return made
@@ -125,6 +125,10 @@ def agent(found: v1.Agent) -> list[tuple[str, str]]:
     rows = [
         ("agent", found.agent_id),
         ("context", f"{found.token_count:,} tokens at revision {found.revision}"),
+    ]
+    if not found.revision:  # it has nothing else yet
+        return [*rows, ("now", doing(found))]
+    rows += [
         ("KV", f"{tier(found.tier)}: {size(found.hot_bytes)} in RAM, {size(found.warm_bytes)} on disk{shared}"),
         ("now", doing(found)),
         ("pinned", "yes" if found.pinned else "no"),

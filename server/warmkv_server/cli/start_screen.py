@@ -1,4 +1,4 @@
-"""What `warmkv serve` says when it serves: one screen on a terminal, lines in the log elsewhere.
+"""What `warmkv serve` says while it loads, and when it serves: one screen on a terminal, lines in the log elsewhere.
 
 The last line on stdout, and elsewhere the only one, is `listening on HOST:PORT`: programs wait for it.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Self
 
+from rich.progress import DownloadColumn
+
+from warmkv_server.cli.bar import Bar
 from warmkv_server.cli.connection import DEFAULT_TARGET
 from warmkv_server.contract.settings import LOOPBACK, Settings
 from warmkv_server.offline.words import size
@@ -24,6 +28,55 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CONTEXTS = (4096, 32768)
+_SOON_SECONDS = 0.5
+"""What takes no longer is not worth a bar."""
+_LINE_SECONDS = 10.0
+"""From one line in the log to the next."""
+
+
+class StartScreen:
+    """Says how far a model's loading is, and then that it is served: a bar and a screen on a terminal, lines elsewhere.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, bar: Bar | None = None) -> None:
+        self._clock = clock
+        self._bar = Bar(DownloadColumn(binary_units=True)) if bar is None else bar
+        self._began: float | None = None
+        self._told = 0.0
+        self._over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hide()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Say how many of its bytes are done. On any thread."""
+        now = self._clock()
+        if self._began is None:
+            self._began = self._told = now
+        if self._over:
+            return
+        if self._bar.is_shown:
+            if now - self._began > _SOON_SECONDS:
+                self._bar.tell(done, total, what)
+        elif now - self._told > _LINE_SECONDS:
+            self._told = now
+            log.info("%s: %s of %s", what, size(done), size(total))
+
+    def serves(self, serving: Serving) -> None:
+        """It is loaded."""
+        self.hide()
+        show(serving)
+
+    def hide(self) -> None:
+        """Say no more."""
+        self._over = True
+        self._bar.hide()
 
 
 def show(serving: Serving) -> None:

@@ -64,6 +64,32 @@ class AgentRecord:
     fingerprint_ok: bool
     fingerprint_differences: tuple[str, ...] = ()
 
+    @classmethod
+    def unmade(cls, tenant: str, agent_id: str) -> AgentRecord:
+        """What there is to say of an agent before its first commit. It has no times yet: they are 0."""
+        return cls(
+            tenant,
+            agent_id,
+            incarnation=0,
+            revision=0,
+            token_count=0,
+            tier=Tier.HOT,
+            hot_bytes=0,
+            warm_bytes=0,
+            shared_bytes=0,
+            pinned=False,
+            ttl=None,
+            labels={},
+            create_time=0.0,
+            update_time=0.0,
+            last_used_time=0.0,
+            expire_time=None,
+            parent_agent_id="",
+            ending="",
+            durable=True,
+            fingerprint_ok=True,
+        )
+
 
 @dataclass(frozen=True)
 class StoreStats:

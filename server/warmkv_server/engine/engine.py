@@ -21,6 +21,7 @@ from warmkv_server.engine.cache.codecs.choose import codecs_of
 from warmkv_server.engine.cache.codecs.codec import CodecPlan
 from warmkv_server.engine.model import load as model
 from warmkv_server.engine.model.load import ModelInfo
+from warmkv_server.engine.model.load_progress import LoadProgress, untold
 from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.output.compiler import Compiler
 from warmkv_server.engine.output.constraint import Constraint, Vocabulary
@@ -113,6 +114,7 @@ class Engine:
         constants: Path | None,
         pressure: MemoryPressure,
         tell: Callable[[bool], object],
+        progress: LoadProgress,
     ) -> None:
         self._settings = settings
         self._asyncio = asyncio.get_running_loop()
@@ -133,6 +135,7 @@ class Engine:
                 context_limit=settings.context_limit,
                 chat_template=settings.chat_template,
                 tokenizer_found=self.text.found,
+                progress=progress,
             ),
             self._delivery.send,
             self._relieve_from_thread,
@@ -156,6 +159,7 @@ class Engine:
         constants: Path | None = None,
         pressure: MemoryPressure | None = None,
         tell: Callable[[bool], object] = lambda _: None,
+        progress: LoadProgress = untold,
     ) -> Engine:
         """Start the MLX thread and load the model on it. `text.ready` says when content can be tokenised.
 
@@ -166,12 +170,14 @@ class Engine:
             constants: folder that keeps what codecs need to know of models; None to find it out at every start.
             pressure: relieved when memory has run out.
             tell: called on the event loop with False when the engine has failed, and with True when it runs again.
+            progress: called on the MLX thread with how far the weights are loaded.
 
         Raises:
             OperatorError: if the model can't be served.
         """
         codecs = codecs or codecs_of(settings)
-        engine = cls(settings, text, tenants or Tenants(), codecs, constants, pressure or MemoryPressure(), tell)
+        pressure = pressure or MemoryPressure()
+        engine = cls(settings, text, tenants or Tenants(), codecs, constants, pressure, tell, progress)
         engine._loop.start()
         await asyncio.to_thread(engine._loop.ready.wait)
         if engine._loop.failure is not None:
@@ -217,7 +223,13 @@ class Engine:
         self.check_fits(len(job.tokens), job.reuse.length, job.answer.max_tokens if job.answer is not None else 0)
         own = sum(handle.tenant == job.tenant for handle in self._handles.values())
         if self._bound.refuses(len(self._handles), own):
-            raise QueueFull(f"{len(self._handles)} requests are running or waiting; try again", retry_after=1.0)
+            raise QueueFull(
+                f"{len(self._handles)} requests are running or waiting; try again",
+                retry_after=1.0,
+                limit=self._bound.most,
+                actual=len(self._handles),
+                unit="requests",
+            )
         ident = next(self._idents)
         handle = self._handles[ident] = Handle(self, ident, job)
         self._loop.send(Submit(ident, job, constraint, time.perf_counter()))
@@ -238,7 +250,10 @@ class Engine:
         if needed > self._settings.inflight_bytes:
             raise MemoryBudget(
                 f"{tokens} tokens and an answer of up to {answer} need {needed} bytes while they are computed, more "
-                f"than the server's {self._settings.inflight_bytes}; send or ask for less, or raise --inflight-bytes"
+                f"than the server's {self._settings.inflight_bytes}; send or ask for less, or raise --inflight-bytes",
+                limit=self._settings.inflight_bytes,
+                actual=needed,
+                unit="bytes",
             )
 
     def cancel(self, ident: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from warmkv_server.platform import blas
+from warmkv_server.platform import blas, memory
 from warmkv_server.platform.versions import version_of
 
 _PACKAGES = ("warmkv", "mlx", "mlx-lm", "grpcio", "protobuf", "transformers")
@@ -25,6 +25,7 @@ def findings(data_dir: Path) -> Iterator[tuple[str, str]]:
         advice = "; install the `cpu` extra or the system's OpenBLAS" if blas.is_reference() else ""
         yield "blas", blas.describe() + advice
     yield "speed", f"{_gflops():.0f} GFLOP/s (product of two {_SIDE} x {_SIDE} matrices of 32-bit floats)"
+    yield "memory", memory.describe()
     for name in _PACKAGES:
         yield name, version_of(name)
     yield "disk", _disk(data_dir)

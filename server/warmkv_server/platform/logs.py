@@ -33,7 +33,15 @@ class JsonLines(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """A line that can't be written, such as to a file on a full disk, is lost: there is nowhere to say so."""
+    """Writes to what stderr is at the time: lines go above a bar that is shown there.
+
+    A line that can't be written, such as to a file on a full disk, is lost: there is nowhere to say so.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream is not sys.stderr:
+            self.setStream(sys.stderr)
+        super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not isinstance(sys.exception(), OSError):

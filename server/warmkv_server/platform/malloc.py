@@ -21,8 +21,39 @@ _LARGEST = 32 << 20
 _LATER_SECONDS = 20.0
 
 _kept = False
-_later = threading.Lock()
-"""Held while a thread waits to give memory back."""
+
+
+class _Later:
+    """Gives memory back some seconds after something large came, and once more if more came meanwhile.
+
+    What comes just before the first time is still in use then: without the second, it would stay for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waits = self._more = False
+
+    def ask(self) -> None:
+        with self._lock:
+            self._more = self._waits
+            if not self._waits:
+                self._wait()
+
+    def _wait(self) -> None:
+        self._waits, self._more = True, False
+        timer = threading.Timer(_LATER_SECONDS, self._give_back)
+        timer.daemon = True
+        timer.start()
+
+    def _give_back(self) -> None:
+        give_back()
+        with self._lock:
+            self._waits = False
+            if self._more:
+                self._wait()
+
+
+_later = _Later()
 
 
 def keep_freed_memory() -> bool:
@@ -50,12 +81,5 @@ def give_back() -> None:
 
 def give_back_later() -> None:
     """The same a while after something large has come, when it is likely to be gone again. From any thread; cheap."""
-    if _kept and _later.acquire(blocking=False):
-        timer = threading.Timer(_LATER_SECONDS, _give_back_now)
-        timer.daemon = True
-        timer.start()
-
-
-def _give_back_now() -> None:
-    _later.release()
-    give_back()
+    if _kept:
+        _later.ask()

@@ -24,6 +24,14 @@ def usable_bytes(root: Path = Path("/")) -> int:
     return min([machine_bytes(), *_limits(root)])
 
 
+def describe(root: Path = Path("/")) -> str:
+    """What there is, for people."""
+    usable, machine = usable_bytes(root), machine_bytes()
+    if usable == machine:
+        return f"{machine / 2**30:.1f} GiB, all of this machine's"
+    return f"{usable / 2**30:.1f} GiB, a container's limit; this machine has {machine / 2**30:.1f} GiB"
+
+
 def _limits(root: Path) -> Iterator[int]:
     """What cgroups, of version 1 and 2, say. A group is bound by all above it.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from warmkv.v1 import agent_service_pb2 as pb
-from warmkv_server.agents.types import GenerateFinished, PrimeResult, Recorded
+from warmkv_server.agents.types import GenerateFinished, PrimeRequest, PrimeResult, Recorded
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord
 from warmkv_server.errors import InvalidField
@@ -19,6 +19,8 @@ from warmkv_server.service.metrics import Metrics
 
 _PAGE = 100
 _LARGEST_PAGE = 1000
+_PROGRESS_SECONDS = 5.0
+"""From one message of a stream to the next, at most: proxies end those that are silent for a minute, say."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class AgentServicer:
         validate.extend(request, call.model)
         wanted = convert.extend_request(request, call.key(request.agent_id), call.arrived)
         return convert.extend_response(self._counted(await call.agents.prime(wanted)))
+
+    async def prime_stream(self, request: pb.PrimeStreamRequest, call: Call) -> None:
+        validate.prime(request, call.model)
+        wanted = convert.prime_request(request, call.key(request.agent_id), call.arrived)
+        result = await self._told(wanted, call, pb.PrimeStreamResponse)
+        await call.send(pb.PrimeStreamResponse(response=convert.prime_response(result)))
+
+    async def extend_stream(self, request: pb.ExtendStreamRequest, call: Call) -> None:
+        validate.extend(request, call.model)
+        wanted = convert.extend_request(request, call.key(request.agent_id), call.arrived)
+        result = await self._told(wanted, call, pb.ExtendStreamResponse)
+        await call.send(pb.ExtendStreamResponse(response=convert.extend_response(result)))
 
     async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
         info = call.agents.engine.info
@@ -118,6 +132,16 @@ class AgentServicer:
         validate.agent_id(request.agent_id)
         await call.agents.delete(call.key(request.agent_id), request.allow_missing)
         return pb.DeleteAgentResponse()
+
+    async def _told(
+        self, wanted: PrimeRequest, call: Call, kind: type[pb.PrimeStreamResponse | pb.ExtendStreamResponse]
+    ) -> PrimeResult | Recorded:
+        """The result; its progress is sent meanwhile."""
+        run = await call.agents.begin_prime(wanted)
+        with run.watch() as watch:
+            async for doing in watch.progress(_PROGRESS_SECONDS):
+                await call.send(kind(progress=convert.prime_progress(doing)))
+            return self._counted(await watch.last())
 
     def _counted(self, result: PrimeResult | Recorded) -> PrimeResult | Recorded:
         if isinstance(result, PrimeResult):  # Not one that was done before, and is told again.

@@ -33,7 +33,11 @@ class Principal:
     def require(self, agent_id: str) -> None:
         """Raise AgentForbidden unless it may name this agent. No agent_id is always allowed."""
         if agent_id and not agent_id.startswith(self.agent_prefix):
-            raise AgentForbidden(f"this token may only name agents whose agent_id begins with {self.agent_prefix!r}")
+            raise AgentForbidden(
+                f"this token may only name agents whose agent_id begins with {self.agent_prefix!r}",
+                agent_id=agent_id,
+                agent_prefix=self.agent_prefix,
+            )
 
 
 class Open:

@@ -26,7 +26,9 @@ def chat(faults: Faults, chat: pb.ChatMessages) -> None:
     for number, message in enumerate(chat.messages):
         good = 0 < len(message.role) <= limits.ROLE_CHARACTERS
         if not good:
-            faults.note(f"{_CHAT}.messages[{number}].role", f"must have 1 to {limits.ROLE_CHARACTERS} characters")
+            rule = f"must have 1 to {limits.ROLE_CHARACTERS} characters"
+            about = limits.about(limits.ROLE_CHARACTERS, len(message.role), "characters")
+            faults.note(f"{_CHAT}.messages[{number}].role", rule, about)
         if len(message.ListFields()) > 2 or message.parts or message.tool_calls:
             _more(faults, f"{_CHAT}.messages[{number}]", message)
     if chat.HasField("tools"):
@@ -41,7 +43,8 @@ def _more(faults: Faults, field: str, message: pb.ChatMessage) -> None:
     """What a message has besides its role and its text."""
     for number, part in enumerate(message.parts):
         if part.WhichOneof("kind") == "image":
-            raise Unsupported(f"{field}.parts[{number}].image: this model takes no images; describe it in a text")
+            image = f"{field}.parts[{number}].image"
+            raise Unsupported(f"{image}: this model takes no images; describe it in a text", field=image)
         faults.need(part.WhichOneof("kind") == "text", f"{field}.parts[{number}]", "must have a text")
     faults.need(not (message.parts and message.content), f"{field}.parts", "can't be given together with content")
     of_assistant = message.role == "assistant"
@@ -53,11 +56,9 @@ def _more(faults: Faults, field: str, message: pb.ChatMessage) -> None:
     faults.need(is_result or not message.tool_call_id, f"{field}.tool_call_id", rule)
     faults.need(is_result or not message.name, f"{field}.name", rule)
     most = limits.CALL_ID_CHARACTERS
-    faults.need(len(message.tool_call_id) <= most, f"{field}.tool_call_id", f"may have {most} characters at most")
-    most = limits.TOOL_NAME_CHARACTERS
-    faults.need(len(message.name) <= most, f"{field}.name", f"may have {most} characters at most")
-    most = limits.CALLS
-    faults.need(len(message.tool_calls) <= most, f"{field}.tool_calls", f"may have {most} entries at most")
+    faults.need_at_most(most, len(message.tool_call_id), "characters", f"{field}.tool_call_id")
+    faults.need_at_most(limits.TOOL_NAME_CHARACTERS, len(message.name), "characters", f"{field}.name")
+    faults.need_at_most(limits.CALLS, len(message.tool_calls), "entries", f"{field}.tool_calls")
     for number, call in enumerate(message.tool_calls[: limits.CALLS]):
         name = f"{field}.tool_calls[{number}]"
         good = 0 < len(call.id) <= limits.CALL_ID_CHARACTERS
@@ -71,11 +72,12 @@ def _more(faults: Faults, field: str, message: pb.ChatMessage) -> None:
 
 def _tools(faults: Faults, tools: pb.ToolList) -> None:
     field = f"{_CHAT}.tools.tools"
-    faults.need(len(tools.tools) <= limits.TOOLS, field, f"may have {limits.TOOLS} entries at most")
+    faults.need_at_most(limits.TOOLS, len(tools.tools), "entries", field)
     names = [tool.name for tool in tools.tools]
     faults.need(len(names) == len(set(names)), field, "must have different names")
     size = sum(len(tool.name) + len(tool.description) + len(tool.parameters_json) for tool in tools.tools)
-    faults.need(size <= limits.TOOLS_CHARACTERS, field, f"may have {limits.TOOLS_CHARACTERS} characters at most in all")
+    rule = f"may have {limits.TOOLS_CHARACTERS} characters at most in all"
+    faults.need_at_most(limits.TOOLS_CHARACTERS, size, "characters", field, rule)
     for number, tool in enumerate(tools.tools[: limits.TOOLS]):
         faults.need(_TOOL_NAME.fullmatch(tool.name) is not None, f"{field}[{number}].name", _TOOL_NAME_RULE)
         if (wrong := _not_an_object(tool.parameters_json)) is not None:
@@ -90,7 +92,8 @@ def _tools(faults: Faults, tools: pb.ToolList) -> None:
 def _variables(faults: Faults, chat: pb.ChatMessages) -> None:
     most = limits.VARIABLES_CHARACTERS
     size = len(convert.variables(chat))
-    faults.need(size <= most, f"{_CHAT}.template_variables", f"may have {most} characters at most, as JSON")
+    rule = f"may have {most} characters at most, as JSON"
+    faults.need_at_most(most, size, "characters", f"{_CHAT}.template_variables", rule)
 
 
 def _continued(faults: Faults, message: pb.ChatMessage, number: int) -> None:

@@ -17,6 +17,7 @@ from warmkv_server.agents.types import (
     AgentView,
     CacheReport,
     CandidateDelta,
+    Doing,
     EvictResult,
     GenerateEvent,
     GenerateFinished,
@@ -116,19 +117,30 @@ def _message(message: pb.ChatMessage) -> ChatMessage:
     return ChatMessage(message.role, text, message.reasoning, calls, message.tool_call_id, message.name)
 
 
-def identity(request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest | pb.ForkAgentRequest) -> Identity | None:
+AnyPrime = pb.PrimeRequest | pb.PrimeStreamRequest
+AnyExtend = pb.ExtendRequest | pb.ExtendStreamRequest
+
+_SAME = {
+    pb.PrimeStreamRequest.DESCRIPTOR.full_name: pb.PrimeRequest.DESCRIPTOR.full_name,
+    pb.ExtendStreamRequest.DESCRIPTOR.full_name: pb.ExtendRequest.DESCRIPTOR.full_name,
+}
+"""Requests that ask for the same in the same fields, and only are answered in another way."""
+
+
+def identity(request: AnyPrime | AnyExtend | pb.GenerateRequest | pb.ForkAgentRequest) -> Identity | None:
     """The request's id and a digest of everything else in it, its kind included; None without an id."""
     if not request.request_id:
         return None
     body = type(request)()
     body.CopyFrom(request)  # type: ignore[arg-type]
     body.ClearField("request_id")
-    hasher = hashlib.blake2b(request.DESCRIPTOR.full_name.encode() + b"\0", digest_size=16)
+    name = request.DESCRIPTOR.full_name
+    hasher = hashlib.blake2b(_SAME.get(name, name).encode() + b"\0", digest_size=16)
     hasher.update(body.SerializeToString(deterministic=True))
     return Identity(request.request_id, hasher.digest())
 
 
-def prime_request(request: pb.PrimeRequest, key: AgentKey, arrived: float) -> PrimeRequest:
+def prime_request(request: AnyPrime, key: AgentKey, arrived: float) -> PrimeRequest:
     return PrimeRequest(
         key=key,
         content=content(request.content),
@@ -141,7 +153,7 @@ def prime_request(request: pb.PrimeRequest, key: AgentKey, arrived: float) -> Pr
     )
 
 
-def extend_request(request: pb.ExtendRequest, key: AgentKey, arrived: float) -> PrimeRequest:
+def extend_request(request: AnyExtend, key: AgentKey, arrived: float) -> PrimeRequest:
     return PrimeRequest(
         key=key,
         content=content(request.content),
@@ -236,6 +248,10 @@ def extend_response(result: PrimeResult | Recorded) -> pb.ExtendResponse:
     )
 
 
+def prime_progress(doing: Doing) -> pb.PrimeProgress:
+    return pb.PrimeProgress(activity=ACTIVITIES[doing.activity], tokens_done=doing.done, tokens_total=doing.total)
+
+
 def fork_response(forked: AgentView | Recorded) -> pb.ForkAgentResponse:
     if isinstance(forked, Recorded):
         again: pb.ForkAgentResponse = forked.message
@@ -310,9 +326,9 @@ def agent(view: AgentView) -> pb.Agent:
         pinned=record.pinned,
         ttl=duration(record.ttl) if record.ttl is not None else None,
         labels=record.labels,
-        create_time=timestamp(record.create_time),
-        update_time=timestamp(record.update_time),
-        last_used_time=timestamp(record.last_used_time),
+        create_time=timestamp(record.create_time) if record.revision else None,
+        update_time=timestamp(record.update_time) if record.revision else None,
+        last_used_time=timestamp(record.last_used_time) if record.revision else None,
         expire_time=timestamp(record.expire_time) if record.expire_time is not None else None,
         parent_agent_id=record.parent_agent_id,
         activity=ACTIVITIES[view.doing.activity],
@@ -457,5 +473,5 @@ def _logprobs(value: Logprobs) -> pb.TokenLogprobs:
     return pb.TokenLogprobs(token_id=value.token_id, logprob=value.logprob, top=top)
 
 
-def _expected_revision(request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest) -> int | None:
+def _expected_revision(request: AnyPrime | AnyExtend | pb.GenerateRequest) -> int | None:
     return request.expected_revision if request.HasField("expected_revision") else None

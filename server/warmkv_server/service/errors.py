@@ -49,6 +49,7 @@ CODES: dict[type[errors.WarmKVError], grpc.StatusCode] = {
 
 # A status travels in HTTP/2 headers, for which clients take 8 KiB in all.
 _MESSAGE_CHARACTERS = 300
+_NAME_CHARACTERS = 128
 _DETAILS_BYTES = 3000
 
 
@@ -67,7 +68,8 @@ def status_of(error: errors.WarmKVError) -> Status:
     message = _cut(str(error), _MESSAGE_CHARACTERS)
     number: int = code.value[0]
     rich = status_pb2.Status(code=number, message=message)
-    rich.details.append(_packed(error_details_pb2.ErrorInfo(domain=DOMAIN, reason=error.reason)))
+    metadata = {name: _cut(value, _NAME_CHARACTERS) for name, value in error.metadata.items()}
+    rich.details.append(_packed(error_details_pb2.ErrorInfo(domain=DOMAIN, reason=error.reason, metadata=metadata)))
     if error.retry_after is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
@@ -88,7 +90,9 @@ def _bad_request(violations: tuple[errors.Violation, ...], room: int) -> error_d
     """As many violations as fit, and how many more there are."""
     bad = error_details_pb2.BadRequest()
     for number, violation in enumerate(violations):
-        bad.field_violations.add(field=_cut(violation.field, 120), description=_cut(violation.description, 200))
+        bad.field_violations.add(
+            field=_cut(violation.field, _NAME_CHARACTERS), description=_cut(violation.description, 200)
+        )
         if bad.ByteSize() > room:
             bad.field_violations[-1].field = "…"
             bad.field_violations[-1].description = f"{len(violations) - number} more fields are wrong"

@@ -60,7 +60,9 @@ async def read(context: RpcContext, kind: type[Kind], limit: int, refusal: Refus
     except TimeoutError:
         raise MalformedMessage(
             f"within {_MESSAGE_SECONDS:g} seconds no whole {kind.DESCRIPTOR.full_name} has come; send it at once, or "
-            "in parts, with Extend"
+            "in parts, with Extend",
+            limit=_MESSAGE_SECONDS,
+            unit="seconds",
         ) from None
     raise MalformedMessage(f"the call ended before its {kind.DESCRIPTOR.full_name} had come")
 
@@ -71,13 +73,17 @@ async def read_all(
     """The messages of a request, as they come."""
     while (data := await context.read()) is not grpc.aio.EOF:
         if len(data) > limit:
-            raise _too_large(f"{len(data)} bytes", limit)
+            raise _too_large(f"{len(data)} bytes", limit, len(data))
         if data.startswith(_GZIP):
             data = await _inflate(data, limit)
         if len(data) > _LARGE_BYTES:
             give_back_later()
         if (refused := refusal(data)) is not None:
-            raise refused
+            try:
+                raise refused
+            finally:
+                # The error knows this frame, by its traceback: by knowing it too, the frame would keep the message.
+                del refused
         try:
             yield kind.FromString(data)
         except DecodeError:
@@ -106,7 +112,10 @@ async def _inflate(data: bytes, limit: int) -> bytes:
     return bytes(inflated)
 
 
-def _too_large(size: str, limit: int) -> MessageTooLarge:
+def _too_large(size: str, limit: int, actual: int | None = None) -> MessageTooLarge:
     return MessageTooLarge(
-        f"the request has {size}, and this server takes {limit}; send the content in parts, with Extend"
+        f"the request has {size}, and this server takes {limit}; send the content in parts, with Extend",
+        limit=limit,
+        actual=actual,
+        unit="bytes",
     )

@@ -6,6 +6,8 @@ for nearly all fields, so that whatever comes costs little. The second is what e
 
 from __future__ import annotations
 
+from typing import Any
+
 # On the wire.
 MESSAGE_FIELDS = 32_768
 """Fields of one message in all, those of the messages in it included; ids are not counted here."""
@@ -56,3 +58,8 @@ PAGE_BYTES = 3 << 20
 """Agents on a page."""
 DELTA_BYTES, DELTA_CHARACTERS = 2 << 20, 400 << 10
 """Token ids with their log probabilities, and text, which takes up to four bytes a character."""
+
+
+def about(limit: int, actual: int, unit: str) -> dict[str, Any]:
+    """What an error that has to do with a limit says to programs."""
+    return {"limit": limit, "actual": actual, "unit": unit}

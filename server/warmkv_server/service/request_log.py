@@ -99,6 +99,8 @@ def _fields(asked: Asked, code: grpc.StatusCode, reason: str) -> Iterator[tuple[
     done: Any = asked.last
     if isinstance(done, pb.GenerateResponse):
         done = done.finished if done.HasField("finished") else None
+    elif isinstance(done, pb.PrimeStreamResponse | pb.ExtendStreamResponse):
+        done = done.response if done.HasField("response") else None
     if isinstance(done, pb.PrimeResponse | pb.ExtendResponse | pb.GenerateFinished):
         yield from _cost(done)
 

@@ -136,6 +136,9 @@ class ServerServicer:
                 "include_token_ids",
                 f"the content has {len(tokens)} tokens, and the ids of {limits.COUNTED_TOKENS} are returned at most; "
                 "count them without it",
+                limit=limits.COUNTED_TOKENS,
+                actual=len(tokens),
+                unit="tokens",
             )
         return server_pb.CountTokensResponse(
             token_count=len(tokens),

@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv.v1 import server_service_pb2 as server_pb
 from warmkv_server.contract.names import AGENT_ID, AGENT_ID_RULE
-from warmkv_server.errors import ContextTooLong, EmptyContent, InvalidField, Violation
+from warmkv_server.errors import About, ContextTooLong, EmptyContent, InvalidField, Violation
 from warmkv_server.service import chats, convert, limits
 
 _SECOND = 1_000_000_000
@@ -35,17 +35,31 @@ class Faults:
         self._found: list[Violation] = []
         self._empty: list[Violation] = []
         self._more = 0
-        self._too_long = ""
+        self._too_long: ContextTooLong | None = None
 
     def need(self, good: bool, field: str, description: str) -> None:
         """Note that a field is wrong, and what it must be, unless it is good."""
         if not good:
             self.note(field, description)
 
-    def note(self, field: str, description: str) -> None:
-        """Note that a field is wrong, and what it must be."""
+    def need_at_most(self, most: int, actual: int, unit: str, field: str, description: str = "") -> None:
+        """Note that a field has too much of something, unless it has no more than the most.
+
+        Args:
+            unit: what there is too much of, such as entries, characters or bytes.
+            description: what it must be, if that isn't said by the most.
+        """
+        if actual > most:
+            self.note(field, description or f"may have {most} {unit} at most", limits.about(most, actual, unit))
+
+    def note(self, field: str, description: str, about: Mapping[str, About] | None = None) -> None:
+        """Note that a field is wrong, and what it must be.
+
+        Args:
+            about: what else there is to say, to programs.
+        """
         if len(self._found) < limits.VIOLATIONS:
-            self._found.append(Violation(field, description))
+            self._found.append(Violation(field, description, about or {}))
         else:
             self._more += 1
 
@@ -57,9 +71,13 @@ class Faults:
         if not present:
             self._empty.append(Violation("content", "must not be empty: give text, token_ids or chat"))
 
-    def too_long(self, message: str) -> None:
+    def too_long(self, tokens: int, most: int) -> None:
         """Note that no context could hold the content."""
-        self._too_long = message
+        self._too_long = ContextTooLong(
+            f"the content has {tokens} tokens, and this server takes {most}; send less",
+            field="content.token_ids.ids",
+            **limits.about(most, tokens, "tokens"),
+        )
 
     def refuse(self) -> None:
         """Raise if anything is wrong.
@@ -74,8 +92,8 @@ class Faults:
                 message = f"{len(found) + self._more} fields are wrong: {message}"
                 found.append(Violation("…", f"{self._more} more fields are wrong"))
             raise InvalidField(message, violations=found)
-        if self._too_long:
-            raise ContextTooLong(self._too_long)
+        if self._too_long is not None:
+            raise self._too_long
         if self._empty:
             raise EmptyContent("content must not be empty: give text, token_ids or chat", violations=self._empty)
 
@@ -88,7 +106,7 @@ class Model:
     context_limit: int
 
 
-def prime(request: pb.PrimeRequest, model: Model) -> None:
+def prime(request: convert.AnyPrime, model: Model) -> None:
     faults = Faults()
     _agent_id(faults, "agent_id", request.agent_id)
     _content(faults, request.content, model.vocab_size, model.context_limit)
@@ -101,7 +119,7 @@ def prime(request: pb.PrimeRequest, model: Model) -> None:
     faults.refuse()
 
 
-def extend(request: pb.ExtendRequest, model: Model) -> None:
+def extend(request: convert.AnyExtend, model: Model) -> None:
     faults = Faults()
     chat = request.content.WhichOneof("kind") == "chat"
     faults.need(chat or not request.generation_prompt, "generation_prompt", "needs content.chat")
@@ -183,7 +201,7 @@ def update(request: pb.UpdateAgentRequest) -> None:
     faults = Faults()
     _agent_id(faults, "agent.agent_id", request.agent.agent_id)
     paths = request.update_mask.paths[: limits.UPDATE_PATHS + 1]
-    faults.need(len(paths) <= limits.UPDATE_PATHS, "update_mask", f"may have {limits.UPDATE_PATHS} paths at most")
+    faults.need_at_most(limits.UPDATE_PATHS, len(request.update_mask.paths), "paths", "update_mask")
     known = [path for path in paths if path in _UPDATABLE]
     faults.need(bool(paths), "update_mask", "must name at least one of pinned, ttl, labels")
     faults.need(len(known) == len(paths), "update_mask", "may name pinned, ttl and labels only")
@@ -210,24 +228,29 @@ def _agent_id(faults: Faults, field: str, value: str) -> None:
 
 def _top_logprobs(faults: Faults, value: int, vocab_size: int) -> None:
     most = min(limits.TOP_LOGPROBS, vocab_size)
-    faults.need(0 <= value <= most, "top_logprobs", f"must be 0 to {most}")
+    rule = f"must be 0 to {most}"
+    faults.need(value >= 0, "top_logprobs", rule)
+    faults.need_at_most(most, value, "entries", "top_logprobs", rule)
 
 
 def _stop(faults: Faults, stop: Sequence[str]) -> None:
     """They are looked for in every piece of the answer, all at once, by what is built of all their characters."""
-    faults.need(len(stop) <= limits.STOPS, "stop", f"may have {limits.STOPS} strings at most")
+    faults.need_at_most(limits.STOPS, len(stop), "strings", "stop")
     lengths = [len(each) for each in stop]
     rule = f"must have 1 to {limits.STOP_CHARACTERS} characters"
     for number, length in enumerate(lengths):
-        faults.need(0 < length <= limits.STOP_CHARACTERS, f"stop[{number}]", rule)
+        faults.need(length > 0, f"stop[{number}]", rule)
+        faults.need_at_most(limits.STOP_CHARACTERS, length, "characters", f"stop[{number}]", rule)
     rule = f"may have {limits.STOPS_CHARACTERS} characters at most in all"
-    faults.need(sum(lengths) <= limits.STOPS_CHARACTERS, "stop", rule)
+    faults.need_at_most(limits.STOPS_CHARACTERS, sum(lengths), "characters", "stop", rule)
 
 
 def _candidates(faults: Faults, request: pb.GenerateRequest) -> None:
     ids, most = request.candidate_agent_ids, limits.CANDIDATES
-    faults.need(0 <= request.candidates <= most, "candidates", f"must be 0 (one) to {most}")
-    faults.need(len(ids) <= most, "candidate_agent_ids", f"may have {most} entries at most")
+    rule = f"must be 0 (one) to {most}"
+    faults.need(request.candidates >= 0, "candidates", rule)
+    faults.need_at_most(most, request.candidates, "entries", "candidates", rule)
+    faults.need_at_most(most, len(ids), "entries", "candidate_agent_ids")
     for number, value in enumerate(ids[: most + 1]):
         _agent_id(faults, f"candidate_agent_ids[{number}]", value)
     if ids:
@@ -258,7 +281,8 @@ def _response_format(faults: Faults, request: pb.GenerateRequest) -> None:
         faults.need(all(texts), "response_format.choices.texts", "must have no empty text")
         faults.need(len(set(texts)) == len(texts), "response_format.choices.texts", "must all be different")
         most = limits.STRING_BYTES
-        faults.need(size <= most, "response_format.choices.texts", f"may have {most} bytes at most in all")
+        rule = f"may have {most} bytes at most in all"
+        faults.need_at_most(most, size, "bytes", "response_format.choices.texts", rule)
 
 
 def _is_given(content: pb.Content) -> bool:
@@ -275,7 +299,7 @@ def _is_given(content: pb.Content) -> bool:
 def _content(faults: Faults, content: pb.Content, vocab_size: int, most_tokens: int) -> None:
     ids = content.token_ids.ids
     if len(ids) > most_tokens:
-        faults.too_long(f"the content has {len(ids)} tokens, and this server takes {most_tokens}; send less")
+        faults.too_long(len(ids), most_tokens)
     elif ids and (min(ids) < 0 or max(ids) >= vocab_size):
         given = np.fromiter(ids, np.int64, len(ids))
         wrong = np.flatnonzero((given < 0) | (given >= vocab_size))
@@ -294,22 +318,22 @@ def _ttl(faults: Faults, field: str, ttl: Duration) -> None:
 
 
 def _labels(faults: Faults, field: str, labels: Mapping[str, str]) -> None:
-    faults.need(len(labels) <= limits.LABELS, field, f"may have {limits.LABELS} entries at most")
+    faults.need_at_most(limits.LABELS, len(labels), "entries", field)
     key_rule = f"a key must have 1 to {limits.LABEL_KEY_CHARACTERS} characters"
     value_rule = f"a value may have {limits.LABEL_VALUE_CHARACTERS} characters at most"
     for key, value in labels.items():
         name = f"{field}[{key[: limits.LABEL_KEY_CHARACTERS]!r}]"
-        faults.need(1 <= len(key) <= limits.LABEL_KEY_CHARACTERS, name, key_rule)
-        faults.need(len(value) <= limits.LABEL_VALUE_CHARACTERS, name, value_rule)
+        faults.need(len(key) > 0, name, key_rule)
+        faults.need_at_most(limits.LABEL_KEY_CHARACTERS, len(key), "characters", name, key_rule)
+        faults.need_at_most(limits.LABEL_VALUE_CHARACTERS, len(value), "characters", name, value_rule)
 
 
-def _expected_revision(faults: Faults, request: pb.PrimeRequest | pb.ExtendRequest | pb.GenerateRequest) -> None:
+def _expected_revision(faults: Faults, request: convert.AnyPrime | convert.AnyExtend | pb.GenerateRequest) -> None:
     faults.need(request.expected_revision >= 0, "expected_revision", "must be 0 (no such agent) or more")
 
 
 def _request_id(faults: Faults, value: str) -> None:
-    most = limits.REQUEST_ID_CHARACTERS
-    faults.need(len(value) <= most, "request_id", f"may have {most} characters at most")
+    faults.need_at_most(limits.REQUEST_ID_CHARACTERS, len(value), "characters", "request_id")
 
 
 def _sampling(faults: Faults, sampling: pb.SamplingParams, vocab_size: int) -> None:
@@ -324,7 +348,7 @@ def _sampling(faults: Faults, sampling: pb.SamplingParams, vocab_size: int) -> N
     need("presence_penalty", -2 <= sampling.presence_penalty <= 2, "must be -2 to 2")
     need("frequency_penalty", -2 <= sampling.frequency_penalty <= 2, "must be -2 to 2")
     most = limits.LOGIT_BIASES
-    faults.need(len(sampling.logit_bias) <= most, "sampling.logit_bias", f"may have {most} entries at most")
+    faults.need_at_most(most, len(sampling.logit_bias), "entries", "sampling.logit_bias")
     for token, bias in sampling.logit_bias.items():
         field = f"sampling.logit_bias[{token}]"
         faults.need(0 <= token < vocab_size, field, f"is not a token of this model; ids run from 0 to {vocab_size - 1}")

@@ -127,7 +127,11 @@ class _Walk:
         while at < end:
             self._left -= 1
             if self._left < 0:
-                raise InvalidField(f"the message has more than {limits.MESSAGE_FIELDS} fields; send less at a time")
+                raise InvalidField(
+                    f"the message has more than {limits.MESSAGE_FIELDS} fields; send less at a time",
+                    limit=limits.MESSAGE_FIELDS,
+                    unit="fields",
+                )
             tag, at = self._varint(at, end)
             field = fields.get(tag >> 3)
             number = self._count(field, place) if field is not None else 0
@@ -151,7 +155,9 @@ class _Walk:
         number = self._entries[id(field)]
         if number >= field.entries:
             path = f"{place}.{field.name}" if place else field.name
-            raise InvalidField.of(path, f"may have {field.entries} entries at most")
+            raise InvalidField.of(
+                path, f"may have {field.entries} entries at most", limit=field.entries, unit="entries"
+            )
         self._entries[id(field)] = number + 1
         return number
 
@@ -161,7 +167,13 @@ class _Walk:
             # Each number ends with a byte whose highest bit is clear.
             self._ids += int(np.count_nonzero(np.frombuffer(self._data, np.int8, end - at, at) >= 0))
             if self._ids > limits.TOKEN_IDS + _AROUND_IDS:
-                raise InvalidField.of(f"{place}.ids", f"may have {limits.TOKEN_IDS} entries at most")
+                raise InvalidField.of(
+                    f"{place}.ids",
+                    f"may have {limits.TOKEN_IDS} entries at most",
+                    limit=limits.TOKEN_IDS,
+                    actual=self._ids,
+                    unit="entries",
+                )
         elif field.kind is not None:
             self.message(at, end, _fields(field.kind), place, depth + 1)
         elif field.is_text:
@@ -169,11 +181,15 @@ class _Walk:
             if self._text_bytes is not None and self._text > self._text_bytes:
                 raise ContextTooLong(
                     f"the content is longer than {self._text_bytes} bytes, and no text of that length fits into a "
-                    "context of this server; send less"
+                    "context of this server; send less",
+                    field="content",
+                    limit=self._text_bytes,
+                    actual=self._text,
+                    unit="bytes",
                 )
         elif end - at > limits.STRING_BYTES and not field.is_image and len(self.found) < limits.VIOLATIONS:
             rule = f"has {end - at} bytes; no string but content may have more than {limits.STRING_BYTES}"
-            self.found.append(Violation(str(place), rule))
+            self.found.append(Violation(str(place), rule, limits.about(limits.STRING_BYTES, end - at, "bytes")))
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         """The number that begins there, and where it ends."""

@@ -113,7 +113,8 @@ def _behind(
             template.require(shape, messages)
     raise Unsupported(
         "this model's chat template doesn't write out the text of earlier messages, so that none can be put "
-        "behind a context; send the whole conversation (Prime, or CONTEXT_MODE_REPLACE), or content.text"
+        "behind a context; send the whole conversation (Prime, or CONTEXT_MODE_REPLACE), or content.text",
+        field="content.chat",
     )
 
 

@@ -107,10 +107,16 @@ def complaint(grammar: Grammar, message: str) -> WarmKVError:
     """What llguidance says of a grammar, as the error that the client gets."""
     short = _short(message)
     if any(word in message for word in _MUCH):
-        return ConstraintTooComplex(f"{grammar.field} takes too much to follow ({short}); give a simpler one")
+        return ConstraintTooComplex(
+            f"{grammar.field} takes too much to follow ({short}); give a simpler one", field=grammar.field
+        )
     looks = "look-around" in message or "backreference" in message
     if grammar.kind is not GrammarKind.JSON_SCHEMA:
-        return Unsupported(f"{grammar.field}: {short}") if looks else InvalidField.of(grammar.field, short)
+        return (
+            Unsupported(f"{grammar.field}: {short}", field=grammar.field)
+            if looks
+            else InvalidField.of(grammar.field, short)
+        )
     if keys := re.search(r"Unimplemented keys: \[(.*?)\]", message):
         return unsupported(grammar, keys[1].replace('"', ""))
     if "Unsatisfiable" in message or "does not exist" in message or ("regex parse error" in message and not looks):
@@ -123,7 +129,10 @@ def unsupported(grammar: Grammar, keyword: str, why: str = "") -> Unsupported:
     """A schema has a keyword that can't be enforced."""
     said = f" ({why})" if why else ""
     what = f"the keyword {keyword}" if keyword else "what it says"
-    return Unsupported(f"{grammar.field}: this server can't enforce {what}{said}; leave it out and check it yourself")
+    return Unsupported(
+        f"{grammar.field}: this server can't enforce {what}{said}; leave it out and check it yourself",
+        field=grammar.field,
+    )
 
 
 def check_size(grammar: Grammar) -> None:
@@ -170,7 +179,12 @@ def _keywords(grammar: Grammar) -> Iterator[tuple[str, Any]]:
 
 def _require(grammar: Grammar, count: int, most: int, what: str) -> None:
     if count > most:
-        raise ConstraintTooComplex(f"{grammar.field} has more than {most} {what}; give a smaller one")
+        raise ConstraintTooComplex(
+            f"{grammar.field} has more than {most} {what}; give a smaller one",
+            field=grammar.field,
+            limit=most,
+            unit=what,
+        )
 
 
 def _of_this_draft(schema: str) -> str:

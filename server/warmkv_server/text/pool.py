@@ -175,7 +175,11 @@ class TextPool:
         line = self._line(job)
         if self._bound.refuses(len(line), line.held_by(tenant)):
             raise QueueFull(
-                f"{len(line)} texts wait to be tokenised, the most this server allows; try again", retry_after=1.0
+                f"{len(line)} texts wait to be tokenised, the most this server allows; try again",
+                retry_after=1.0,
+                limit=self._bound.most,
+                actual=len(line),
+                unit="requests",
             )
         line.join(tenant, job)
         self._dispatch()

@@ -127,13 +127,13 @@ def receive(connection: socket.socket) -> Any:
 
 
 def refusal_bytes(error: errors.WarmKVError) -> bytes:
-    violations = [(v.field, v.description[:_MESSAGE_CHARACTERS]) for v in error.violations]
-    return json.dumps([type(error).__name__, str(error)[:_MESSAGE_CHARACTERS], violations]).encode()
+    violations = [(v.field, v.description[:_MESSAGE_CHARACTERS], dict(v.about)) for v in error.violations]
+    return json.dumps([type(error).__name__, str(error)[:_MESSAGE_CHARACTERS], violations, error.metadata]).encode()
 
 
 def refusal_of(data: bytes) -> errors.WarmKVError:
-    name, message, violations = json.loads(data)
-    return _ERRORS[name](message, violations=[errors.Violation(*violation) for violation in violations])
+    name, message, violations, metadata = json.loads(data)
+    return _ERRORS[name](message, violations=[errors.Violation(*violation) for violation in violations], **metadata)
 
 
 def _exactly(connection: socket.socket, count: int) -> bytearray:

@@ -215,7 +215,12 @@ class Text:
 
     def _ids(self, text: str, field: str, room: int | None) -> list[int]:
         if room is not None and self.bytes_per_token and _utf8_length(text) > room * self.bytes_per_token:
-            raise ContextTooLong(f"{field} has more tokens than the {room} that there is room for; send less")
+            raise ContextTooLong(
+                f"{field} has more tokens than the {room} that there is room for; send less",
+                field=field,
+                limit=room,
+                unit="tokens",
+            )
         return self._known(self._encode(text), field)
 
     def _encode(self, text: str) -> list[int]:
@@ -251,12 +256,14 @@ def _require(chat: Chat, setup: Setup, traits: Traits) -> None:
         if traits.tools != "written":
             raise Unsupported(
                 f"{field}: this model's chat template doesn't write tools ({traits.tools}), so that it can't call any; "
-                f"{remedy}"
+                f"{remedy}",
+                field=field,
             )
         if traits.form is None:
             raise Unsupported(
                 f"{field}: the calls that this model's chat template writes can't be read back, so that it is served "
-                f"without tools; {remedy}"
+                f"without tools; {remedy}",
+                field=field,
             )
     if chat.tools:
         require_schemas(chat.tools)
@@ -266,7 +273,8 @@ def _require(chat: Chat, setup: Setup, traits: Traits) -> None:
         remedy = "leave them out" if chat.variables is not None else "they are the context's; send others, or {}"
         raise Unsupported(
             f"content.chat.template_variables: the model's chat template doesn't use {', '.join(unknown)[:200]}; it "
-            f"uses {known}; {remedy}"
+            f"uses {known}; {remedy}",
+            field="content.chat.template_variables",
         )
 
 

@@ -41,7 +41,9 @@ class Trial:
 
     def refusal(self, why: str) -> WarmKVError:
         """The error for one that was stopped."""
-        return ConstraintTooComplex(f"{self.work} {why}, and was stopped; give a simpler {self.grammar.field}")
+        return ConstraintTooComplex(
+            f"{self.work} {why}, and was stopped; give a simpler {self.grammar.field}", field=self.grammar.field
+        )
 
     def run(self) -> None:
         """
@@ -96,7 +98,7 @@ def _require_schema(grammar: Grammar) -> None:
         place = f" (at {where})" if where else ""
         raise InvalidField.of(grammar.field, f"is no JSON Schema: {error.message[:200]}{place}") from error
     except RecursionError as error:
-        raise ConstraintTooComplex(f"{grammar.field} is too deep; give a simpler one") from error
+        raise ConstraintTooComplex(f"{grammar.field} is too deep; give a simpler one", field=grammar.field) from error
 
 
 @cache

@@ -16,7 +16,7 @@ from warmkv.client import content as said
 from warmkv.client.answer import Answer
 from warmkv.client.channel import Target
 from warmkv.client.errors import WarmKVError, raising
-from warmkv.client.synchronous import PAGE, READY_PAUSE
+from warmkv.client.synchronous import PAGE, READY_PAUSE, OnProgress
 
 
 class AsyncClient:
@@ -72,13 +72,31 @@ class AsyncClient:
 
     # An agent's life
 
-    async def prime(self, agent_id: str, content: v1.Content, **fields: Any) -> v1.PrimeResponse:
+    async def prime(
+        self, agent_id: str, content: v1.Content, *, on_progress: OnProgress | None = None, **fields: Any
+    ) -> v1.PrimeResponse:
+        if on_progress is not None:
+            followed = v1.PrimeStreamRequest(agent_id=agent_id, content=content, **fields)
+            said.identify(followed)
+            with raising("PrimeStream"):
+                call = self.agent_service.PrimeStream(followed, timeout=self.timeout, metadata=self.metadata)
+                response: v1.PrimeResponse = (await _followed(call, on_progress)).response
+                return response
         request = v1.PrimeRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Prime"):
             return await self.agent_service.Prime(request, timeout=self.timeout, metadata=self.metadata)
 
-    async def extend(self, agent_id: str, content: v1.Content, **fields: Any) -> v1.ExtendResponse:
+    async def extend(
+        self, agent_id: str, content: v1.Content, *, on_progress: OnProgress | None = None, **fields: Any
+    ) -> v1.ExtendResponse:
+        if on_progress is not None:
+            followed = v1.ExtendStreamRequest(agent_id=agent_id, content=content, **fields)
+            said.identify(followed)
+            with raising("ExtendStream"):
+                call = self.agent_service.ExtendStream(followed, timeout=self.timeout, metadata=self.metadata)
+                response: v1.ExtendResponse = (await _followed(call, on_progress)).response
+                return response
         request = v1.ExtendRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Extend"):
@@ -189,3 +207,14 @@ class AsyncStream:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+
+async def _followed(call: Any, on_progress: OnProgress) -> Any:
+    """The last event of a stream of progress."""
+    try:
+        async for event in call:
+            if event.HasField("progress"):
+                on_progress(event.progress)
+        return event
+    finally:
+        call.cancel()

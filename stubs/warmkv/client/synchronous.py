@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,8 @@ from warmkv.client.errors import WarmKVError, raising
 
 READY_PAUSE = 0.2
 PAGE = 1000
+
+OnProgress = Callable[[v1.PrimeProgress], object]
 
 
 class Client:
@@ -93,15 +95,38 @@ class Client:
 
     # An agent's life
 
-    def prime(self, agent_id: str, content: v1.Content, **fields: Any) -> v1.PrimeResponse:
-        """Make content the agent's context. `fields` are v1.PrimeRequest's."""
+    def prime(
+        self, agent_id: str, content: v1.Content, *, on_progress: OnProgress | None = None, **fields: Any
+    ) -> v1.PrimeResponse:
+        """Make content the agent's context. `fields` are v1.PrimeRequest's.
+
+        Args:
+            on_progress: is told how far it is; the call hears of the server every few seconds then (PrimeStream). What
+                it raises ends the call.
+        """
+        if on_progress is not None:
+            followed = v1.PrimeStreamRequest(agent_id=agent_id, content=content, **fields)
+            said.identify(followed)
+            with raising("PrimeStream"):
+                call = self.agent_service.PrimeStream(followed, timeout=self.timeout, metadata=self.metadata)
+                response: v1.PrimeResponse = _followed(call, on_progress).response
+                return response
         request = v1.PrimeRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Prime"):
             return self.agent_service.Prime(request, timeout=self.timeout, metadata=self.metadata)
 
-    def extend(self, agent_id: str, content: v1.Content, **fields: Any) -> v1.ExtendResponse:
-        """Append content without an answer. `fields` are v1.ExtendRequest's."""
+    def extend(
+        self, agent_id: str, content: v1.Content, *, on_progress: OnProgress | None = None, **fields: Any
+    ) -> v1.ExtendResponse:
+        """Append content without an answer. `fields` are v1.ExtendRequest's; `on_progress` as for `prime`."""
+        if on_progress is not None:
+            followed = v1.ExtendStreamRequest(agent_id=agent_id, content=content, **fields)
+            said.identify(followed)
+            with raising("ExtendStream"):
+                call = self.agent_service.ExtendStream(followed, timeout=self.timeout, metadata=self.metadata)
+                response: v1.ExtendResponse = _followed(call, on_progress).response
+                return response
         request = v1.ExtendRequest(agent_id=agent_id, content=content, **fields)
         said.identify(request)
         with raising("Extend"):
@@ -225,3 +250,14 @@ class Stream:
     def cancel(self) -> None:
         """Stop it; what was sampled by then is committed. Does nothing once it is over."""
         self._call.cancel()
+
+
+def _followed(call: Any, on_progress: OnProgress) -> Any:
+    """The last event of a stream of progress."""
+    try:
+        for event in call:
+            if event.HasField("progress"):
+                on_progress(event.progress)
+        return event
+    finally:
+        call.cancel()

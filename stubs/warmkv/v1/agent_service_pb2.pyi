@@ -16,8 +16,17 @@ Conventions of the whole package:
   - A client may send the metadata `warmkv-agent-id` so that routers can hash it. It has to equal the request's
     agent_id; anything else is INVALID_ARGUMENT.
 
-Errors are google.rpc.Status with an ErrorInfo{domain: "warmkv", reason} in the details. BadRequest names every wrong
-field of a request at once, and RetryInfo is there where waiting helps. Any RPC can fail with
+Errors are google.rpc.Status with an ErrorInfo{domain: "warmkv", reason, metadata} in the details. BadRequest names every
+wrong field of a request at once, and RetryInfo is there where waiting helps. The metadata has what a program may want
+of what the message says:
+  - field: the path of the wrong field, the first of them;
+  - limit, actual, unit: what is allowed and what came or would be, where it is known, and of what that is a number,
+    such as tokens, bytes, characters, entries, requests or seconds;
+  - agent_id, request_id: of whom the message speaks; agent_prefix: what the caller's agent_ids begin with;
+  - revision, expected_revision: the agent's, 0 where there is none, and the request's;
+  - error_id: what to look for in the server's log;
+  - retry_delay: RetryInfo's, as in `1.5s`.
+Any RPC can fail with
   - INVALID_ARGUMENT: INVALID_FIELD, MALFORMED_MESSAGE;
   - RESOURCE_EXHAUSTED: QUEUE_FULL, MEMORY_BUDGET, MESSAGE_TOO_LARGE;
   - UNAUTHENTICATED: TOKEN_MISSING, TOKEN_INVALID; PERMISSION_DENIED: AGENT_FORBIDDEN;
@@ -1087,7 +1096,9 @@ class Agent(_message.Message):
     token_count: _builtins.int
     """Length of the context in tokens. Each of them has its KV."""
     revision: _builtins.int
-    """1 at creation and for a fork, and 1 more for each commit that changes the tokens. Nothing else changes it."""
+    """1 at creation and for a fork, and 1 more for each commit that changes the tokens. Nothing else changes it. 0: Prime is
+    making the agent; then its tier is TIER_HOT, and besides its id it has its activity and progress alone.
+    """
     hot_bytes: _builtins.int
     """Bytes of RAM that the agent's blocks hold, shared ones included."""
     warm_bytes: _builtins.int
@@ -1270,6 +1281,89 @@ class PrimeRequest(_message.Message):
 Global___PrimeRequest: _TypeAlias = PrimeRequest  # noqa: Y015
 
 @_typing.final
+class PrimeStreamRequest(_message.Message):
+    """Request of PrimeStream: PrimeRequest's fields, with its numbers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    """As PrimeRequest.agent_id."""
+    pinned: _builtins.bool
+    """As PrimeRequest.pinned."""
+    expected_revision: _builtins.int
+    """As PrimeRequest.expected_revision."""
+    request_id: _builtins.str
+    """As PrimeRequest.request_id. A Prime with the same fields is the same request."""
+    @_builtins.property
+    def content(self) -> Global___Content:
+        """As PrimeRequest.content."""
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """As PrimeRequest.ttl."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As PrimeRequest.labels."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        content: Global___Content | None = ...,
+        pinned: _builtins.bool | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        expected_revision: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "_pinned", b"_pinned", "_ttl", b"_ttl", "content", b"content", "expected_revision", b"expected_revision", "pinned", b"pinned", "ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "_pinned", b"_pinned", "_ttl", b"_ttl", "agent_id", b"agent_id", "content", b"content", "expected_revision", b"expected_revision", "labels", b"labels", "pinned", b"pinned", "request_id", b"request_id", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    _WhichOneofReturnType__pinned: _TypeAlias = _typing.Literal["pinned"]  # noqa: Y015
+    _WhichOneofArgType__pinned: _TypeAlias = _typing.Literal["_pinned", b"_pinned"]  # noqa: Y015
+    _WhichOneofReturnType__ttl: _TypeAlias = _typing.Literal["ttl"]  # noqa: Y015
+    _WhichOneofArgType__ttl: _TypeAlias = _typing.Literal["_ttl", b"_ttl"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned) -> _WhichOneofReturnType__pinned | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl) -> _WhichOneofReturnType__ttl | None: ...
+
+Global___PrimeStreamRequest: _TypeAlias = PrimeStreamRequest  # noqa: Y015
+
+@_typing.final
 class PrimeResponse(_message.Message):
     """Response of Prime."""
 
@@ -1310,6 +1404,68 @@ class PrimeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrimeResponse: _TypeAlias = PrimeResponse  # noqa: Y015
+
+@_typing.final
+class PrimeStreamResponse(_message.Message):
+    """One message of PrimeStream's stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___PrimeProgress:
+        """How far it is."""
+
+    @_builtins.property
+    def response(self) -> Global___PrimeResponse:
+        """Last, once, after the commit: what Prime answers."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___PrimeProgress | None = ...,
+        response: Global___PrimeResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "response"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PrimeStreamResponse: _TypeAlias = PrimeStreamResponse  # noqa: Y015
+
+@_typing.final
+class PrimeProgress(_message.Message):
+    """PrimeProgress is what is being done for a request that computes a context, and how far that is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    TOKENS_DONE_FIELD_NUMBER: _builtins.int
+    TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    activity: Global___Activity.ValueType
+    """What is being done: ACTIVITY_QUEUED, ACTIVITY_LOADING or ACTIVITY_PREFILLING."""
+    tokens_done: _builtins.int
+    """Tokens loaded or prefilled so far. 0 when queued."""
+    tokens_total: _builtins.int
+    """What tokens_done will be when the activity is complete. 0 when queued."""
+    def __init__(
+        self,
+        *,
+        activity: Global___Activity.ValueType = ...,
+        tokens_done: _builtins.int = ...,
+        tokens_total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "tokens_done", b"tokens_done", "tokens_total", b"tokens_total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrimeProgress: _TypeAlias = PrimeProgress  # noqa: Y015
 
 @_typing.final
 class ExtendRequest(_message.Message):
@@ -1354,6 +1510,48 @@ class ExtendRequest(_message.Message):
 Global___ExtendRequest: _TypeAlias = ExtendRequest  # noqa: Y015
 
 @_typing.final
+class ExtendStreamRequest(_message.Message):
+    """Request of ExtendStream: ExtendRequest's fields, with its numbers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    """As ExtendRequest.agent_id."""
+    expected_revision: _builtins.int
+    """As PrimeRequest.expected_revision."""
+    request_id: _builtins.str
+    """As PrimeRequest.request_id. An Extend with the same fields is the same request."""
+    generation_prompt: _builtins.bool
+    """As ExtendRequest.generation_prompt."""
+    @_builtins.property
+    def content(self) -> Global___Content:
+        """As ExtendRequest.content."""
+
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        content: Global___Content | None = ...,
+        expected_revision: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
+        generation_prompt: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "content", b"content", "expected_revision", b"expected_revision", "generation_prompt", b"generation_prompt", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+
+Global___ExtendStreamRequest: _TypeAlias = ExtendStreamRequest  # noqa: Y015
+
+@_typing.final
 class ExtendResponse(_message.Message):
     """Response of Extend."""
 
@@ -1392,6 +1590,38 @@ class ExtendResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExtendResponse: _TypeAlias = ExtendResponse  # noqa: Y015
+
+@_typing.final
+class ExtendStreamResponse(_message.Message):
+    """One message of ExtendStream's stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___PrimeProgress:
+        """How far it is."""
+
+    @_builtins.property
+    def response(self) -> Global___ExtendResponse:
+        """Last, once, after the commit: what Extend answers."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___PrimeProgress | None = ...,
+        response: Global___ExtendResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "response"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ExtendStreamResponse: _TypeAlias = ExtendStreamResponse  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):

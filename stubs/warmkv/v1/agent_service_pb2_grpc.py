@@ -52,10 +52,20 @@ class AgentServiceStub:
                 request_serializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeRequest.SerializeToString,
                 response_deserializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeResponse.FromString,
                 _registered_method=True)
+        self.PrimeStream = channel.unary_stream(
+                '/warmkv.v1.AgentService/PrimeStream',
+                request_serializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeStreamRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeStreamResponse.FromString,
+                _registered_method=True)
         self.Extend = channel.unary_unary(
                 '/warmkv.v1.AgentService/Extend',
                 request_serializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendRequest.SerializeToString,
                 response_deserializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendResponse.FromString,
+                _registered_method=True)
+        self.ExtendStream = channel.unary_stream(
+                '/warmkv.v1.AgentService/ExtendStream',
+                request_serializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendStreamRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendStreamResponse.FromString,
                 _registered_method=True)
         self.Generate = channel.unary_stream(
                 '/warmkv.v1.AgentService/Generate',
@@ -132,6 +142,20 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrimeStream(self, request, context):
+        """PrimeStream is Prime that says how far it is.
+
+        The stream is `progress`, at once, whenever it changes and at least every five seconds, whatever the request waits
+        for, and then exactly one `response`, which is the last message and is sent after the commit. So neither a proxy nor a
+        client takes a prefill of minutes for a dead connection. A request that was done before gets the `response` alone.
+
+        All else is as with Prime: the guarantees, the errors, and `request_id`, which the two share: what was begun or done
+        by one is joined or answered by the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Extend(self, request, context):
         """Extend appends content to an agent's context and computes its KV, without generating.
 
@@ -140,6 +164,13 @@ class AgentServiceServicer:
         Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
         TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
         of `request_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtendStream(self, request, context):
+        """ExtendStream is Extend that says how far it is, as PrimeStream does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,7 +246,8 @@ class AgentServiceServicer:
         """GetAgent returns an agent as of its last commit, with its present activity.
 
         What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
-        disk refused it. An agent whose first commit is under way does not exist yet.
+        disk refused it. An agent whose first commit is under way does not exist yet; but one that Prime is making is shown
+        with its activity and its progress, at revision 0, until it is committed or the request ends without.
 
         It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -229,7 +261,7 @@ class AgentServiceServicer:
         """ListAgents returns the tenant's agents in pages, ordered by agent_id, filtered by tier and labels.
 
         An agent that exists from the first page's call to the last page's is returned exactly once if it matches all the
-        while. It does not count as use.
+        while. It does not count as use. Agents that Prime is making are there too, as in GetAgent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -269,10 +301,20 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     request_deserializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeRequest.FromString,
                     response_serializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeResponse.SerializeToString,
             ),
+            'PrimeStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.PrimeStream,
+                    request_deserializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeStreamRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_agent__service__pb2.PrimeStreamResponse.SerializeToString,
+            ),
             'Extend': grpc.unary_unary_rpc_method_handler(
                     servicer.Extend,
                     request_deserializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendRequest.FromString,
                     response_serializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendResponse.SerializeToString,
+            ),
+            'ExtendStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExtendStream,
+                    request_deserializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendStreamRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_agent__service__pb2.ExtendStreamResponse.SerializeToString,
             ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
@@ -366,6 +408,33 @@ class AgentService:
             _registered_method=True)
 
     @staticmethod
+    def PrimeStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/warmkv.v1.AgentService/PrimeStream',
+            warmkv_dot_v1_dot_agent__service__pb2.PrimeStreamRequest.SerializeToString,
+            warmkv_dot_v1_dot_agent__service__pb2.PrimeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Extend(request,
             target,
             options=(),
@@ -382,6 +451,33 @@ class AgentService:
             '/warmkv.v1.AgentService/Extend',
             warmkv_dot_v1_dot_agent__service__pb2.ExtendRequest.SerializeToString,
             warmkv_dot_v1_dot_agent__service__pb2.ExtendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/warmkv.v1.AgentService/ExtendStream',
+            warmkv_dot_v1_dot_agent__service__pb2.ExtendStreamRequest.SerializeToString,
+            warmkv_dot_v1_dot_agent__service__pb2.ExtendStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

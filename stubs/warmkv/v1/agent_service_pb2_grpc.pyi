@@ -16,8 +16,17 @@ Conventions of the whole package:
   - A client may send the metadata `warmkv-agent-id` so that routers can hash it. It has to equal the request's
     agent_id; anything else is INVALID_ARGUMENT.
 
-Errors are google.rpc.Status with an ErrorInfo{domain: "warmkv", reason} in the details. BadRequest names every wrong
-field of a request at once, and RetryInfo is there where waiting helps. Any RPC can fail with
+Errors are google.rpc.Status with an ErrorInfo{domain: "warmkv", reason, metadata} in the details. BadRequest names every
+wrong field of a request at once, and RetryInfo is there where waiting helps. The metadata has what a program may want
+of what the message says:
+  - field: the path of the wrong field, the first of them;
+  - limit, actual, unit: what is allowed and what came or would be, where it is known, and of what that is a number,
+    such as tokens, bytes, characters, entries, requests or seconds;
+  - agent_id, request_id: of whom the message speaks; agent_prefix: what the caller's agent_ids begin with;
+  - revision, expected_revision: the agent's, 0 where there is none, and the request's;
+  - error_id: what to look for in the server's log;
+  - retry_delay: RetryInfo's, as in `1.5s`.
+Any RPC can fail with
   - INVALID_ARGUMENT: INVALID_FIELD, MALFORMED_MESSAGE;
   - RESOURCE_EXHAUSTED: QUEUE_FULL, MEMORY_BUDGET, MESSAGE_TOO_LARGE;
   - UNAUTHENTICATED: TOKEN_MISSING, TOKEN_INVALID; PERMISSION_DENIED: AGENT_FORBIDDEN;
@@ -88,6 +97,16 @@ class AgentServiceStub:
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
     NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
+    PrimeStream: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.PrimeStreamRequest, _agent_service_pb2.PrimeStreamResponse]
+    """PrimeStream is Prime that says how far it is.
+
+    The stream is `progress`, at once, whenever it changes and at least every five seconds, whatever the request waits
+    for, and then exactly one `response`, which is the last message and is sent after the commit. So neither a proxy nor a
+    client takes a prefill of minutes for a dead connection. A request that was done before gets the `response` alone.
+
+    All else is as with Prime: the guarantees, the errors, and `request_id`, which the two share: what was begun or done
+    by one is joined or answered by the other.
+    """
     Extend: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]
     """Extend appends content to an agent's context and computes its KV, without generating.
 
@@ -97,6 +116,8 @@ class AgentServiceStub:
     TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
     of `request_id`.
     """
+    ExtendStream: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.ExtendStreamRequest, _agent_service_pb2.ExtendStreamResponse]
+    """ExtendStream is Extend that says how far it is, as PrimeStream does."""
     Generate: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
 
@@ -151,7 +172,8 @@ class AgentServiceStub:
     """GetAgent returns an agent as of its last commit, with its present activity.
 
     What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
-    disk refused it. An agent whose first commit is under way does not exist yet.
+    disk refused it. An agent whose first commit is under way does not exist yet; but one that Prime is making is shown
+    with its activity and its progress, at revision 0, until it is committed or the request ends without.
 
     It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -161,7 +183,7 @@ class AgentServiceStub:
     """ListAgents returns the tenant's agents in pages, ordered by agent_id, filtered by tier and labels.
 
     An agent that exists from the first page's call to the last page's is returned exactly once if it matches all the
-    while. It does not count as use.
+    while. It does not count as use. Agents that Prime is making are there too, as in GetAgent.
     """
     UpdateAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.UpdateAgentRequest, _agent_service_pb2.UpdateAgentResponse]
     """UpdateAgent changes `pinned`, `ttl` and `labels` of an agent, as far as `update_mask` names them.
@@ -213,6 +235,16 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Adds the errors INVALID_ARGUMENT (EMPTY_CONTENT, CONTEXT_TOO_LONG), FAILED_PRECONDITION (UNSUPPORTED,
     NO_PENDING_CALL), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those of `request_id`.
     """
+    PrimeStream: _aio.UnaryStreamMultiCallable[_agent_service_pb2.PrimeStreamRequest, _agent_service_pb2.PrimeStreamResponse]  # type: ignore[assignment]
+    """PrimeStream is Prime that says how far it is.
+
+    The stream is `progress`, at once, whenever it changes and at least every five seconds, whatever the request waits
+    for, and then exactly one `response`, which is the last message and is sent after the commit. So neither a proxy nor a
+    client takes a prefill of minutes for a dead connection. A request that was done before gets the `response` alone.
+
+    All else is as with Prime: the guarantees, the errors, and `request_id`, which the two share: what was begun or done
+    by one is joined or answered by the other.
+    """
     Extend: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ExtendRequest, _agent_service_pb2.ExtendResponse]  # type: ignore[assignment]
     """Extend appends content to an agent's context and computes its KV, without generating.
 
@@ -222,6 +254,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
     of `request_id`.
     """
+    ExtendStream: _aio.UnaryStreamMultiCallable[_agent_service_pb2.ExtendStreamRequest, _agent_service_pb2.ExtendStreamResponse]  # type: ignore[assignment]
+    """ExtendStream is Extend that says how far it is, as PrimeStream does."""
     Generate: _aio.UnaryStreamMultiCallable[_agent_service_pb2.GenerateRequest, _agent_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate takes content, streams the answer's tokens, and keeps the KV of both prompt and answer.
 
@@ -276,7 +310,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """GetAgent returns an agent as of its last commit, with its present activity.
 
     What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
-    disk refused it. An agent whose first commit is under way does not exist yet.
+    disk refused it. An agent whose first commit is under way does not exist yet; but one that Prime is making is shown
+    with its activity and its progress, at revision 0, until it is committed or the request ends without.
 
     It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -286,7 +321,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """ListAgents returns the tenant's agents in pages, ordered by agent_id, filtered by tier and labels.
 
     An agent that exists from the first page's call to the last page's is returned exactly once if it matches all the
-    while. It does not count as use.
+    while. It does not count as use. Agents that Prime is making are there too, as in GetAgent.
     """
     UpdateAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.UpdateAgentRequest, _agent_service_pb2.UpdateAgentResponse]  # type: ignore[assignment]
     """UpdateAgent changes `pinned`, `ttl` and `labels` of an agent, as far as `update_mask` names them.
@@ -343,6 +378,22 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def PrimeStream(
+        self,
+        request: _agent_service_pb2.PrimeStreamRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_service_pb2.PrimeStreamResponse], _abc.AsyncIterator[_agent_service_pb2.PrimeStreamResponse]]:
+        """PrimeStream is Prime that says how far it is.
+
+        The stream is `progress`, at once, whenever it changes and at least every five seconds, whatever the request waits
+        for, and then exactly one `response`, which is the last message and is sent after the commit. So neither a proxy nor a
+        client takes a prefill of minutes for a dead connection. A request that was done before gets the `response` alone.
+
+        All else is as with Prime: the guarantees, the errors, and `request_id`, which the two share: what was begun or done
+        by one is joined or answered by the other.
+        """
+
+    @_abc_1.abstractmethod
     def Extend(
         self,
         request: _agent_service_pb2.ExtendRequest,
@@ -356,6 +407,14 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         TOOLS_CHANGED, NO_PENDING_CALL), NOT_FOUND (AGENT_NOT_FOUND), ABORTED (REVISION_MISMATCH, AGENT_DELETED), and those
         of `request_id`.
         """
+
+    @_abc_1.abstractmethod
+    def ExtendStream(
+        self,
+        request: _agent_service_pb2.ExtendStreamRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_service_pb2.ExtendStreamResponse], _abc.AsyncIterator[_agent_service_pb2.ExtendStreamResponse]]:
+        """ExtendStream is Extend that says how far it is, as PrimeStream does."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -440,7 +499,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """GetAgent returns an agent as of its last commit, with its present activity.
 
         What it shows, and what ListAgents and ForkAgent see, is durable, or was acknowledged with `persisted` false where the
-        disk refused it. An agent whose first commit is under way does not exist yet.
+        disk refused it. An agent whose first commit is under way does not exist yet; but one that Prime is making is shown
+        with its activity and its progress, at revision 0, until it is committed or the request ends without.
 
         It does not count as use: neither `last_used_time` nor the eviction order changes.
 
@@ -456,7 +516,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """ListAgents returns the tenant's agents in pages, ordered by agent_id, filtered by tier and labels.
 
         An agent that exists from the first page's call to the last page's is returned exactly once if it matches all the
-        while. It does not count as use.
+        while. It does not count as use. Agents that Prime is making are there too, as in GetAgent.
         """
 
     @_abc_1.abstractmethod

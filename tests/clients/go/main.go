@@ -30,10 +30,11 @@ func main() {
 	)
 	check(err)
 	defer conn.Close()
-	silence := make(chan error)
+	silence, longest := make(chan error), make(chan error)
 	go func() { silence <- staySilent(conn) }()
+	go func() { longest <- primeLongest(conn) }()
 	client := warmkv.NewAgentServiceClient(conn)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 
 	primed, err := client.Prime(ctx, &warmkv.PrimeRequest{AgentId: "go", Content: text("The quick brown fox jumps over the lazy dog.")})
@@ -58,6 +59,7 @@ func main() {
 		if info, ok := detail.(*errdetails.ErrorInfo); ok {
 			require(info.Reason == "AGENT_NOT_FOUND" && info.Domain == "warmkv", "wrong error info %v", info)
 			check(<-silence)
+			check(<-longest)
 			fmt.Printf("go client: pinged through a call silent for %v\n", silent)
 			fmt.Printf("go client: hot first token in %v, warm in %v\n", hot.Timings.FirstToken.AsDuration(), warm.Timings.FirstToken.AsDuration())
 			return
@@ -80,6 +82,31 @@ func staySilent(conn *grpc.ClientConn) error {
 	if status.Code(err) != codes.DeadlineExceeded {
 		return fmt.Errorf("the silent call ended with %w", err)
 	}
+	return nil
+}
+
+// primeLongest primes an agent with the longest context of the server. The call hears nothing until that is computed.
+func primeLongest(conn *grpc.ClientConn) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer cancel()
+	info, err := warmkv.NewServerServiceClient(conn).GetServerInfo(ctx, &warmkv.GetServerInfoRequest{})
+	if err != nil {
+		return err
+	}
+	ids := make([]int32, info.ContextLimit)
+	for n := range ids {
+		ids[n] = 300 + int32(n*n%2700)
+	}
+	began := time.Now()
+	content := &warmkv.Content{Kind: &warmkv.Content_TokenIds{TokenIds: &warmkv.TokenIds{Ids: ids}}}
+	primed, err := warmkv.NewAgentServiceClient(conn).Prime(ctx, &warmkv.PrimeRequest{AgentId: "go-longest", Content: content})
+	if err != nil {
+		return fmt.Errorf("the Prime of %d tokens ended after %v with %w", len(ids), time.Since(began), err)
+	}
+	if primed.Agent.TokenCount != info.ContextLimit || !primed.Persisted {
+		return fmt.Errorf("the Prime of %d tokens left %v", len(ids), primed)
+	}
+	fmt.Printf("go client: primed %d tokens in %v\n", len(ids), time.Since(began))
 	return nil
 }
 

@@ -25,6 +25,15 @@ assert.equal(hot.finished.cache.source, "CACHE_SOURCE_HOT");
 assert.equal(hot.finished.cache.cachedTokens, primed.agent.tokenCount);
 assert.equal(hot.tokens, 16);
 
+let computed = 0;
+let response;
+for await (const event of client.PrimeStream({ agentId: "node-2", content: { text: "The fox and the dog. ".repeat(400) } })) {
+  assert.equal(response, undefined, "something followed the response");
+  if (event.progress) computed = Math.max(computed, event.progress.tokensDone);
+  else response = event.response;
+}
+assert.ok(computed > 0 && computed <= response.agent.tokenCount, `progress told of ${computed} tokens`);
+
 await call("EvictAgent", { agentId: "node" });
 const warm = await generate("Once upon a time");
 assert.equal(warm.finished.cache.source, "CACHE_SOURCE_WARM");

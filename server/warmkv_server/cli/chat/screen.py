@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from warmkv_server.cli.bar import Bar
 from warmkv_server.offline.words import console, printable
 
 if TYPE_CHECKING:
@@ -39,55 +39,35 @@ class Screen:
         Args:
             shown: of the same answer, before the connection broke.
         """
-        bar = Progress(
-            TextColumn("[dim]computing the context"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._aside,
-            transient=True,
-        )
-        on_screen = AnswerOnScreen(bar, self._aside.is_terminal, shown)
-        try:
-            yield on_screen
-        finally:
-            on_screen.end()
+        with Bar() as bar:
+            on_screen = AnswerOnScreen(bar, shown)
+            try:
+                yield on_screen
+            finally:
+                on_screen.end()
 
 
 class AnswerOnScreen:
     """One answer, piece by piece, behind the progress of a long prefill."""
 
-    def __init__(self, bar: Progress, with_bar: bool, shown: str) -> None:
+    def __init__(self, bar: Bar, shown: str) -> None:
         self._bar = bar
-        self._with_bar = with_bar
-        self._task: TaskID | None = None
         self._again = shown
         """What the screen has of the answer and this stream hasn't said again yet."""
         self._line = False
 
     def follow(self, event: v1.GenerateResponse) -> None:
-        if event.HasField("prefill_progress") and self._with_bar:
-            self._progress(event.prefill_progress)
+        if event.HasField("prefill_progress"):
+            self._bar.tell(event.prefill_progress.tokens_done, event.prefill_progress.tokens_total)
         elif event.delta.text:
-            self._hide_bar()
+            self._bar.hide()
             self._write(event.delta.text)
 
     def end(self) -> None:
         """End the line, if there is one."""
-        self._hide_bar()
+        self._bar.hide()
         if self._line:
             print(flush=True)
-
-    def _hide_bar(self) -> None:
-        if self._task is not None:
-            self._bar.stop()
-            self._task = None
-
-    def _progress(self, now: v1.PrefillProgress) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task("", total=now.tokens_total)
-            self._bar.start()
-        self._bar.update(self._task, completed=now.tokens_done)
 
     def _write(self, text: str) -> None:
         if self._again:

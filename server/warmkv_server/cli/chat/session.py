@@ -132,7 +132,8 @@ class ChatSession:
         from warmkv.client import WarmKVError
 
         try:
-            return self.client.get(self.agent)
+            found = self.client.get(self.agent)
+            return found if found.revision else None  # else somebody's Prime makes it
         except WarmKVError as error:
             if error.reason == "AGENT_NOT_FOUND":
                 return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from warmkv_server.cli import reports, running
+from warmkv_server.cli.bar import Bar
 from warmkv_server.cli.chat.session import ChatSession
 from warmkv_server.offline import words
 
@@ -96,9 +97,11 @@ def _system(chat: ChatSession, rest: str) -> None:
             f"agent {chat.agent} has a context already, and a system text stands at its beginning: /delete it first, "
             "or go to a new one with /agent ID"
         )
-    chat.screen.note(
-        reports.computed(chat.client.prime(chat.agent, chat.content(("system", rest)), expected_revision=0))
-    )
+    with Bar() as bar:
+        done = chat.client.prime(
+            chat.agent, chat.content(("system", rest)), on_progress=bar.follow, expected_revision=0
+        )
+    chat.screen.note(reports.computed(done))
 
 
 def _save(chat: ChatSession, rest: str) -> None:

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_config, load_model
 
 from warmkv_server.engine.model import config_norms, weight_files
+from warmkv_server.engine.model.load_progress import LoadProgress, evaluate
 from warmkv_server.errors import OperatorError
 
 _SHORT = 300
@@ -39,8 +40,11 @@ class Checkpoint:
     weights: tuple[Path, ...]
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path, progress: LoadProgress) -> Checkpoint:
     """Load a model.
+
+    Args:
+        progress: of reading its weights.
 
     Raises:
         OperatorError: if it isn't whole, isn't known to mlx-lm, or isn't what its config.json says.
@@ -53,12 +57,12 @@ def load(folder: Path) -> Checkpoint:
         _, arguments = _get_classes(config)
         filled = config_norms.with_defaults(config, read, arguments, found.tensors)
         try:
-            model, config = _load_staged(folder, found.paths, filled)
+            model, config = _load_staged(folder, found.paths, filled, progress)
         except ValueError:
             if filled == config:
                 raise
             # Where the weights have other shapes, they were made with mlx-lm's own defaults.
-            model, config = _load_staged(folder, found.paths, config)
+            model, config = _load_staged(folder, found.paths, config, progress)
         _check_types(model)
     except OperatorError as error:
         raise OperatorError(f"mlx-lm can't load the model in {folder}: {error}") from error
@@ -67,7 +71,9 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(model, config, read, found.paths)
 
 
-def _load_staged(folder: Path, weights: tuple[Path, ...], config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _load_staged(
+    folder: Path, weights: tuple[Path, ...], config: dict[str, Any], progress: LoadProgress
+) -> tuple[Any, dict[str, Any]]:
     """Have mlx-lm load a folder of links that has these files and no others."""
     with tempfile.TemporaryDirectory(prefix="warmkv-model-") as name:
         staged = Path(name)
@@ -76,7 +82,9 @@ def _load_staged(folder: Path, weights: tuple[Path, ...], config: dict[str, Any]
             (staged / f"model-{number:05}.safetensors").symlink_to(path.resolve())
         if (more := folder / "hf_quant_config.json").is_file():
             (staged / more.name).symlink_to(more.resolve())
-        return cast(tuple[Any, dict[str, Any]], load_model(staged, trust_remote_code=False))
+        model, config = cast(tuple[Any, dict[str, Any]], load_model(staged, lazy=True, trust_remote_code=False))
+        evaluate(model, "reading the weights", progress)
+        return model, config
 
 
 def _check_types(model: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from warmkv_server.engine.model.constants import keep, kept
 from warmkv_server.engine.model.cpu_modules import exchange_modules
 from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
+from warmkv_server.engine.model.load_progress import LoadProgress, evaluate, untold
 from warmkv_server.engine.model.locate import BUILT_IN, locate
 from warmkv_server.engine.model.positions import context_limit as limit_of
 from warmkv_server.engine.model.runner import ModelRunner
@@ -79,6 +81,7 @@ def load(
     chat_template: Path | None = None,
     constants: Path | None = None,
     tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
+    progress: LoadProgress = untold,
 ) -> LoadedModel:
     """Load a model and find out how its caches are kept.
 
@@ -91,6 +94,7 @@ def load(
             isn't in the fingerprint.
         constants: folder that keeps what codecs need to know of models; None to find it out anew.
         tokenizer_found: told what the tokenizer is made of, once it is known to load.
+        progress: told how far it is with the weights.
 
     Raises:
         OperatorError: with what is wrong and what to do.
@@ -105,9 +109,9 @@ def load(
         # host memory, from where a CUDA device reads them at a fraction of its own memory's speed.
         weights_digest = digest_json([config, random_model.SEED, importlib.metadata.version("mlx"), device.describe()])
     else:
-        found = checkpoint.load(folder)
+        found = checkpoint.load(folder, progress)
         model, config = found.model, found.config
-        weights_digest = digest_files(found.weights)
+        weights_digest = digest_files(found.weights, partial(progress, "checking the weights"))
     implementation = _sources(model)
     adapter_digest = ""
     if adapter is not None:
@@ -121,7 +125,7 @@ def load(
     if on_cpu:
         # 16-bit products don't go through the BLAS: they run at a fiftieth of the speed of 32-bit ones.
         model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
+        evaluate(model, "converting the weights", progress)
     tokenizer = tokenizers.load(folder, given)
     vocab_size = int(text_config.get("vocab_size") or found.read.get("vocab_size") or len(tokenizer))
     ended_by = ends.find(folder, config, tokenizer, vocab_size)

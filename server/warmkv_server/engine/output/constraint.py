@@ -46,7 +46,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: TokenizerWrapper, spelling: Spelling, width: int, ends: Collection[int]) -> None:
         if not ends:
-            raise Unsupported("response_format: no token ends an answer of this model")
+            raise Unsupported("response_format: no token ends an answer of this model", field="response_format")
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or spelling.cleans:
             raise _unknown_bytes()
@@ -199,4 +199,7 @@ def _table(dtype: mx.Dtype) -> mx.array:
 
 
 def _unknown_bytes() -> Unsupported:
-    return Unsupported("response_format: the bytes of this model's tokens are not known, so nothing can be enforced")
+    return Unsupported(
+        "response_format: the bytes of this model's tokens are not known, so nothing can be enforced",
+        field="response_format",
+    )

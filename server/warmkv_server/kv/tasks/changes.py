@@ -51,10 +51,14 @@ class Changes:
         source = core.existing(tenant, source_id)
         target = AgentKey(tenant, target_id)
         if target in core.index.agents or target in self._committer.tickets:
-            raise AgentExists(f"agent {target_id!r} exists already; fork to another id, or delete it first")
+            raise AgentExists(
+                f"agent {target_id!r} exists already; fork to another id, or delete it first", agent_id=target_id
+            )
         if not source.durable:
             raise StorageUnavailable(
-                f"the last commit of agent {source_id!r} is not on disk yet", retry_after=core.tuning.retry_seconds
+                f"the last commit of agent {source_id!r} is not on disk yet",
+                retry_after=core.tuning.retry_seconds,
+                agent_id=source_id,
             )
         agent = _copy(source, target_id, core.index.new_incarnation(), core.clock.now())
         nodes = list(agent.all_nodes())
@@ -95,6 +99,7 @@ class Changes:
                     f"agent {agent_id!r} is in RAM only, because the disk refused it; free disk space, and it is "
                     "written by itself",
                     retry_after=core.tuning.retry_seconds,
+                    agent_id=agent_id,
                 )
             after = replace(agent)
             if not isinstance(pinned, Unset):

@@ -162,9 +162,11 @@ class Committer:
         agent = self._core.index.agents.get(AgentKey(commit.tenant, commit.agent_id))
         gone = commit.incarnation is not None and (agent is None or agent.incarnation != commit.incarnation)
         if ticket.deleted or gone:
-            raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran")
+            raise AgentDeleted(f"agent {commit.agent_id!r} was deleted while the request ran", agent_id=commit.agent_id)
         if commit.incarnation is None and agent is not None:
-            raise AgentExists(f"agent {commit.agent_id!r} was created while the request ran; send it again")
+            raise AgentExists(
+                f"agent {commit.agent_id!r} was created while the request ran; send it again", agent_id=commit.agent_id
+            )
         return agent
 
     async def _plan(self, commit: Commit, agent: Agent | None) -> Plan:
@@ -255,6 +257,9 @@ class Committer:
             raise MemoryBudget(
                 "the disk refuses writes, and what it refused before fills the memory budget; free disk space",
                 retry_after=self._core.tuning.retry_seconds,
+                limit=hot.limit,
+                actual=hot.unsaved_bytes + outcomes.owed_bytes,
+                unit="bytes",
             )
         log.warning("the last commit of agent %r stays in RAM: %s", commit.agent_id, refusal)
 

@@ -148,7 +148,7 @@ class Core:
         """
         agent = self.index.agents.get(AgentKey(tenant, agent_id))
         if agent is None:
-            raise AgentNotFound(f"there is no agent {agent_id!r}")
+            raise AgentNotFound(f"there is no agent {agent_id!r}", agent_id=agent_id)
         return agent
 
     @contextlib.asynccontextmanager

@@ -24,7 +24,8 @@ class Eviction:
         if not agent.durable:
             raise NotDurable(
                 f"the last commit of agent {agent_id!r} is in RAM only, because the disk refused it; "
-                "free disk space, and it is written by itself"
+                "free disk space, and it is written by itself",
+                agent_id=agent_id,
             )
         nodes = list(agent.all_nodes())
         names = [name for node in nodes for name in node.object_names()]
@@ -48,4 +49,4 @@ class Eviction:
 
     def _require_same(self, agent: Agent) -> None:
         if self._core.index.agents.get(agent.key) is not agent:
-            raise AgentDeleted(f"agent {agent.agent_id!r} was deleted while it was evicted")
+            raise AgentDeleted(f"agent {agent.agent_id!r} was deleted while it was evicted", agent_id=agent.agent_id)

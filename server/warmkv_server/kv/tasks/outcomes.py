@@ -57,7 +57,9 @@ class Outcomes:
         try:
             found = await self._journal.query(*rows.find_outcome(tenant, request_id))
         except OSError as error:
-            raise StorageUnavailable("the disk doesn't tell whether this request_id was used before") from error
+            raise StorageUnavailable(
+                "the disk doesn't tell whether this request_id was used before", request_id=request_id
+            ) from error
         return RequestOutcome(request_id, *found[0]) if found else None
 
     def add(self, kept: KeptOutcome) -> None:

@@ -7,6 +7,7 @@ import io.grpc.health.v1.HealthCheckResponse.ServingStatus;
 import io.grpc.health.v1.HealthGrpc;
 import io.grpc.netty.shaded.io.grpc.netty.NettyChannelBuilder;
 import java.util.Iterator;
+import java.util.concurrent.Future;
 import java.util.concurrent.TimeUnit;
 import warmkv.v1.AgentServiceGrpc;
 import warmkv.v1.CacheSource;
@@ -14,8 +15,11 @@ import warmkv.v1.Content;
 import warmkv.v1.GenerateFinished;
 import warmkv.v1.GenerateRequest;
 import warmkv.v1.GenerateResponse;
+import warmkv.v1.GetServerInfoRequest;
 import warmkv.v1.PrimeRequest;
 import warmkv.v1.PrimeResponse;
+import warmkv.v1.ServerServiceGrpc;
+import warmkv.v1.TokenIds;
 
 /**
  * A WarmKV client in Java that asks every 10 seconds, the shortest time that Java allows, whether its connection lives.
@@ -24,7 +28,7 @@ import warmkv.v1.PrimeResponse;
 public final class Client {
   private static final long SILENT_SECONDS = 45;
 
-  public static void main(String[] arguments) throws InterruptedException {
+  public static void main(String[] arguments) throws Exception {
     ManagedChannel channel =
         NettyChannelBuilder.forTarget(arguments[0])
             .usePlaintext()
@@ -39,11 +43,30 @@ public final class Client {
     GenerateFinished finished = generate(agents, " there was");
     require(finished.getCache().getSource() == CacheSource.CACHE_SOURCE_HOT, "the answer was not hot");
     require(finished.getUsage().getCompletionTokens() == 8, "the answer has another length");
+    int longest =
+        ServerServiceGrpc.newBlockingStub(channel)
+            .getServerInfo(GetServerInfoRequest.getDefaultInstance())
+            .getContextLimit();
+    Future<PrimeResponse> priming = AgentServiceGrpc.newFutureStub(channel).prime(longest(longest));
     staySilent(channel);
+    PrimeResponse whole = priming.get(10, TimeUnit.MINUTES);
+    require(whole.getAgent().getTokenCount() == longest && whole.getPersisted(), "the longest context is not there");
     require(generate(agents, " and then").getAgent().getRevision() == 3, "after the silence it was another agent");
 
     channel.shutdownNow().awaitTermination(10, TimeUnit.SECONDS);
-    System.out.printf("java client: pinged through a call silent for %d s%n", SILENT_SECONDS);
+    System.out.printf("java client: pinged through a call silent for %d s, primed %d tokens%n", SILENT_SECONDS, longest);
+  }
+
+  /** A Prime of so many tokens hears nothing until they are computed. */
+  private static PrimeRequest longest(int tokens) {
+    TokenIds.Builder ids = TokenIds.newBuilder();
+    for (int n = 0; n < tokens; n++) {
+      ids.addIds(300 + (int) ((long) n * n * 7 % 2700));
+    }
+    return PrimeRequest.newBuilder()
+        .setAgentId("java-longest")
+        .setContent(Content.newBuilder().setTokenIds(ids))
+        .build();
   }
 
   /** A call that hears nothing ends by its own deadline, and not by a server that minds the pings. */
