@@ -31,6 +31,16 @@ class Meddler(pb.AgentServiceServicer, pb.ServerServiceServicer):
         async for message in self.agents.Generate(request):
             yield message
 
+    async def PrimeStream(self, request: pb.PrimeStreamRequest, context: Any) -> AsyncIterator[pb.PrimeStreamResponse]:
+        async for message in self.agents.PrimeStream(request):
+            yield message
+
+    async def ExtendStream(
+        self, request: pb.ExtendStreamRequest, context: Any
+    ) -> AsyncIterator[pb.ExtendStreamResponse]:
+        async for message in self.agents.ExtendStream(request):
+            yield message
+
     async def ForkAgent(self, request: pb.ForkAgentRequest, context: Any) -> pb.ForkAgentResponse:
         return await self.agents.ForkAgent(request)
 

@@ -140,6 +140,17 @@ class ScriptedServer(pb.AgentServiceServicer, pb.ServerServiceServicer):
     async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.ExtendResponse:
         raise NotImplementedError("the benchmark does not extend")
 
+    async def PrimeStream(self, request: pb.PrimeStreamRequest, context: Any) -> AsyncIterator[pb.PrimeStreamResponse]:
+        """The benchmark doesn't ask for it, nor for the next."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, request.agent_id)
+        yield pb.PrimeStreamResponse()
+
+    async def ExtendStream(
+        self, request: pb.ExtendStreamRequest, context: Any
+    ) -> AsyncIterator[pb.ExtendStreamResponse]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, request.agent_id)
+        yield pb.ExtendStreamResponse()
+
     async def UpdateAgent(self, request: pb.UpdateAgentRequest, context: Any) -> pb.UpdateAgentResponse:
         raise NotImplementedError("the benchmark does not update")
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TOOLS = HERE / "go" / "bin"
 AGENT_LOOP = ROOT / "examples" / "agent_loop"
-LONGEST = "16384"
+LONGEST = "12288"
 """Tokens of a context. To compute one takes some tens of seconds on two cores, longer than clients' keepalive."""
 PACKAGES = (
     "github.com/fullstorydev/grpcurl/cmd/grpcurl",

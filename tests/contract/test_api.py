@@ -52,8 +52,9 @@ ScoreResponse: tokens:TokenLogprobs* logprob_sum:double? cache:CacheReport timin
 ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?
- request_id:string response_format:ResponseFormat candidates:int32 candidate_agent_ids:string*
+ request_id:string tool_choice:ToolChoice response_format:ResponseFormat candidates:int32 candidate_agent_ids:string*
  parse_mode:ParseMode reasoning_retention:ReasoningRetention
+ToolChoice: mode:ToolChoiceMode allowed_names:string* max_calls:int32
 ResponseFormat: |json_schema:string |regex:string |lark:string |choices:Choices
 Choices: texts:string*
 SamplingParams: temperature:float? top_p:float? top_k:int32? min_p:float? repetition_penalty:float?
@@ -99,7 +100,8 @@ GetServerInfoResponse: model_id:string model_kind:ModelKind weights_digest:strin
  hot_bytes_limit:int64 disk_bytes_limit:int64 durability:Durability versions:{string,string}
  sampling_defaults:SamplingParams default_max_tokens:int32 end_tokens:EndToken*
  features:ModelFeatures
-ModelFeatures: tool_format:string reasoning_marks:string* template_variables:string* image_types:string*
+ModelFeatures: tool_format:string reasoning_marks:string* template_variables:string* response_formats:string*
+ image_types:string*
  template_keeps_reasoning:bool
 EndToken: token_id:int32 text:string sources:EndTokenSource*
 LayerInfo: cache_kind:CacheKind kv_heads:int32 key_dim:int32 value_dim:int32 kv_bits:int32 window:int32
@@ -118,6 +120,7 @@ CountTokensResponse: token_count:int32 token_ids:int32* replaced_tokens:int32
 """
 
 ENUMS = {
+    "ToolChoiceMode": "AUTO NONE REQUIRED",
     "ContextMode": "APPEND REPLACE",
     "StreamMode": "TOKENS FINAL",
     "CacheSource": "HOT WARM SHARED COLD",

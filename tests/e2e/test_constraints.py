@@ -41,6 +41,12 @@ def sampled(client: Client, wanted: v1.ResponseFormat, seeds: Sequence[int] = SE
     return [ask(client, wanted, sampling=v1.SamplingParams(temperature=1.0, seed=seed), **fields) for seed in seeds]
 
 
+def validator_of(value: Any) -> Any:
+    """One that looks at formats too."""
+    own = {k: v for k, v in value.items() if k != "$schema"} if isinstance(value, dict) else value
+    return Draft202012Validator(own, format_checker=Draft202012Validator.FORMAT_CHECKER)
+
+
 def test_every_keyword_that_is_taken_is_kept_to(client: Client) -> None:
     """All at once, so that rows of many grammars are in one batch."""
     ended: dict[str, int] = {}
@@ -48,7 +54,7 @@ def test_every_keyword_that_is_taken_is_kept_to(client: Client) -> None:
         answers = {name: threads.submit(sampled, client, schema(value)) for name, value in ENFORCED.items()}
         free = threads.submit(client.generate, "", text("Once upon a time"), max_tokens=200)
         for name, got in answers.items():
-            validator = Draft202012Validator({k: v for k, v in ENFORCED[name].items() if k != "$schema"})
+            validator = validator_of(ENFORCED[name])
             complete = [answer for answer in got.result() if answer.finished.finish_reason == STOP]
             for answer in complete:
                 validator.validate(json.loads(answer.text))
@@ -61,7 +67,7 @@ def test_every_keyword_that_is_taken_is_kept_to(client: Client) -> None:
 def test_a_keyword_that_is_not_is_named(client: Client, keyword: str) -> None:
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED") as found:
         ask(client, schema(REFUSED[keyword]))
-    assert keyword in found[0].message
+    assert keyword.split()[0] in found[0].message
 
 
 def test_expressions_grammars_and_choices(client: Client) -> None:
@@ -87,6 +93,7 @@ def test_expressions_grammars_and_choices(client: Client) -> None:
         (schema({"type": "person"}), "INVALID_FIELD", "response_format.json_schema"),
         (schema({"$ref": "#/$defs/nothing"}), "INVALID_FIELD", "response_format.json_schema"),
         (schema({"$ref": "#"}), "INVALID_FIELD", "response_format.json_schema"),
+        (schema(False), "INVALID_FIELD", "response_format.json_schema"),
         (schema({"type": "string", "pattern": "("}), "INVALID_FIELD", "response_format.json_schema"),
         (schema({"allOf": [{"type": "string"}, {"type": "null"}]}), "INVALID_FIELD", "response_format.json_schema"),
         (v1.ResponseFormat(regex="(a"), "INVALID_FIELD", "response_format.regex"),
@@ -117,9 +124,6 @@ def test_where_it_ends_is_not_for_two_to_say(client: Client) -> None:
     with refused(INVALID, "INVALID_FIELD") as found:
         client.generate("", text("a"), response_format=choices("a"), ignore_eos=True)
     assert found[0].fields == ["ignore_eos"]
-    with refused(INVALID, "INVALID_FIELD") as found:
-        ask(client, choices("a"), parse_mode=v1.PARSE_MODE_MESSAGE)
-    assert found[0].fields == ["parse_mode"]
 
 
 def test_an_answer_can_end_within_a_sentence(client: Client) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.e2e.harness import Client, serving, some_tokens, token_ids
 from warmkv import v1
 
-LONGEST = 16_384
+LONGEST = 12_288
 EVERY_TEN_SECONDS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),

@@ -287,8 +287,7 @@ def test_what_the_model_cannot_is_refused_by_name(client: Client, tmp_path: Path
     image = v1.ChatMessage(role="user", parts=[v1.ContentPart(text="See: "), v1.ContentPart(image=b"x" * 100_000)])
     unknown = asked(user("?"))
     unknown.chat.template_variables["enable_thinking"] = True
-    strict = asked(user("?"), tools=[v1.Tool(name="a", strict=True)])
-    for content, name in ((asked(image), "image"), (unknown, "enable_thinking"), (strict, "strict")):
+    for content, name in ((asked(image), "image"), (unknown, "enable_thinking")):
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "UNSUPPORTED") as found:
             ask(client, "", content)
         assert name in found[0].message

@@ -197,6 +197,29 @@ async def test_a_model_that_keeps_no_token_to_cut_is_held_to_a_grammar_too(folde
 
 
 @pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "1999-12-31"], ["2023-02-29", "1900-02-29", "2024-04-31", "0000-01-01"]),
+        ("time", ["23:59:59Z", "00:00:00.125+01:30"], ["23:59:60Z", "24:00:00Z", "12:00:00"]),
+        ("date-time", ["2024-02-29T12:00:00Z"], ["2023-02-29T12:00:00Z", "2024-02-29T23:59:60Z"]),
+    ],
+)
+def test_dates_are_days_that_there_are(form: str, good: list[str], bad: list[str]) -> None:
+    tokenizer = built_in()
+    known = vocabulary(tokenizer)
+    for schema in ({"format": form}, {"anyOf": [{"properties": {}, "format": form, "pattern": "."}]}):
+        grammar = Grammar(GrammarKind.JSON_SCHEMA, (json.dumps({"type": "string"} | schema),))
+        for text in (*good, *bad):
+            constraint = Constraint.compile(grammar, known)
+            try:
+                constraint.take(ids(tokenizer, json.dumps(text)))
+                taken = END in allowed(constraint)
+            except RanOut:
+                taken = False
+            assert taken == (text in good), text
+
+
+@pytest.mark.parametrize(
     ("text", "error"),
     [
         ('{"enum": ["\\u0001"]}', Unsupported),

@@ -65,6 +65,24 @@ def templates() -> list[Path]:
     return sorted(_cached("templates", make).glob("*.jinja"))
 
 
+def schema_suite() -> Path:
+    """The JSON Schema Test Suite for draft 2020-12, which a validator has in its source distribution."""
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            (archive,) = _pip(["--no-binary", ":all:", "jsonschema==4.26.0"], Path(name))
+            with tarfile.open(archive) as tar:
+                for member in tar.getmembers():
+                    _, found, inner = member.name.partition("/json/tests/draft2020-12/")
+                    if found and member.isfile():
+                        source = tar.extractfile(member)
+                        assert source is not None
+                        (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+                        (folder / inner).write_bytes(source.read())
+
+    return _cached("schema-suite", make)
+
+
 def tokenizer(name: str) -> Path:
     """One of `TOKENIZERS`."""
 

@@ -12,8 +12,10 @@ from tests.engine.tokenizers import ids
 from tests.reference import sources
 from tests.reference.conftest import fetched
 from tests.reference.marks import Marked, marked
+from warmkv_server.contract.calls import CallStatus
 from warmkv_server.contract.content import Chat, ChatMessage, Setup, Tool, ToolCall
 from warmkv_server.contract.conversation import Ending, MadeCall
+from warmkv_server.contract.grammar import ID, NUMBER
 from warmkv_server.errors import InvalidField, Unsupported
 from warmkv_server.text.reader import MessageReader
 from warmkv_server.text.render import message_as_told, tool_as_told
@@ -58,6 +60,7 @@ def test_results_behind_calls(tmp_path: Path) -> None:
             refuses_tools(path.stem, text)
         else:
             two_rounds(path.stem, made, text)
+            forced_is_read(path.stem, text)
     able = {name: form for name, form in formats.items() if form}
     print(f"{len(able)} of {len(formats)} templates have calls that are read back and followed up:")
     print("\n".join(f"  {name}: {form}" for name, form in able.items()))
@@ -108,6 +111,28 @@ def two_rounds(name: str, made: Marked, text: Text) -> None:
         assert replaced <= 1
         messages.append(reply)
         held = [*held[: len(held) - replaced], *new, *ids(made.tokenizer, reply.content), made.end]
+
+
+def forced_is_read(name: str, text: Text) -> None:
+    """Calls that are forced stand as the template writes them, and are read back as calls."""
+    traits = text.traits
+    assert traits.form is not None
+    syntax = traits.syntax
+    assert (syntax is None) == (traits.form.name == "pythonic"), name
+    if syntax is None:
+        return
+    arguments = syntax.unread + syntax.closes if syntax.unread else CALL.arguments
+    calls = ["forced", "forced_too"] if syntax.again else ["forced"]
+    written = ""
+    for number, tool in enumerate(calls):
+        before, behind = (syntax.again, syntax.middle_again) if number else (syntax.opens, syntax.middle)
+        written += f"{before}{tool}{behind}{arguments}"
+    written += "" if syntax.unread else syntax.closes
+    reader = MessageReader(traits.reasoning, traits.form, str, tools=[TOOL])
+    said = reader.push(written.replace(ID, "abcdefgh1").replace(NUMBER, "1")).text + reader.finish().text
+    assert not said.strip(), (name, said)
+    assert [call.call.name for call in reader.finished] == calls, (name, written)
+    assert all(call.status is CallStatus.VALID for call in reader.finished), (name, written)
 
 
 def render(made: Marked, text: Text, messages: Sequence[ChatMessage], answer: bool) -> str:

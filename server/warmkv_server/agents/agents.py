@@ -32,6 +32,7 @@ from warmkv_server.agents.types import (
 )
 from warmkv_server.contract.content import Content, Encoded
 from warmkv_server.contract.fairness import Bound, Tenants
+from warmkv_server.contract.grammar import RESPONSE_FORMATS
 from warmkv_server.contract.model import Features
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
@@ -147,15 +148,15 @@ class Agents:
             manage.require(self._tools, key)
         return await count(self.engine, self.store, key, content, append=not replace)
 
-    @property
-    def features(self) -> Features:
-        """What the model can do, as far as its chat template was tried."""
+    async def features(self) -> Features:
+        """What the model can do, as far as its chat template and its tokens were tried."""
         traits = self.engine.text.traits
         return Features(
             tool_format=traits.form.name if traits.form is not None else "",
             reasoning_marks=traits.reasoning or (),
             template_variables=traits.variables,
             keeps_reasoning=traits.keeps_reasoning,
+            response_formats=RESPONSE_FORMATS if await self.engine.can_constrain() else (),
         )
 
     @property

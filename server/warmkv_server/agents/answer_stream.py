@@ -13,6 +13,7 @@ from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.compute import Computation
 from warmkv_server.agents.types import GenerateEvent, GenerateRequest, GenerateStarted, PrefillProgress
 from warmkv_server.contract.calls import CallFinished, CallStatus
+from warmkv_server.contract.content import ToolMode
 from warmkv_server.contract.conversation import ChatState
 from warmkv_server.contract.generation import Delta, Event, Finished, Progress, Started
 from warmkv_server.contract.kv import BLOCK_TOKENS
@@ -44,7 +45,7 @@ class AnswerStream:
         self._work = work
         self._log = AnswerLog() if request.whole else published
         self._kept = 0
-        self._reading = _reading(work) if request.told_apart else None
+        self._reading = _reading(work, calls=request.choice.mode is not ToolMode.NONE) if request.told_apart else None
         self.sampled = 0
         self.calls: tuple[CallFinished, ...] = ()
         self.started = GenerateStarted(request.key.agent_id, work.cache)
@@ -156,16 +157,23 @@ class AnswerReading:
         return (prompt - begun, prompt + self.end) if 0 < self.end < kept else None
 
 
-def _reading(work: Computation) -> AnswerReading | None:
-    """How the answer is read; None where all of it is text."""
+def _reading(work: Computation, *, calls: bool) -> AnswerReading | None:
+    """How the answer is read; None where all of it is text.
+
+    Args:
+        calls: whether it may have some.
+    """
     context, traits = work.context, work.tools.engine.text.traits
     tools = context.conversation.tools
-    form = traits.form if tools else None
-    if form is None and traits.reasoning is None:
+    form = traits.form if tools and calls else None
+    around = traits.form.around if traits.form is not None and traits.says else ()
+    if form is None and traits.reasoning is None and not around:
         return None
     seed = blake2b(context.tokens.tobytes(), digest_size=16).digest()
     thinks = context.thinks > 0
-    return AnswerReading(MessageReader(traits.reasoning, form, lambda n: _name(seed, n), thinks=thinks, tools=tools))
+    return AnswerReading(
+        MessageReader(traits.reasoning, form, lambda n: _name(seed, n), thinks=thinks, tools=tools, around=around)
+    )
 
 
 def _name(seed: bytes, number: int) -> str:

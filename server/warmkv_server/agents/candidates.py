@@ -12,6 +12,7 @@ from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
+from warmkv_server.agents.held import held_to
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import (
     AgentView,
@@ -98,7 +99,7 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
                 actual=limit + 1,
                 unit="tokens",
             )
-        grammar = request.answer.grammar
+        grammar = held_to(request, context, tools.engine.text.traits)
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens) - 1) as lease:
             work = Computation(tools, key, run, context, timings, lease)

@@ -8,6 +8,7 @@ from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, queued_since
 from warmkv_server.agents.context import assemble, check_revision
+from warmkv_server.agents.held import held_to
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
@@ -42,7 +43,7 @@ async def generate(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
-        grammar = request.answer.grammar
+        grammar = held_to(request, context, tools.engine.text.traits)
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         # The last token is computed again for its logits, also where its KV is there.
         limit = len(context.tokens) - (answer is not None)

@@ -52,7 +52,7 @@ def written(chat: Chat, conversation: ChatState, *, behind: bool) -> Written:
             "the context (Prime, or CONTEXT_MODE_REPLACE)",
             field="content.chat.tools",
         )
-    tools = conversation.tools if behind else chat.tools or ()
+    tools = conversation.tools if behind and chat.tools is None else chat.tools or ()
     variables = conversation.variables if chat.variables is None else chat.variables
     calls = conversation.calls if behind else ()
     messages, waiting = _settled(chat.messages, calls)

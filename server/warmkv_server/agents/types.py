@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from warmkv_server.contract.calls import CallFinished
-from warmkv_server.contract.content import Content
+from warmkv_server.contract.content import AS_IT_LIKES, Content, ToolChoice
 from warmkv_server.contract.generation import Answer, Delta, Finish, Scored
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, Reuse, Source
 from warmkv_server.contract.names import AgentKey
@@ -83,6 +83,7 @@ class GenerateRequest:
         whole: whether the answer is to be sent as one delta.
         ephemeral: change nothing.
         told_apart: whether reasoning and tool calls are told apart from the text.
+        choice: what the model may call.
         drops_reasoning: whether the next user's message drops this answer's reasoning.
         candidates: answers to sample; 0 for the one of the agent itself.
         candidate_ids: agents to make of them.
@@ -95,6 +96,7 @@ class GenerateRequest:
     whole: bool = False
     ephemeral: bool = False
     told_apart: bool = False
+    choice: ToolChoice = AS_IT_LIKES
     drops_reasoning: bool = False
     candidates: int = 0
     candidate_ids: tuple[str, ...] = ()

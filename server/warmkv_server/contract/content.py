@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +38,38 @@ class Tool:
 
     Attributes:
         parameters: JSON Schema of the arguments, as text; the order of its properties is what the model sees.
+        strict: whether the arguments are held to it while they are sampled. It changes no token of a context.
     """
 
     name: str
     description: str
     parameters: str
+    strict: bool = field(default=False, compare=False)
+
+
+class ToolMode(StrEnum):
+    """Whether a model calls tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """What of its tools a model may call in an answer.
+
+    Attributes:
+        names: of the tools; empty for all of them.
+        most: calls; 0 for as many as it likes.
+    """
+
+    mode: ToolMode = ToolMode.AUTO
+    names: tuple[str, ...] = ()
+    most: int = 0
+
+
+AS_IT_LIKES = ToolChoice()
 
 
 @dataclass(frozen=True)

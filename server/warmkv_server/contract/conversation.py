@@ -75,7 +75,10 @@ class ChatState:
         """The one that an ending has with it; an empty one where that can't be read."""
         told = _split(ending)[1]
         try:
-            tools = tuple(Tool(str(t["name"]), str(t["description"]), str(t["parameters"])) for t in told["tools"])
+            tools = tuple(
+                Tool(str(t["name"]), str(t["description"]), str(t["parameters"]), t.get("strict") is True)
+                for t in told["tools"]
+            )
             calls = tuple(
                 MadeCall(str(c["id"]), str(c["name"]), str(c["written"]), bool(c["answered"])) for c in told["calls"]
             )

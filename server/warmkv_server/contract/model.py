@@ -56,12 +56,14 @@ class Features:
         tool_format: of its calls; empty if it has no tools.
         reasoning_marks: around its reasoning.
         keeps_reasoning: whether the template writes that of earlier answers again.
+        response_formats: that answers can be held to.
     """
 
     tool_format: str = ""
     reasoning_marks: tuple[str, ...] = ()
     template_variables: tuple[str, ...] = ()
     keeps_reasoning: bool = False
+    response_formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

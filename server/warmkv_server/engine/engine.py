@@ -29,7 +29,7 @@ from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
 from warmkv_server.engine.steps.running_set import EventTo
 from warmkv_server.engine.steps.schedule import together
-from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, WarmKVError
+from warmkv_server.errors import Draining, EngineError, MemoryBudget, QueueFull, Unsupported, WarmKVError
 from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.pool import TextPool
 
@@ -203,6 +203,14 @@ class Engine:
             QueueFull, Draining: as all text work.
         """
         return await self._compiler.compile(grammar, tenant)
+
+    async def can_constrain(self) -> bool:
+        """Whether this model's answers can be held to a grammar. Takes a second or so, the first time."""
+        try:
+            await self._compiler.vocabulary()
+        except Unsupported:
+            return False
+        return True
 
     def submit(self, job: Job, constraint: Constraint | None = None) -> Handle:
         """Queue a job.

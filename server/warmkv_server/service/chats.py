@@ -21,7 +21,7 @@ _TOOL_NAME_RULE = f"must have 1 to {limits.TOOL_NAME_CHARACTERS} characters of A
 def chat(faults: Faults, chat: pb.ChatMessages) -> None:
     """
     Raises:
-        Unsupported: for an image, or a strict tool.
+        Unsupported: for an image.
     """
     for number, message in enumerate(chat.messages):
         good = 0 < len(message.role) <= limits.ROLE_CHARACTERS
@@ -37,6 +37,27 @@ def chat(faults: Faults, chat: pb.ChatMessages) -> None:
         _variables(faults, chat)
     if chat.continue_last and chat.messages:
         _continued(faults, chat.messages[-1], len(chat.messages) - 1)
+
+
+def choice(faults: Faults, request: pb.GenerateRequest) -> None:
+    """What may be called; which tools there are is known with the context."""
+    wanted = request.tool_choice
+    faults.need(wanted.mode in convert.TOOL_MODES, "tool_choice.mode", f"{wanted.mode} is none that this server knows")
+    calls = wanted.mode != pb.TOOL_CHOICE_MODE_NONE
+    faults.need(convert.told_apart(request), "tool_choice", "needs PARSE_MODE_MESSAGE, which is the default for a chat")
+    faults.need(
+        not request.ignore_eos, "ignore_eos", "can't be had with a tool_choice, which says where an answer ends"
+    )
+    forced = wanted.mode == pb.TOOL_CHOICE_MODE_REQUIRED
+    rule = "can't be had with TOOL_CHOICE_MODE_REQUIRED: such an answer is calls"
+    faults.need(not (forced and request.HasField("response_format")), "response_format", rule)
+    names, most = wanted.allowed_names, limits.TOOLS
+    rule = f"may have {most} different entries at most, and none with TOOL_CHOICE_MODE_NONE"
+    good = len(set(names)) == len(names) <= most and (calls or not names)
+    faults.need(good, "tool_choice.allowed_names", rule)
+    most = limits.CALLS
+    good = 0 <= wanted.max_calls <= most and (calls or not wanted.max_calls)
+    faults.need(good, "tool_choice.max_calls", f"must be 0 (no limit) to {most}, and 0 with TOOL_CHOICE_MODE_NONE")
 
 
 def _more(faults: Faults, field: str, message: pb.ChatMessage) -> None:
@@ -82,11 +103,6 @@ def _tools(faults: Faults, tools: pb.ToolList) -> None:
         faults.need(_TOOL_NAME.fullmatch(tool.name) is not None, f"{field}[{number}].name", _TOOL_NAME_RULE)
         if (wrong := _not_an_object(tool.parameters_json)) is not None:
             faults.note(f"{field}[{number}].parameters_json", wrong)
-        if tool.strict:
-            raise Unsupported(
-                f"{field}[{number}].strict: this server doesn't constrain arguments; leave it out: a call's status "
-                "says whether its arguments satisfy the schema"
-            )
 
 
 def _variables(faults: Faults, chat: pb.ChatMessages) -> None:

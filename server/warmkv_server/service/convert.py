@@ -34,7 +34,17 @@ from warmkv_server.agents.types import (
     Timings,
 )
 from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
-from warmkv_server.contract.content import Chat, ChatMessage, Content, RawText, TokenContent, Tool, ToolCall
+from warmkv_server.contract.content import (
+    Chat,
+    ChatMessage,
+    Content,
+    RawText,
+    TokenContent,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolMode,
+)
 from warmkv_server.contract.generation import Answer, Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.contract.kv import Fallback, Source
@@ -70,6 +80,12 @@ STATUSES = {
     CallStatus.MALFORMED: pb.TOOL_CALL_STATUS_MALFORMED,
     CallStatus.INCOMPLETE: pb.TOOL_CALL_STATUS_INCOMPLETE,
 }
+TOOL_MODES: dict[int, ToolMode] = {
+    pb.TOOL_CHOICE_MODE_UNSPECIFIED: ToolMode.AUTO,
+    pb.TOOL_CHOICE_MODE_AUTO: ToolMode.AUTO,
+    pb.TOOL_CHOICE_MODE_NONE: ToolMode.NONE,
+    pb.TOOL_CHOICE_MODE_REQUIRED: ToolMode.REQUIRED,
+}
 TIERS = {Tier.HOT: pb.TIER_HOT, Tier.WARM: pb.TIER_WARM}
 ACTIVITIES = {
     Activity.IDLE: pb.ACTIVITY_IDLE,
@@ -96,7 +112,7 @@ def content(message: pb.Content) -> Content | None:
 
 
 def chat(message: pb.ChatMessages) -> Chat:
-    tools = tuple(Tool(t.name, t.description, t.parameters_json) for t in message.tools.tools)
+    tools = tuple(Tool(t.name, t.description, t.parameters_json, t.strict) for t in message.tools.tools)
     return Chat(
         messages=tuple(_message(each) for each in message.messages),
         tools=tools if message.HasField("tools") else None,
@@ -187,6 +203,7 @@ def generate_request(
         whole=request.stream_mode == pb.STREAM_MODE_FINAL,
         ephemeral=request.ephemeral,
         told_apart=told_apart(request),
+        choice=choice(request.tool_choice),
         drops_reasoning=request.reasoning_retention == pb.REASONING_RETENTION_DROP,
         candidates=_candidates(request),
         candidate_ids=tuple(request.candidate_agent_ids),
@@ -204,6 +221,10 @@ def grammar(message: pb.ResponseFormat) -> Grammar | None:
     return Grammar(GrammarKind(kind), tuple(texts))
 
 
+def choice(message: pb.ToolChoice) -> ToolChoice:
+    return ToolChoice(TOOL_MODES[message.mode], tuple(message.allowed_names), message.max_calls)
+
+
 def _candidates(request: pb.GenerateRequest) -> int:
     """How many answers; 0 for the one of the agent itself."""
     wanted = request.candidates or len(request.candidate_agent_ids)
@@ -211,9 +232,7 @@ def _candidates(request: pb.GenerateRequest) -> int:
 
 
 def told_apart(request: pb.GenerateRequest) -> bool:
-    """Whether the answer is read as a message. What is held to a format is text."""
-    if request.HasField("response_format"):
-        return False
+    """Whether the answer is read as a message."""
     default = pb.PARSE_MODE_MESSAGE if request.content.HasField("chat") else pb.PARSE_MODE_TEXT
     return (request.parse_mode or default) == pb.PARSE_MODE_MESSAGE
 

@@ -80,7 +80,7 @@ class ServerServicer:
                 server_pb.EndToken(token_id=end.token_id, text=end.text, sources=[END_SOURCES[s] for s in end.sources])
                 for end in info.ends
             ],
-            features=_features(call.agents.features),
+            features=_features(await call.agents.features()),
             chat_template_digest=info.chat_template_digest,
         )
 
@@ -174,6 +174,7 @@ def _features(features: Features) -> server_pb.ModelFeatures:
         tool_format=features.tool_format,
         reasoning_marks=features.reasoning_marks,
         template_variables=features.template_variables,
+        response_formats=features.response_formats,
         template_keeps_reasoning=features.keeps_reasoning,
     )
 

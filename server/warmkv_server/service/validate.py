@@ -155,6 +155,8 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
     _candidates(faults, request)
     if request.HasField("response_format"):
         _response_format(faults, request)
+    if request.HasField("tool_choice"):
+        chats.choice(faults, request)
     _top_logprobs(faults, request.top_logprobs, model.vocab_size)
     _expected_revision(faults, request)
     _request_id(faults, request.request_id)
@@ -272,8 +274,6 @@ def _response_format(faults: Faults, request: pb.GenerateRequest) -> None:
     forms = "json_schema, regex, lark or choices"
     faults.need(kind is not None, "response_format", f"must have one of {forms}")
     faults.need(not request.ignore_eos, "ignore_eos", "can't be had with a response_format, which says where it ends")
-    as_text = request.parse_mode != pb.PARSE_MODE_MESSAGE
-    faults.need(as_text, "parse_mode", "can't be PARSE_MODE_MESSAGE with a response_format: the answer is text")
     if kind == "choices":
         texts = wanted.choices.texts
         size = sum(len(text.encode()) for text in texts)

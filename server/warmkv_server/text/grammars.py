@@ -49,8 +49,21 @@ _JSON = {
     "json_allowed_escapes": '"\\bfnrt',
 }
 
+_YEAR = "([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_FOURTH = "(0[48]|[2468][048]|[13579][26])"
+_DATE = (
+    f"{_YEAR}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    f"|([0-9]{{2}}{_FOURTH}|{_FOURTH}00)-02-29"
+)
+_HOUR = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR}:[0-5][0-9](\.[0-9]{{1,9}})?(Z|[+-]{_HOUR})"
+MOMENTS = {"date": _DATE, "time": _TIME, "date-time": f"({_DATE})T{_TIME}"}
+"""Formats of dates that there are, and of times without leap seconds: whether one was can't be seen by its form."""
+
 _DATA = ("const", "enum", "default", "examples")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_METASCHEMAS = ("http://json-schema.org", "https://json-schema.org")
+"""Documents that llguidance has, and follows in part."""
 _LISTED = ("anyOf", "oneOf", "allOf", "enum")
 _SPELLED = "\b\f\n\r\t"
 """The control characters that have an escape of their own."""
@@ -66,6 +79,7 @@ _MUCH = (
     "fuel",
     "max is",
 )
+_RANGE = "minimum, maximum, exclusiveMinimum or exclusiveMaximum"
 _COMPLAINTS = {
     "Unknown format": "format",
     "oneOf constraints": "oneOf",
@@ -73,9 +87,10 @@ _COMPLAINTS = {
     "Resource '": "$ref",
     "min/maxProperties": "minProperties or maxProperties",
     "patternProperty": "patternProperties",
-    "integer range": "minimum or maximum",
-    "number range": "minimum or maximum",
+    "integer range": _RANGE,
+    "number range": _RANGE,
     "multipleOf": "multipleOf",
+    "float range": _RANGE,
     "regex": "pattern",
 }
 _CHARACTERS = 200
@@ -90,7 +105,7 @@ def source(grammar: Grammar) -> str:
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             try:
-                return LLMatcher.grammar_from_json_schema(_of_this_draft(grammar.texts[0]), overrides=_JSON)  # type: ignore[arg-type]
+                return LLMatcher.grammar_from_json_schema(_as_followed(grammar.texts[0]), overrides=_JSON)  # type: ignore[arg-type]
             except ValueError as error:
                 raise InvalidField.of(grammar.field, f"is no JSON: {_short(str(error))}") from error
         case GrammarKind.REGEX:
@@ -101,6 +116,8 @@ def source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(
                 "|".join(re.sub(r"[][\\.+*?()|{}^$#&~-]", r"\\\g<0>", t) for t in grammar.texts)
             )
+        case GrammarKind.MESSAGE:
+            raise ValueError("a message is more than one grammar")
 
 
 def complaint(grammar: Grammar, message: str) -> WarmKVError:
@@ -148,6 +165,8 @@ def check_size(grammar: Grammar) -> None:
         return
     properties = alternatives = 0
     for key, value in _keywords(grammar):
+        if key == "$ref" and isinstance(value, str) and value.startswith(_METASCHEMAS):
+            raise unsupported(grammar, "$ref", "to another document")
         properties += len(value) if key == "properties" and isinstance(value, dict) else 0
         alternatives += len(value) if key in _LISTED and isinstance(value, list) else 0
         if key == "multipleOf" and isinstance(value, float) and not value.is_integer():
@@ -164,16 +183,23 @@ def _keywords(grammar: Grammar) -> Iterator[tuple[str, Any]]:
         whole = json.loads(grammar.texts[0])
     except (ValueError, RecursionError) as error:
         raise InvalidField.of(grammar.field, f"is no JSON: {_short(str(error))}") from error
+    for part, level in _parts(whole):
+        _require(grammar, level, DEPTH, "levels")
+        if isinstance(part, dict):
+            yield from part.items()
+
+
+def _parts(whole: Any) -> Iterator[tuple[Any, int]]:
+    """Every schema in a schema, and every list of some, with its level."""
     waiting = [(whole, False, 1)]
     while waiting:
         part, named, level = waiting.pop()
-        _require(grammar, level, DEPTH, "levels")
+        yield {} if named else part, level
         if isinstance(part, list):
             waiting += [(each, False, level + 1) for each in part]
         elif isinstance(part, dict) and named:
             waiting += [(each, False, level + 1) for each in part.values()]
         elif isinstance(part, dict):
-            yield from part.items()
             waiting += [(each, key in _MAPS, level + 1) for key, each in part.items() if key not in _DATA]
 
 
@@ -187,12 +213,25 @@ def _require(grammar: Grammar, count: int, most: int, what: str) -> None:
         )
 
 
-def _of_this_draft(schema: str) -> str:
-    """The schema without `$schema`: whatever that says, it is read as one of 2020-12."""
+def _as_followed(schema: str) -> str:
+    """The schema as llguidance follows it in our sense: as one of 2020-12, whatever `$schema` says, with real dates."""
     found = json.loads(schema)
-    if not isinstance(found, dict) or "$schema" not in found:
+    if isinstance(found, bool):
+        return "{}" if found else '{"allOf": [false]}'
+    if not isinstance(found, dict):
         return schema
-    return json.dumps({key: value for key, value in found.items() if key != "$schema"}, ensure_ascii=False)
+    changed = {key: value for key, value in found.items() if key != "$schema"}
+    dicts = [part for part, _ in _parts(changed) if isinstance(part, dict)]
+    dated = [part for part in dicts if isinstance(part.get("format"), str) and part["format"] in MOMENTS]
+    if changed == found and not dated:
+        return schema
+    for part in dated:
+        pattern = {"pattern": f"^({MOMENTS[part.pop('format')]})$"}
+        if "pattern" in part:
+            part["allOf"] = [*part.get("allOf", ()), pattern]
+        else:
+            part |= pattern
+    return json.dumps(changed, ensure_ascii=False)
 
 
 def _can_be_spelled(value: Any) -> bool:

@@ -39,6 +39,7 @@ class MessageReader:
         ident: names the call of a number.
         thinks: whether the prompt has begun the reasoning.
         tools: for formats that need them to be read.
+        around: marks that say nothing, where there is no format of calls.
 
     Attributes:
         finished: the calls so far that are over. Those that are whole count as valid.
@@ -52,11 +53,13 @@ class MessageReader:
         *,
         thinks: bool = False,
         tools: Sequence[Tool] = (),
+        around: Sequence[str] = (),
     ) -> None:
         self._marks = marks
         self._form = form
         self._ident = ident
         self._tools = tools
+        self._silent = form.marks if form is not None else tuple(around)
         self._buffer = form.opened if form is not None and not thinks else ""
         self._opened = bool(self._buffer)
         """Whether the buffer begins with what the prompt has, and the answer hasn't."""
@@ -106,8 +109,7 @@ class MessageReader:
             return True
         if self._marks and self._may_think and (begun := self._begins_thought(self._marks[0], final)) is not None:
             return begun
-        form = self._form
-        marks = form.marks if form is not None else ()
+        form, marks = self._form, self._silent
         at, mark = _first(self._buffer, marks)
         if mark and not final and _may_be_longer(self._buffer[at:], marks):
             return False

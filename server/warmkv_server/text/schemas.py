@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +11,13 @@ from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-
 from referencing import Registry
 
 from warmkv_server.contract.content import Tool
-from warmkv_server.errors import InvalidField
+from warmkv_server.contract.grammar import Grammar, GrammarKind
+from warmkv_server.errors import InvalidField, Unsupported
+from warmkv_server.text.traits import Traits
 
 _NOTHING: Registry[Any] = Registry()
 _REMEMBERED = 256
+_NO_ARGUMENTS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
 def require_schemas(tools: Sequence[Tool]) -> None:
@@ -25,6 +28,41 @@ def require_schemas(tools: Sequence[Tool]) -> None:
     for number, tool in enumerate(tools):
         if (wrong := _wrong(tool.parameters)) is not None:
             raise InvalidField.of(f"content.chat.tools.tools[{number}].parameters_json", f"is no JSON Schema: {wrong}")
+
+
+def require_strict(tools: Mapping[int, Tool], traits: Traits) -> None:
+    """
+    Args:
+        tools: by their numbers in their request.
+
+    Raises:
+        Unsupported: naming the first strict tool, if the arguments of this model's calls can't be held to a schema.
+    """
+    strict = next((number for number, tool in tools.items() if tool.strict), None)
+    if strict is None or (traits.syntax is not None and not traits.syntax.unread):
+        return
+    form = traits.form.name if traits.form is not None else "unknown"
+    field = f"content.chat.tools.tools[{strict}].strict"
+    raise Unsupported(
+        f"{field}: arguments as this model writes them ({form}) can't be held to a "
+        "schema; leave it out: a call's status says whether its arguments satisfy it",
+        field=field,
+    )
+
+
+def strict_grammar(tool: Tool, number: int) -> Grammar:
+    """What the arguments of a strict tool are held to: an object, as the schema says.
+
+    Args:
+        number: of the tool in its request.
+    """
+    schema = json.loads(tool.parameters) if tool.parameters else _NO_ARGUMENTS
+    wanted = schema.get("type", "object")
+    place = f"content.chat.tools.tools[{number}].parameters_json"
+    if "object" not in (wanted if isinstance(wanted, list) else [wanted]):
+        raise InvalidField.of(place, "must be of objects, for a strict tool")
+    text = json.dumps({**schema, "type": "object"}, ensure_ascii=False)
+    return Grammar(GrammarKind.JSON_SCHEMA, (text,), place)
 
 
 def satisfies(schema: str, arguments: str) -> bool:

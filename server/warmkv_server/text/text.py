@@ -20,10 +20,11 @@ from warmkv_server.contract.conversation import MadeCall, held_back
 from warmkv_server.errors import ContextTooLong, InvalidField, Unsupported
 from warmkv_server.text.follow_up import follow_up
 from warmkv_server.text.probe import Findings, probe
-from warmkv_server.text.schemas import require_schemas
+from warmkv_server.text.schemas import require_schemas, require_strict, strict_grammar
 from warmkv_server.text.template import Template, mark
 from warmkv_server.text.token_bytes import most_bytes_per_token
 from warmkv_server.text.traits import Traits, traits_of
+from warmkv_server.text.trial import Trial
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper  # imports MLX
@@ -267,6 +268,10 @@ def _require(chat: Chat, setup: Setup, traits: Traits) -> None:
             )
     if chat.tools:
         require_schemas(chat.tools)
+        require_strict(dict(enumerate(chat.tools)), traits)
+        for number, tool in enumerate(chat.tools):
+            if tool.strict:
+                Trial(strict_grammar(tool, number)).run()
     unknown = sorted(set(json.loads(setup.variables or "{}")) - set(traits.variables))
     if unknown:
         known = ", ".join(traits.variables) or "none"

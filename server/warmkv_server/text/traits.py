@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from warmkv_server.contract.content import ChatMessage, Setup, Tool, ToolCall
+from warmkv_server.contract.grammar import CallSyntax
 from warmkv_server.errors import InvalidField
 from warmkv_server.text.formats import BY_NAME, FORMATS, REASONING, ToolFormat
 from warmkv_server.text.reader import MessageReader
+from warmkv_server.text.syntax import syntax_of
 from warmkv_server.text.template import Refused, Template, mark
 
 _TOOLS = (
@@ -26,6 +28,7 @@ _CALLS = (
     ToolCall("warmkv002", "warmkv_other", '{"count": 3}'),
 )
 _PLAIN_CALLS = (ToolCall("warmkv001", "warmkv_first", '{"place": "Zurich"}'),)
+_TWO_PLAIN_CALLS = (*_PLAIN_CALLS, _CALLS[1])
 _ANSWER, _THOUGHT = mark(8), mark(9)
 _USER = ChatMessage("user", mark(7))
 _BEGUN = (REASONING[0], ("<|channel>thought", "<channel|>"))
@@ -43,6 +46,9 @@ class Traits:
         reasoning: the marks around it; None if there are none.
         keeps_reasoning: whether it writes reasoning of answers before the last question.
         variables: that the template takes.
+        syntax: of calls; None if they can't be forced.
+        says, said: what the model writes before and behind a text, and the reader takes away.
+        gap: what it writes behind reasoning before an answer that isn't only text; empty for white space.
     """
 
     tools: str = "not written"
@@ -52,6 +58,10 @@ class Traits:
     reasoning: tuple[str, str] | None = None
     keeps_reasoning: bool = False
     variables: tuple[str, ...] = ()
+    syntax: CallSyntax | None = None
+    says: str = ""
+    said: str = ""
+    gap: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "form": self.form.name if self.form is not None else ""}
@@ -65,6 +75,7 @@ class Traits:
             "form": BY_NAME.get(found["form"]),
             "reasoning": None if reasoning is None else (reasoning[0], reasoning[1]),
             "variables": tuple(found["variables"]),
+            "syntax": None if found["syntax"] is None else CallSyntax(**found["syntax"]),
         }
         return cls(**told)
 
@@ -94,8 +105,38 @@ def traits_of(template: Template, ends: Mapping[int, str]) -> Traits:
                 continue
             for form in FORMATS:
                 if _reads(form, answer, calls, found):
-                    return replace(found, form=form, arguments_as_text=as_text, several=len(calls) > 1)
+                    found = replace(found, form=form, arguments_as_text=as_text, several=len(calls) > 1)
+                    return _spoken(template, replace(found, syntax=_syntax(under, form, found, ends)), ends)
     return found
+
+
+def _syntax(template: Template, form: ToolFormat, traits: Traits, ends: Mapping[int, str]) -> CallSyntax | None:
+    """How calls are written, of arguments that are written in one way only."""
+    one, both = (_answer(template, calls, traits, ends) for calls in (_PLAIN_CALLS, _TWO_PLAIN_CALLS))
+    if one is None:
+        return None
+    thought = traits.reasoning[1] if traits.reasoning is not None else ""
+    return syntax_of(form, _TWO_PLAIN_CALLS, one[0], both[0] if both is not None else "", thought)
+
+
+def _spoken(template: Template, traits: Traits, ends: Mapping[int, str]) -> Traits:
+    """With what stands around a text, where the reader knows it."""
+    try:
+        prompt = template.write(template.shape((), [_USER], answer=True), [_USER], answer=True)
+    except InvalidField:
+        return traits
+    says, _, said = _said(template, [_USER, ChatMessage("assistant", _ANSWER)]).removeprefix(prompt).partition(_ANSWER)
+    says = (says.rpartition(traits.reasoning[1])[2] if traits.reasoning is not None else says).strip()
+    said = said[: min((said.find(end) for end in ends.values() if end.strip() and end in said), default=len(said))]
+    reader = MessageReader(traits.reasoning, traits.form, str, tools=_TOOLS)
+    if not says or reader.push(says + _ANSWER + said).text + reader.finish().text != _ANSWER:
+        return traits
+    gap = ""
+    if traits.reasoning is not None:
+        written = _said(template, [_USER, ChatMessage("assistant", _ANSWER, reasoning=_THOUGHT)])
+        behind = written.partition(_THOUGHT)[2].partition(traits.reasoning[1])[2]
+        gap = behind.partition(says)[0] if says in behind else ""
+    return replace(traits, says=says, said=said.strip(), gap=gap.strip())
 
 
 def _written(template: Template) -> str:

@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.errors import ConstraintTooComplex, InvalidField, WarmKVError
 from warmkv_server.text import grammars
+from warmkv_server.text.message_grammar import source
 
 SECONDS = 5.0
 """That a trial may take."""
@@ -68,10 +69,12 @@ class Trial:
 
 
 def _try(grammar: Grammar) -> None:
+    for part in dict.fromkeys(grammar.parts):  # by themselves first, so that a complaint names one of them
+        _try(part)
     grammars.check_size(grammar)
     if grammar.kind is GrammarKind.JSON_SCHEMA:
         _require_schema(grammar)
-    matcher = LLMatcher(_bytes(), grammars.source(grammar), log_level=0, limits=grammars.LIMITS)
+    matcher = LLMatcher(_bytes(), source(grammar), log_level=0, limits=grammars.LIMITS)
     follow_first(grammar, matcher)
 
 

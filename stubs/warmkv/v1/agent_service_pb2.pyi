@@ -297,6 +297,34 @@ ACTIVITY_DECODING: Activity.ValueType  # 5
 """Tokens are being sampled."""
 Global___Activity: _TypeAlias = Activity  # noqa: Y015
 
+class _ToolChoiceMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolChoiceModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoiceMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CHOICE_MODE_UNSPECIFIED: _ToolChoiceMode.ValueType  # 0
+    """The default: TOOL_CHOICE_MODE_AUTO."""
+    TOOL_CHOICE_MODE_AUTO: _ToolChoiceMode.ValueType  # 1
+    """The model decides."""
+    TOOL_CHOICE_MODE_NONE: _ToolChoiceMode.ValueType  # 2
+    """It does not call: its text has nothing in it that begins a call."""
+    TOOL_CHOICE_MODE_REQUIRED: _ToolChoiceMode.ValueType  # 3
+    """It calls at least one tool, and says nothing but its reasoning besides. One tool alone in `allowed_names` is that tool."""
+
+class ToolChoiceMode(_ToolChoiceMode, metaclass=_ToolChoiceModeEnumTypeWrapper):
+    """ToolChoiceMode says whether the model calls tools."""
+
+TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoiceMode.ValueType  # 0
+"""The default: TOOL_CHOICE_MODE_AUTO."""
+TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.ValueType  # 1
+"""The model decides."""
+TOOL_CHOICE_MODE_NONE: ToolChoiceMode.ValueType  # 2
+"""It does not call: its text has nothing in it that begins a call."""
+TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.ValueType  # 3
+"""It calls at least one tool, and says nothing but its reasoning besides. One tool alone in `allowed_names` is that tool."""
+Global___ToolChoiceMode: _TypeAlias = ToolChoiceMode  # noqa: Y015
+
 class _ParseMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -644,8 +672,10 @@ class Tool(_message.Message):
     the order that constrained arguments come in. Empty: no arguments. At most 65,536 bytes.
     """
     strict: _builtins.bool
-    """Constrain the arguments to the schema while they are sampled. A schema that cannot be enforced is then refused, with
-    UNSUPPORTED.
+    """Constrain the arguments to the schema while they are sampled, in answers that are read as messages: no call of the tool
+    is a SCHEMA_MISMATCH then. A schema that cannot be enforced is refused, with UNSUPPORTED and the keyword's name; so is
+    this where the model's format has no JSON for arguments. What ResponseFormat says of JSON Schemas and their limits
+    holds here too. It changes no token of the context: the same tools with another `strict` are not TOOLS_CHANGED.
     """
     def __init__(
         self,
@@ -698,8 +728,48 @@ class ToolCall(_message.Message):
 Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
+class ToolChoice(_message.Message):
+    """ToolChoice says whether and what the model may call. It changes no token of the context, only what is sampled: a token is
+    chosen only if the answer can still be of this kind behind it. Calls are written as the model's chat template writes
+    them. Needs an answer that is read as a message (PARSE_MODE_MESSAGE). Not together with `ignore_eos`.
+
+    What cannot be had of this model is UNSUPPORTED: a format of calls whose calls cannot be forced, or, with a format that
+    has a call for nothing but a JSON object, a text beside it that could be one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    ALLOWED_NAMES_FIELD_NUMBER: _builtins.int
+    MAX_CALLS_FIELD_NUMBER: _builtins.int
+    mode: Global___ToolChoiceMode.ValueType
+    """Whether it calls."""
+    max_calls: _builtins.int
+    """Most calls of the answer, up to 256. 0: no limit. Not with TOOL_CHOICE_MODE_NONE."""
+    @_builtins.property
+    def allowed_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these tools, each of which the context must have. Empty: all of them. At most 256. Not with
+        TOOL_CHOICE_MODE_NONE.
+        """
+
+    def __init__(
+        self,
+        *,
+        mode: Global___ToolChoiceMode.ValueType = ...,
+        allowed_names: _abc.Iterable[_builtins.str] | None = ...,
+        max_calls: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_names", b"allowed_names", "max_calls", b"max_calls", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
+
+@_typing.final
 class ResponseFormat(_message.Message):
-    """ResponseFormat is a language that the answer's text is a sentence of, from its first token on.
+    """ResponseFormat is a language that the answer's text is a sentence of.
 
     Whatever the sampling parameters are, a token is chosen only if the text can still become such a sentence behind it.
     Where the text is a sentence and nothing can follow, the answer ends, with FINISH_REASON_STOP; where it is one and more
@@ -712,7 +782,11 @@ class ResponseFormat(_message.Message):
     that is found while the answer is sampled to take too much work for one token. Not together with `ignore_eos`.
     UNSUPPORTED where no token ends the model's answers, or where the bytes of its tokens are not known.
 
-    The answer is text, whatever it is an answer to: PARSE_MODE_MESSAGE can't be had with it.
+    In an answer that is read as a message (PARSE_MODE_MESSAGE, the default for a chat), reasoning before the text is free;
+    the language begins behind it, and white space between the two belongs to neither. Where the context has tools, the
+    answer is a sentence of the language or calls, as `tool_choice` lets the model choose: TOOL_CHOICE_MODE_NONE leaves the
+    language alone, and TOOL_CHOICE_MODE_REQUIRED can't be had with it. With PARSE_MODE_TEXT the language is held to from
+    the answer's first token on. UNSUPPORTED where the model's calls could not be told from a sentence of it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1641,6 +1715,7 @@ class GenerateRequest(_message.Message):
     EPHEMERAL_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     CANDIDATE_AGENT_IDS_FIELD_NUMBER: _builtins.int
@@ -1699,6 +1774,10 @@ class GenerateRequest(_message.Message):
         """
 
     @_builtins.property
+    def tool_choice(self) -> Global___ToolChoice:
+        """Whether and what the model may call. Unset: it decides, if there are tools."""
+
+    @_builtins.property
     def response_format(self) -> Global___ResponseFormat:
         """What the answer's text must look like."""
 
@@ -1724,15 +1803,16 @@ class GenerateRequest(_message.Message):
         ephemeral: _builtins.bool = ...,
         expected_revision: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
+        tool_choice: Global___ToolChoice | None = ...,
         response_format: Global___ResponseFormat | None = ...,
         candidates: _builtins.int = ...,
         candidate_agent_ids: _abc.Iterable[_builtins.str] | None = ...,
         parse_mode: Global___ParseMode.ValueType = ...,
         reasoning_retention: Global___ReasoningRetention.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "candidate_agent_ids", b"candidate_agent_ids", "candidates", b"candidates", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "candidate_agent_ids", b"candidate_agent_ids", "candidates", b"candidates", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "tool_choice", b"tool_choice", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015

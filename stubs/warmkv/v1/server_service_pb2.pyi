@@ -418,6 +418,7 @@ class ModelFeatures(_message.Message):
     TOOL_FORMAT_FIELD_NUMBER: _builtins.int
     REASONING_MARKS_FIELD_NUMBER: _builtins.int
     TEMPLATE_VARIABLES_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMATS_FIELD_NUMBER: _builtins.int
     IMAGE_TYPES_FIELD_NUMBER: _builtins.int
     TEMPLATE_KEEPS_REASONING_FIELD_NUMBER: _builtins.int
     tool_format: _builtins.str
@@ -435,6 +436,12 @@ class ModelFeatures(_message.Message):
         """The variables that its chat template takes."""
 
     @_builtins.property
+    def response_formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The fields of ResponseFormat.kind that are there. Empty: none, since no token ends the model's answers, or the bytes of
+        its tokens are not known.
+        """
+
+    @_builtins.property
     def image_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Media types of images that it takes; empty: none."""
 
@@ -444,12 +451,13 @@ class ModelFeatures(_message.Message):
         tool_format: _builtins.str = ...,
         reasoning_marks: _abc.Iterable[_builtins.str] | None = ...,
         template_variables: _abc.Iterable[_builtins.str] | None = ...,
+        response_formats: _abc.Iterable[_builtins.str] | None = ...,
         image_types: _abc.Iterable[_builtins.str] | None = ...,
         template_keeps_reasoning: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_types", b"image_types", "reasoning_marks", b"reasoning_marks", "template_keeps_reasoning", b"template_keeps_reasoning", "template_variables", b"template_variables", "tool_format", b"tool_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_types", b"image_types", "reasoning_marks", b"reasoning_marks", "response_formats", b"response_formats", "template_keeps_reasoning", b"template_keeps_reasoning", "template_variables", b"template_variables", "tool_format", b"tool_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

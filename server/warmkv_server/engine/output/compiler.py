@@ -43,9 +43,7 @@ class Compiler:
             InvalidField, Unsupported, ConstraintTooComplex: if it can't be followed.
             QueueFull, Draining: as all text work.
         """
-        async with self._making:
-            if self._vocabulary is None:
-                self._vocabulary = await asyncio.to_thread(self._make_vocabulary)
+        vocabulary = await self.vocabulary()
         digest = _digest(grammar)
         if digest not in self._tried:
             await self._try_out(grammar, tenant)
@@ -54,11 +52,19 @@ class Compiler:
                 self._tried.popitem(last=False)
         self._tried.move_to_end(digest)
         async with self._room:
-            return await asyncio.to_thread(Constraint.compile, grammar, self._vocabulary)
+            return await asyncio.to_thread(Constraint.compile, grammar, vocabulary)
+
+    async def vocabulary(self) -> Vocabulary:
+        """The model's, made once.
+
+        Raises:
+            Unsupported: if nothing can be enforced with it.
+        """
+        async with self._making:
+            if self._vocabulary is None:
+                self._vocabulary = await asyncio.to_thread(self._make_vocabulary)
+        return self._vocabulary
 
 
 def _digest(grammar: Grammar) -> bytes:
-    hasher = blake2b(grammar.kind.encode(), digest_size=16)
-    for text in grammar.texts:
-        hasher.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
-    return hasher.digest()
+    return blake2b(repr(grammar).encode(), digest_size=16).digest()

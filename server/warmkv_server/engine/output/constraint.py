@@ -6,6 +6,7 @@ bytes, so that any cut of a sentence into tokens is one that may be sampled, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from copy import copy
 from functools import cache
@@ -20,6 +21,7 @@ from warmkv_server.contract.grammar import Grammar
 from warmkv_server.engine.output.answer_text import Spelling
 from warmkv_server.errors import Unsupported
 from warmkv_server.text import grammars
+from warmkv_server.text.message_grammar import source
 from warmkv_server.text.trial import follow_first
 
 Mask = npt.NDArray[np.uint8]
@@ -61,6 +63,15 @@ class Vocabulary:
         except ValueError as error:
             raise _unknown_bytes() from error
         self._check(tokenizer, spelling)
+        marks = {str(added.content): token for token, added in tokenizer.added_tokens_decoder.items()}
+        self._marks = {mark: n for mark, n in marks.items() if self.tokens.is_special_token(n) and n not in self.ends}
+        longest = sorted(map(re.escape, filter(None, self._marks)), key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(longest)})" if longest else "(?!)")
+
+    def spell(self, text: str) -> list[str | int]:
+        """The text in pieces, of which those that are tokens of their own, and no text, are these tokens."""
+        pieces: list[str] = self._cut.split(text)
+        return [self._marks.get(piece, piece) for piece in pieces if piece]
 
     def _check(self, tokenizer: TokenizerWrapper, spelling: Spelling) -> None:
         """Compare with what answers are decoded with: a tokenizer's files can say more than llguidance reads."""
@@ -97,7 +108,8 @@ class Constraint:
         Raises:
             InvalidField, Unsupported, ConstraintTooComplex: if it can't be followed with these tokens.
         """
-        matcher = LLMatcher(vocabulary.tokens, grammars.source(grammar), log_level=0, limits=grammars.LIMITS)
+        text = source(grammar, vocabulary.spell)
+        matcher = LLMatcher(vocabulary.tokens, text, log_level=0, limits=grammars.LIMITS)
         follow_first(grammar, matcher)
         return cls(vocabulary, matcher)
 
