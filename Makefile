@@ -55,7 +55,7 @@ hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
 	@$(PYTEST) $(BESIDE) tests/reference $(ARGS)
 
-clients: setup ## Run the examples in five languages and the README's commands (needs Go, Maven, Node and Rust)
+clients: setup ## Run the examples in five languages and the README's commands (needs Go, Maven, Node; Rust for one)
 	$(BIN)/python tests/clients/run.py
 
 bench-clock: setup $(NODE_CLOCK) ## Check the benchmark's stopwatch against a client in Node (needs Node)

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from warmkv_server.agents.agents import Agents
@@ -35,6 +36,7 @@ from warmkv_server.service.tls import Certificate
 from warmkv_server.shutdown import Shutdown
 from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.probe import abilities, unusual
+from warmkv_server.text.template_file import require_usable
 
 if TYPE_CHECKING:
     from warmkv_server.service.tracing import Tracing
@@ -131,7 +133,7 @@ async def serve(
             shutdown = Shutdown(store, signals, settings)
             try:
                 await _unless_stopped(engine.text.ready(), signals.first, given_up)
-                await _unless_stopped(_say_unusual(engine), signals.first, given_up)
+                await _unless_stopped(_say_unusual(engine, settings.chat_template), signals.first, given_up)
                 agents = Agents(engine, store, settings, response_codecs(), auth.tenants)
                 gate.open(agents, engine.text_bytes)
                 # Else looking through all that was loaded, for what nobody refers to, stops every thread now and then.
@@ -226,15 +228,23 @@ async def _loaded(settings: Settings, starting: Coroutine[Any, Any, Engine]) -> 
     return engine
 
 
-async def _say_unusual(engine: Engine) -> None:
-    """What clients may run into, of the model's tokenizer and chat template; `warmkv models check` says all of it."""
+async def _say_unusual(engine: Engine, chat_template: Path | None) -> None:
+    """What clients may run into, of the model's tokenizer and chat template; `warmkv models check` says all of it.
+
+    Raises:
+        OperatorError: the chat template that was given is none.
+    """
     try:
         findings = await engine.text.probe()
+        if chat_template is not None:
+            require_usable(chat_template, findings)
         for line in unusual(findings):
             log.warning("%s: %s", engine.info.model_id, line)
         if said := abilities(findings):
             log.info("%s: %s", engine.info.model_id, said)
     except (InvalidField, RuntimeError) as error:
+        if chat_template is not None:
+            raise OperatorError(f"--chat-template {chat_template} can't be tried: {error}") from error
         log.warning("%s: the tokenizer and the chat template can't be tried: %s", engine.info.model_id, error)
 
 

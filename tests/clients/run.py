@@ -1,10 +1,12 @@
 """Runs examples/ in every language, and the README's commands, against a real server. Called by `make clients`.
 
-Needs Go, Java with Maven, Node and Rust; builds and installs the rest into folders that git ignores.
+Needs Go, Java with Maven, and Node; builds and installs the rest into folders that git ignores. The example in Rust is
+left out where there is no cargo that runs.
 
 First all examples talk to one server at once, and each then stays silent for long enough for some pings; those that can
 prime the longest context of the server, and hear nothing until it is computed. Then the server is killed with -9 and
-started again, and each example talks to it once more, behind a balancer that refuses the first try of every call.
+started again, and each example talks to it once more, behind a balancer that refuses the first try of every call. The
+agent loops talk to a model that calls two tools and answers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it is run as a script
 
+from tests.clients import scripted
 from tests.clients.balancer import balancer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,17 +45,24 @@ CLIENTS: Mapping[str, tuple[Path, Sequence[str]]] = {
     "Go": (EXAMPLES / "go", ("bin/client",)),
     "Java": (EXAMPLES / "java", ("mvn", "--quiet", "--batch-mode", "exec:java")),
     "Node": (EXAMPLES / "node", ("node", "client.mjs")),
+}
+RUST: Mapping[str, tuple[Path, Sequence[str]]] = {
     "Rust": (EXAMPLES / "rust", ("target/debug/warmkv-rust-example",)),
+}
+AGENT_LOOPS: Mapping[str, Sequence[str]] = {
+    "Python": (sys.executable, "agent_loop.py"),
+    "Go": ("go/agentloop",),
 }
 
 
 def main() -> None:
-    if missing := [command for command in ("go", "mvn", "npm", "cargo") if not shutil.which(command)]:
-        sys.exit(f"the clients need Go, Java with Maven, Node and Rust; missing: {', '.join(missing)}")
-    build()
+    if missing := [command for command in ("go", "mvn", "npm") if not shutil.which(command)]:
+        sys.exit(f"the clients need Go, Java with Maven, and Node; missing: {', '.join(missing)}")
+    clients = {**CLIENTS, **(RUST if has_rust() else {})}
+    build(rust="Rust" in clients)
     with tempfile.TemporaryDirectory() as data:
-        with server(data) as address, ThreadPoolExecutor(len(CLIENTS)) as together:
-            running = {name: together.submit(run, name, address, SILENT_SECONDS, PRIMED.get(name)) for name in CLIENTS}
+        with server(data) as address, ThreadPoolExecutor(len(clients)) as together:
+            running = {name: together.submit(run, name, address, SILENT_SECONDS, PRIMED.get(name)) for name in clients}
             for name, done in running.items():
                 printed = done.result()
                 check(name, printed, {"COLD", "SHARED"})
@@ -60,31 +70,68 @@ def main() -> None:
                 if name in PRIMED:
                     require(f"primed {PRIMED[name]} tokens" in printed, name, printed, "it did not prime")
         with server(data) as address:
-            for name in CLIENTS:
+            for name in clients:
                 with balancer(address) as (front, refused):
                     printed = run(name, front, 0)
                 check(name, printed, {"WARM"})
                 tried_again = {"/warmkv.v1.AgentService/Generate", "/warmkv.v1.AgentService/GetAgent"}
                 require(tried_again <= refused, name, printed, f"only these were refused: {refused}")
                 print(f"{name} client: answered, cancelled, refused, silent for {SILENT_SECONDS} s, tried again, warm")
+    run_agent_loops()
     subprocess.run([sys.executable, ROOT / "tools" / "transcript.py", "--check"], check=True)
 
 
-def build() -> None:
+def has_rust() -> bool:
+    """Whether there is a cargo that runs: one that picks toolchains for its user may find none."""
+    found = shutil.which("cargo") and subprocess.run(("cargo", "--version"), capture_output=True, check=False)
+    if not found or found.returncode:
+        print("Rust client: left out, since no cargo runs here")
+    return bool(found) and not found.returncode
+
+
+def run_agent_loops() -> None:
+    with tempfile.TemporaryDirectory() as room:
+        folder = Path(room, "model")
+        scripted.write(folder)
+        with server(f"{room}/data", "--model", str(folder)) as address:
+            for name, command in AGENT_LOOPS.items():
+                done = subprocess.run(
+                    (*command, "-target", address),
+                    cwd=EXAMPLES / "agent_loop",
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    timeout=300,
+                    check=False,
+                )
+                good = done.returncode == 0 and done.stdout.endswith("It has 53.6 degrees.\n")
+                require(good, f"{name} agent loop's", done.stdout, "it didn't come to an answer")
+                print(f"{name} agent loop: two tools called, answered")
+
+
+def build(*, rust: bool) -> None:
     """What each language makes of an example and proto/, and grpcurl for the README."""
-    go, stubs = EXAMPLES / "go", ROOT / "proto"
     plugins = ("google.golang.org/grpc/cmd/protoc-gen-go-grpc", "google.golang.org/protobuf/cmd/protoc-gen-go")
     at(GRPCURL, "go", "build", "-o", "bin/", "github.com/fullstorydev/grpcurl/cmd/grpcurl")
-    at(go, "go", "build", "-o", "bin/", *plugins)
-    generate = (sys.executable, "-m", "grpc_tools.protoc", f"-I{stubs}", "--go_opt=module=warmkv", "--go_out=.")
-    protos = sorted(map(str, stubs.rglob("*.proto")))
-    path = f"{go / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    at(go, *generate, "--go-grpc_opt=module=warmkv", "--go-grpc_out=.", *protos, PATH=path)
-    at(go, "go", "vet", ".")
-    at(go, "go", "build", "-o", "bin/client", ".")
+    at(EXAMPLES / "go", "go", "build", "-o", "bin/", *plugins)
+    build_go(EXAMPLES / "go", "warmkv", "bin/client")
+    build_go(EXAMPLES / "agent_loop" / "go", "agentloop", "agentloop")
     at(EXAMPLES / "node", "npm", "ci", "--silent", "--no-audit", "--no-fund")
     at(EXAMPLES / "java", "mvn", "--quiet", "--batch-mode", "compile")
-    at(EXAMPLES / "rust", "cargo", "build", "--quiet", "--locked")
+    if rust:
+        at(EXAMPLES / "rust", "cargo", "build", "--quiet", "--locked")
+
+
+def build_go(folder: Path, module: str, program: str) -> None:
+    """The stubs, in a package of the module, and the program."""
+    stubs = ROOT / "proto"
+    protos = sorted(stubs.rglob("*.proto"))
+    packages = [f"M{proto.relative_to(stubs)}={module}/v1" for proto in protos]
+    options = [f"--{plugin}_opt={each}" for plugin in ("go", "go-grpc") for each in (f"module={module}", *packages)]
+    generate = (sys.executable, "-m", "grpc_tools.protoc", f"-I{stubs}", "--go_out=.", "--go-grpc_out=.", *options)
+    path = f"{EXAMPLES / 'go' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    at(folder, *generate, *map(str, protos), PATH=path)
+    at(folder, "go", "vet", ".")
+    at(folder, "go", "build", "-o", program, ".")
 
 
 def at(folder: Path, *command: str, **environment: str) -> None:
@@ -131,10 +178,10 @@ def require(condition: bool, name: str, printed: str, otherwise: str) -> None:
 
 
 @contextmanager
-def server(data: str) -> Iterator[str]:
-    """A server on the built-in model; killed with -9 at the end."""
+def server(data: str, *flags: str) -> Iterator[str]:
+    """A server, by default on the built-in model; killed with -9 at the end."""
     command = [str(Path(sys.executable).with_name("warmkv")), "serve", "--port", "0", "--data-dir", data]
-    command += ["--context-limit", str(LONGEST)]
+    command += flags or ["--context-limit", str(LONGEST)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:

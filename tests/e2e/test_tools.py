@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.e2e.clock import Shift
 from tests.e2e.commands import run_warmkv
 from tests.e2e.harness import Answer, Client, Server, chat, refused, serving
 from tests.engine.parrot import write_speaker
@@ -377,30 +378,17 @@ DATED = """\
 {%- for m in messages -%}<|{{ m.role }}|>{{ m.content }}<|end|>{%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
-_CLOCK = """
-import os, time
-real = time.time
-def shifted():
-    with open(os.environ["SHIFT"]) as file:
-        return real() + float(file.read())
-time.time = shifted
-"""
 
 
 def test_a_day_that_passes_changes_no_token(tmp_path: Path) -> None:
-    folder, python, shift = tmp_path / "model", tmp_path / "python", tmp_path / "shift"
+    folder, shift = tmp_path / "model", Shift(tmp_path)
     write_speaker(folder, DATED, [("<|assistant|>", "Fine.")])
-    python.mkdir()
-    (python / "sitecustomize.py").write_text(_CLOCK)
-    shift.write_text("0")
-    environment = {"PYTHONPATH": str(python), "SHIFT": str(shift)}
     question = asked(user("Which day is it?"))
-    with serving(tmp_path / "data", "--model", str(folder), environment=environment) as (_, client):
+    with serving(tmp_path / "data", "--model", str(folder), environment=shift.environment) as (_, client):
         assert list(client.info().features.template_variables) == ["today"]
         held = client.prime("a", question).agent
         today = list(client.count(question).token_ids)
-        (tmp_path / "later").write_text(str(86400 * 40))
-        (tmp_path / "later").replace(shift)  # at once: the server reads it all the time
+        shift.days(40)
         assert list(client.count(question).token_ids) != today
         again = client.prime("a", question)
         assert again.cache.prefilled_tokens == 0

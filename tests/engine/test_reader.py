@@ -2,97 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmkv_server.contract.calls import CallArguments, CallFinished, CallNews, CallStarted, CallStatus
+from tests.engine.answers import ANSWERS, THINK, agree, any_cut_gives_the_same_events, read
+from warmkv_server.contract.calls import CallStarted, CallStatus
 from warmkv_server.text.formats import BY_NAME
-from warmkv_server.text.reader import MessageReader
 
-THINK = ("<think>", "</think>")
-ANSWERS = {
-    "json_tools": [
-        '<think>\nHm {"a": 1}\n</think>\n\nLet me see.\n<tool_call>\n{"name": "f", '
-        '"arguments": {"x": "</tool_call>\\"", "n": 9007199254740993}}\n</tool_call>\n'
-        '<tool_call>\n{"arguments": {"y": [1, {"z": null}]}, "name": "g"}\n'
-        "</tool_call>",
-        'Hi <tool_call>\n{"name": "f", "arguments": {"x": 1}}}\n</tool_call> and more <tool_',
-        '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call><tool_call>garbage</tool_call>',
-        '<tool_call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"a": 1.50}}]</tool_call>',
-    ],
-    "llama3_json": [
-        '{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {}}',
-        ' {"name": "Ann", "age": 3} is what you asked for',
-        '<|python_tag|>{"type": "function", "name": "f", "parameters": {"x": {"y": "}"}}}',
-    ],
-    "mistral": [
-        'Well.[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}, "id": "abcdefghi"}, {"name": "g", "arguments": {}}]'
-    ],
-    "mistral_args": ['[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": {"b": 1}}[TOOL_CALLS]g[ARGS]{}'],
-    "deepseek_v3": [
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
-        '{"x": "```"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
-    ],
-    "kimi_k2": [
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
-        '{"x": 1}<|tool_call_end|><|tool_calls_section_end|>'
-    ],
-    "gpt_oss": [
-        "<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant<|channel|>commentary to=functions.f json"
-        '<|message|>{"x": 1}'
-    ],
-    "qwen3_coder": ["So <tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call> then"],
-}
+CUTS = 300
+"""Of each format; 10,000 of them are tried with the long tests."""
 
 
-def read(
-    form: str, pieces: Sequence[str], *, thinks: bool = False
-) -> tuple[str, str, list[CallNews], list[CallFinished]]:
-    """Text, reasoning, and news of calls, with pieces of arguments joined."""
-    reader = MessageReader(THINK, BY_NAME[form], lambda number: f"call{number:05}", thinks=thinks)
-    text = reasoning = ""
-    news: list[CallNews] = []
-    for told in [*map(reader.push, pieces), reader.finish()]:
-        text += told.text
-        reasoning += told.reasoning
-        for each in told.calls:
-            last = news[-1] if news else None
-            if isinstance(each, CallArguments) and isinstance(last, CallArguments) and last.index == each.index:
-                news[-1] = CallArguments(each.index, last.text + each.text)
-            else:
-                news.append(each)
-    return text, reasoning, news, reader.finished
-
-
-def cut(text: str, at: Sequence[int]) -> list[str]:
-    places = sorted({0, len(text), *(place % (len(text) + 1) for place in at)})
-    return [text[a:b] for a, b in pairwise(places)]
-
-
-def agree(form: str, text: str, places: Sequence[int], *, thinks: bool = False) -> None:
-    whole = read(form, [text], thinks=thinks)
-    assert read(form, cut(text, places), thinks=thinks) == whole
-    _, _, news, finished = whole
-    for call in finished:
-        said = "".join(each.text for each in news if isinstance(each, CallArguments) and each.index == call.index)
-        assert said == call.call.arguments
-        assert [each.id for each in news if isinstance(each, CallStarted) and each.index == call.index] == [
-            call.call.id
-        ]
+def test_every_format_has_an_answer_here() -> None:
+    assert set(ANSWERS) == set(BY_NAME)
 
 
 @pytest.mark.parametrize("form", ANSWERS)
-@settings(max_examples=200, deadline=None)
-@given(places=st.lists(st.integers(0, 1000), max_size=20), end=st.integers(0, 1000))
-def test_any_cut_gives_the_same_events(form: str, places: list[int], end: int) -> None:
-    for text in ANSWERS[form]:
-        agree(form, text, places)
-        agree(form, text[: end % (len(text) + 1)], places)  # an answer that ends in the middle
-        agree(form, text, range(len(text)))
+def test_any_cut_gives_the_same_events(form: str) -> None:
+    any_cut_gives_the_same_events(form, CUTS)
 
 
 @settings(max_examples=500, deadline=None)
@@ -125,6 +53,32 @@ def test_what_each_is() -> None:
     assert calls[0].written == "abcdefghi"
     text, _, _, calls = read("gpt_oss", ANSWERS["gpt_oss"])
     assert (text, calls[0].call.name, calls[0].call.arguments) == ("Wait.", "f", '{"x": 1}')
+
+
+def calls_of(form: str, number: int = 0) -> list[tuple[str, str, str, CallStatus]]:
+    return [(c.written, c.call.name, c.call.arguments, c.status) for c in read(form, list(ANSWERS[form][number]))[3]]
+
+
+def test_formats_of_our_own() -> None:
+    valid, malformed = CallStatus.VALID, CallStatus.MALFORMED
+    assert calls_of("apertus") == [("", "f", '{"x": "<|tools_suffix|>"}', valid), ("", "g", "{}", valid)]
+    assert [status for *_, status in calls_of("apertus", 1)] == [malformed, malformed]  # two names, and no arguments
+    assert calls_of("solar")[0] == ("abc", "f", '{"x": "<|tool_call:end|>"}', valid)
+    assert calls_of("dsml") == [("", "f", '{"x": "\\"a\\"", "y": [1, 2.50]}', valid), ("", "g", "{}", valid)]
+    assert [status for *_, status in calls_of("dsml_v4")] == [malformed]  # neither text nor JSON
+
+
+def test_functionary_says_to_whom_it_speaks() -> None:
+    """Behind what the prompt has begun; where it doesn't go on with that, it is a text."""
+    text, _, _, calls = read("functionary_v3_2", [ANSWERS["functionary_v3_2"][0]])
+    assert (text, [(c.call.name, c.call.arguments) for c in calls]) == (
+        "Let me see.",
+        [("f", '{"x": ">>>g\\n{}"}'), ("g", "{}")],
+    )
+    text, _, _, calls = read("functionary_v3_2", [ANSWERS["functionary_v3_2"][1]])
+    assert (text, [c.call.name for c in calls]) == ("So:\n>>> print(f)\n1 >>>h\n[2]", ["f"])
+    for said in ANSWERS["functionary_v3_2"][2], "Hello", "f", "f\n":
+        assert read("functionary_v3_2", [said])[::3] == (said, [])
 
 
 @pytest.mark.parametrize("end", [12, 30, 45])

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from tests.engine.tokenizers import variant
 
 _MARK = re.compile(
-    r"<\|[^|<>\s]{1,40}\|?>|<｜[^｜]{1,40}｜>|</?[a-zA-Z_]{1,30}(?::[a-z]+)?>|\[/?[A-Z_]{3,30}\]|<[^|<>\s]{1,40}\|>|\[e~\["
+    r"<\|[^|<>\s]{1,40}\|?>|<｜[^｜]{1,40}｜>|</?[a-zA-Z_][a-zA-Z_0-9]{0,29}(?::[a-z]+)?>|\[/?[A-Z_]{3,30}\]|<[^|<>\s]{1,40}\|>|\[e~\["
 )
 _ROLES = ("user", "assistant", "system", "observation")
 _KNOWN = {"<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"}

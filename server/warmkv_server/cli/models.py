@@ -27,6 +27,7 @@ def _models() -> None:
 def check(
     model: Annotated[str, typer.Argument(help="As --model of `warmkv serve`: a folder, builtin:tiny, ORG/NAME[@REV].")],
     adapter: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="As for `warmkv serve`.", metavar="FILE")] = None,
     kv: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_bits: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
     kv_group_size: Annotated[str | None, typer.Option(help="As for `warmkv serve`.")] = None,
@@ -36,7 +37,10 @@ def check(
     of a text, and which messages its chat template writes. Loads it, and exits with 2 where it would be refused."""
     from warmkv_server.offline.checking import check as look
 
-    given = {"model": model, "adapter": adapter, "kv": kv, "kv_bits": kv_bits, "kv_group_size": kv_group_size}
+    given = {
+        **{"model": model, "adapter": adapter, "chat_template": chat_template},
+        **{"kv": kv, "kv_bits": kv_bits, "kv_group_size": kv_group_size},
+    }
     try:
         found = look(config.read({name: value for name, value in given.items() if value is not None}))
     except OperatorError as error:
@@ -123,6 +127,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         tokenizer = found["tokenizer"]
         kept = "not every text comes back as it was" if tokenizer["changes"] else "texts come back as they were"
         yield "tokenizer", f"{tokenizer['class']}, {tokenizer['ids']:,} ids; {kept}"
+    if found["chat_template"]:
+        yield "chat template", f"{found['chat_template']}, in place of the model's own"
     if template := found.get("template"):
         for role, said in template["roles"].items():
             yield f"role {role}", said

@@ -96,6 +96,8 @@ def facts(serving: Serving) -> Iterator[tuple[str, str]]:
     settings, info = serving.settings, serving.info
     noise = " (random numbers: its answers are noise)" if info.kind == "random" else ""
     yield "model", f"{info.model_id}{noise}, contexts of up to {info.context_limit:,} tokens"
+    if settings.chat_template is not None:
+        yield "", f"chat template {settings.chat_template.absolute()}, in place of the model's own"
     yield "device", ", ".join(filter(None, (info.device, info.blas.partition(" (")[0])))
     yield "KV", f"{_codecs(info.streams)}, {info.kv_bytes_per_token:,} bytes a token"
     yield "RAM", f"{size(settings.hot_bytes)} for contexts at rest{_fit(serving, settings.hot_bytes, 'hot')}"

@@ -109,6 +109,8 @@ class ModelInfo:
     fingerprint_fields: Mapping[str, str]
     sampling_defaults: Sampling
     ends: tuple[End, ...]
+    chat_template_digest: str = ""
+    """Empty if there is none."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -47,6 +47,9 @@ class Settings:
         "builtin:tiny"
     )
     adapter: Annotated[str | None, Field(description="Folder of a LoRA adapter to put on the model.")] = None
+    chat_template: Annotated[
+        Path | None, Field(description="File of a chat template, in Jinja, in place of the model's own.")
+    ] = None
     context_limit: Annotated[
         int | None, Field(ge=2, description="Most tokens of a context. Default: the model's own.")
     ] = None

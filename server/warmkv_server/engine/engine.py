@@ -133,6 +133,7 @@ class Engine:
                 codecs=codecs,
                 constants=constants,
                 context_limit=settings.context_limit,
+                chat_template=settings.chat_template,
                 tokenizer_found=self.text.found,
                 progress=progress,
             ),

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from warmkv_server.contract.fairness import Bound
@@ -14,10 +15,11 @@ from warmkv_server.contract.settings import Settings
 from warmkv_server.engine.cache.codecs.choose import codecs_of
 from warmkv_server.engine.model import device
 from warmkv_server.engine.model import load as models
-from warmkv_server.errors import InvalidField
+from warmkv_server.errors import InvalidField, OperatorError
 from warmkv_server.text.pool import TextPool
 from warmkv_server.text.probe import unusual
 from warmkv_server.text.task import TokenizerSource
+from warmkv_server.text.template_file import require_usable
 
 
 def check(settings: Settings) -> dict[str, Any]:
@@ -33,13 +35,15 @@ def check(settings: Settings) -> dict[str, Any]:
         adapter=settings.adapter,
         codecs=codecs_of(settings),
         context_limit=settings.context_limit,
+        chat_template=settings.chat_template,
         tokenizer_found=sources.append,
     )
     info = loaded.info
-    found, lines = asyncio.run(_tried(sources[0]))
+    found, lines = asyncio.run(_tried(sources[0], settings.chat_template))
     return {
         "model": info.model_id,
         "device": info.device,
+        "chat_template": str(settings.chat_template or ""),
         "context_limit": info.context_limit,
         "vocabulary": info.vocab_size,
         "choosable": loaded.choosable.count,
@@ -78,15 +82,23 @@ def _codecs(layers: Sequence[LayerInfo]) -> Iterator[dict[str, Any]]:
         }
 
 
-async def _tried(source: TokenizerSource) -> tuple[dict[str, Any], list[str]]:
-    """What the processes for text work find, and what of it is unusual."""
+async def _tried(source: TokenizerSource, chat_template: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """What the processes for text work find, and what of it is unusual.
+
+    Raises:
+        OperatorError: the chat template that was given is none.
+    """
     pool = TextPool(Bound(1))
     try:
         pool.found(source)
         await pool.ready()
         findings = await pool.probe()
+        if chat_template is not None:
+            require_usable(chat_template, findings)
         return findings, unusual(findings)
     except (InvalidField, RuntimeError) as error:
+        if chat_template is not None:
+            raise OperatorError(f"--chat-template {chat_template} can't be tried: {error}") from error
         return {}, [f"the tokenizer and the chat template can't be tried: {error}"]
     finally:
         pool.stop()

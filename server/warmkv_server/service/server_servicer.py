@@ -81,6 +81,7 @@ class ServerServicer:
                 for end in info.ends
             ],
             features=_features(await call.agents.features()),
+            chat_template_digest=info.chat_template_digest,
         )
 
     async def get_server_stats(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from mlx_lm.tool_parsers import function_gemma, gemma4, glm47, minimax_m2, pythonic, qwen3_coder
+from mlx_lm.tool_parsers import function_gemma, gemma4, glm47, minicpm5, minimax_m2, pythonic, qwen3_coder
+
+from warmkv_server.text import dsml
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class ToolFormat:
     """How calls stand in an answer.
 
     A call is a JSON object with its name in it, alone or in a list; or, if there is a `header`, a header with its name
-    and the JSON of its arguments behind; or, if there is a `parser`, whatever mlx-lm reads.
+    and the JSON of its arguments behind; or, if there is a `parser`, whatever that reads.
 
     Attributes:
         name: for people, and for GetServerInfo.
@@ -26,7 +28,9 @@ class ToolFormat:
         opens: what stands between the header and the arguments.
         tail: what may stand between the arguments and the end.
         around: marks that say nothing.
-        parser: of mlx-lm's.
+        parser: by its name in `PARSERS`.
+        keyed: whether the object has the arguments under the name of the tool, and nothing else.
+        opened: what the prompt has of the answer's first mark.
     """
 
     name: str
@@ -37,6 +41,8 @@ class ToolFormat:
     tail: str = ""
     around: tuple[str, ...] = ()
     parser: str = ""
+    keyed: bool = False
+    opened: str = ""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -91,6 +97,17 @@ FORMATS = (
     ),
     ToolFormat("cohere", ("<|START_ACTION|>",), "<|END_ACTION|>", around=("<|START_RESPONSE|>", "<|END_RESPONSE|>")),
     ToolFormat("functionary", ("<function=",), "</function>", _NAME, ">"),
+    ToolFormat("functionary_v3_2", (">>>",), header=_NAME, opens="\n", around=(">>>all\n",), opened=">>>"),
+    ToolFormat("gigachat", ("<|function_call|>",)),
+    ToolFormat("apertus", ("<|tools_prefix|>",), "<|tools_suffix|>", keyed=True),
+    ToolFormat(
+        "solar",
+        ("<|tool_call:begin|>",),
+        "<|tool_call:end|>",
+        r"(?P<id>[\w\-]+)<\|tool_call:name\|>" + _NAME,
+        "<|tool_call:args|>",
+        around=("<|tool_calls|>", "<|calls|>", "<|content|>"),
+    ),
     ToolFormat("llama3_json", around=("<|python_tag|>",)),
     _mlx("qwen3_coder", "<tool_call>", "</tool_call>"),
     _mlx("glm47", "<tool_call>", "</tool_call>"),
@@ -98,6 +115,10 @@ FORMATS = (
     _mlx("pythonic", "<|tool_call_start|>", "<|tool_call_end|>"),
     _mlx("function_gemma", "<start_function_call>", "<end_function_call>"),
     _mlx("gemma4", "<|tool_call>", "<tool_call|>"),
+    _mlx("minicpm5", "<function name=", "</function>"),
+    ToolFormat("seed_oss", ("<seed:tool_call>",), "</seed:tool_call>", parser="qwen3_coder"),
+    ToolFormat("dsml", ("<｜DSML｜function_calls>",), "</｜DSML｜function_calls>", parser="dsml"),
+    ToolFormat("dsml_v4", ("<｜DSML｜tool_calls>",), "</｜DSML｜tool_calls>", parser="dsml"),
 )
 """In the order in which they are tried: the first that reads what the chat template writes is the model's."""
 BY_NAME = {each.name: each for each in FORMATS}
@@ -123,8 +144,10 @@ PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "pythonic": pythonic.parse_tool_call,
     "function_gemma": function_gemma.parse_tool_call,
     "gemma4": gemma4.parse_tool_call,
+    "minicpm5": minicpm5.parse_tool_call,
+    "dsml": dsml.parse_tool_call,
 }
-"""mlx-lm's, by the names of the formats."""
+"""mlx-lm's, and one of ours: what stands between the marks, and the tools, to one call or a list of them."""
 
 
 @cache

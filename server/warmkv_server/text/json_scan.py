@@ -61,6 +61,9 @@ class ValueScan:
 class CallScan:
     """One call as a JSON object: its name, its arguments as they are written, its id.
 
+    Args:
+        keyed: whether its only key is the name, and what stands there the arguments.
+
     Attributes:
         done: whether the object is complete.
         broken: whether it is none, or none of a call.
@@ -69,7 +72,8 @@ class CallScan:
         strange: whether it had a key before that no call has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keyed: bool = False) -> None:
+        self._keyed = keyed
         self.done = self.broken = self.ready = self.strange = False
         self.name = self.id = self.id_when_ready = ""
         self.raw = ""
@@ -127,7 +131,11 @@ class CallScan:
         return at + 1
 
     def _begin_value(self, char: str) -> None:
-        if self._key in _ARGUMENTS:
+        if self._keyed:
+            self.broken = self._has_arguments or char != "{"
+            self.name = self.name or self._key
+            self._streams = self._has_arguments = char == "{"
+        elif self._key in _ARGUMENTS:
             self.broken = self._has_arguments or char not in '{"n'
             self._streams = char == "{"
             self._has_arguments = self._streams

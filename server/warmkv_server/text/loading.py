@@ -38,8 +38,6 @@ def load(
         Exception: whatever transformers does.
     """
     settings: dict[str, Any] = {"trust_remote_code": False}
-    if chat_template is not None:
-        settings["chat_template"] = chat_template
     try:
         tokenizer = tokenizer_utils.load(folder, settings, eos_token_ids=eos_token_ids, defaults=defaults)
     except Exception as error:
@@ -47,8 +45,21 @@ def load(
             raise
         tokenizer = _by_itself(folder, settings, eos_token_ids, defaults)
         log.warning("the tokenizer is what tokenizer.json alone says: %s", " ".join(str(error).split())[:200])
+    if chat_template is not None:
+        tokenizer._tokenizer.chat_template = chat_template
+        tokenizer._chat_template = None  # which mlx-lm brings for some classes, as a function
+        tokenizer.has_chat_template = True
     _repair_decoder(tokenizer)
     return tokenizer
+
+
+def template_of(tokenizer: TokenizerWrapper) -> str | dict[str, str] | None:
+    """Its chat template: one text, several by name, or where mlx-lm brings it as a function, the module of that."""
+    function = tokenizer._chat_template
+    found: str | dict[str, str] | None = (
+        tokenizer.chat_template if function is None else {"mlx-lm": function.__module__}
+    )
+    return found
 
 
 def _by_itself(

@@ -60,7 +60,11 @@ class MessageReader:
         self._ident = ident
         self._tools = tools
         self._silent = form.marks if form is not None else tuple(around)
-        self._buffer = ""
+        self._buffer = form.opened if form is not None and not thinks else ""
+        self._opened = bool(self._buffer)
+        """Whether the buffer begins with what the prompt has, and the answer hasn't."""
+        self._gap = ""
+        """White space before the last mark."""
         self._step: Callable[[bool], bool] = self._reasoning if thinks and marks else self._text
         self._bare = form is not None and not form.begins
         self._may_think = self._may_call = True
@@ -107,8 +111,12 @@ class MessageReader:
             return begun
         form, marks = self._form, self._silent
         at, mark = _first(self._buffer, marks)
+        if mark and not final and _may_be_longer(self._buffer[at:], marks):
+            return False
         if mark:
-            self._tell_text(self._buffer[:at].rstrip(SPACE))
+            before = self._buffer[:at].rstrip(SPACE)
+            self._tell_text(before)
+            self._gap = self._buffer[len(before) : at]
             self._buffer = self._buffer[at + len(mark) :]
             self._trims = True
             if form is not None and mark in form.begins:
@@ -172,6 +180,8 @@ class MessageReader:
         """A call begins, or a list of them."""
         assert self._form is not None
         self._raw, self._listed = mark, False
+        if self._opened:
+            self._raw, self._opened = "", False
         self._begin_one()
         if self._form.parser:
             self._step = self._whole
@@ -181,7 +191,8 @@ class MessageReader:
             self._step = self._before
 
     def _begin_one(self) -> None:
-        self._scan, self._value, self._started = CallScan(), ValueScan(), False
+        keyed = self._form is not None and self._form.keyed
+        self._scan, self._value, self._started = CallScan(keyed=keyed), ValueScan(), False
         self._name = self._written = self._arguments = ""
 
     def _before(self, final: bool) -> bool:
@@ -271,11 +282,17 @@ class MessageReader:
         form = self._form
         assert form is not None
         at = self._buffer.find(form.opens)
+        found = header_of(form).fullmatch(self._buffer[:at]) if at >= 0 else None
+        if form.opened:
+            behind = self._buffer[at + len(form.opens) :].lstrip(SPACE) if found is not None else ""
+            if found is not None and not behind and not final:
+                return False
+            if not behind.startswith("{") and (at >= 0 or final or len(self._buffer) > _HEADER):
+                return self._is_no_call()
         if at < 0:
             if len(self._buffer) > _HEADER:
                 return self._break()
             return self._is_over(final)
-        found = header_of(form).fullmatch(self._buffer[:at])
         if found is None:
             return self._break()
         self._take(at + len(form.opens))
@@ -372,6 +389,12 @@ class MessageReader:
         self._step, self._trims, self._may_call = self._text, False, False
         return True
 
+    def _is_no_call(self) -> bool:
+        """The mark of one stands in a text."""
+        self._step, self._trims = self._text, False
+        self._tell_text(self._gap + self._raw)
+        return True
+
     def _is_over(self, final: bool) -> bool:
         """Whether the answer has ended inside the call."""
         if not final:
@@ -418,6 +441,11 @@ def _first(text: str, marks: Sequence[str]) -> tuple[int, str]:
     found = [(text.find(mark), -len(mark), mark) for mark in marks if mark in text]
     at, _, mark = min(found, default=(-1, 0, ""))
     return at, mark
+
+
+def _may_be_longer(text: str, marks: Sequence[str]) -> bool:
+    """Whether what begins with a mark may become a longer one."""
+    return any(len(mark) > len(text) and mark.startswith(text) for mark in marks)
 
 
 def _held(text: str, marks: Sequence[str]) -> int:

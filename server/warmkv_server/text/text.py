@@ -250,16 +250,20 @@ def _require(chat: Chat, setup: Setup, traits: Traits) -> None:
     called = next((n for n, message in enumerate(chat.messages) if message.calls), None)
     if setup.tools or called is not None:
         field = "content.chat.tools" if setup.tools else f"{_MESSAGES}[{called}].tool_calls"
+        if setup.tools and chat.tools is None:  # from when there was another chat template
+            remedy = "they are the context's; replace it without them (Prime, or CONTEXT_MODE_REPLACE)"
+        else:
+            remedy = "leave them out, or describe them in a message"
         if traits.tools != "written":
             raise Unsupported(
                 f"{field}: this model's chat template doesn't write tools ({traits.tools}), so that it can't call any; "
-                "leave them out, or describe them in a message",
+                f"{remedy}",
                 field=field,
             )
         if traits.form is None:
             raise Unsupported(
                 f"{field}: the calls that this model's chat template writes can't be read back, so that it is served "
-                "without tools; leave them out, or describe them in a message",
+                f"without tools; {remedy}",
                 field=field,
             )
     if chat.tools:
@@ -271,9 +275,10 @@ def _require(chat: Chat, setup: Setup, traits: Traits) -> None:
     unknown = sorted(set(json.loads(setup.variables or "{}")) - set(traits.variables))
     if unknown:
         known = ", ".join(traits.variables) or "none"
+        remedy = "leave them out" if chat.variables is not None else "they are the context's; send others, or {}"
         raise Unsupported(
             f"content.chat.template_variables: the model's chat template doesn't use {', '.join(unknown)[:200]}; it "
-            f"uses {known}",
+            f"uses {known}; {remedy}",
             field="content.chat.template_variables",
         )
 

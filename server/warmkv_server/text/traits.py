@@ -31,6 +31,8 @@ _PLAIN_CALLS = (ToolCall("warmkv001", "warmkv_first", '{"place": "Zurich"}'),)
 _TWO_PLAIN_CALLS = (*_PLAIN_CALLS, _CALLS[1])
 _ANSWER, _THOUGHT = mark(8), mark(9)
 _USER = ChatMessage("user", mark(7))
+_BEGUN = (REASONING[0], ("<|channel>thought", "<channel|>"))
+"""Marks of reasoning that templates begin or look for, and don't write."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _reasoning(template: Template) -> tuple[str, str] | None:
         if thought and begin in before and end in after:
             return begin, end
     source = "\n".join(template.renderer.sources)
-    return next(((begin, end) for begin, end in REASONING[:1] if end in source), None)
+    return next(((begin, end) for begin, end in REASONING if end in source and (begin, end) in _BEGUN), None)
 
 
 def _keeps(template: Template) -> bool:
@@ -189,8 +191,11 @@ def _answer(
     thinks = traits.thinks(prompt)
     if not written.startswith(prompt) and traits.reasoning is not None:
         # Reasoning that the prompt begins, or has empty, is not written before calls, or not in this way.
-        prompt = prompt[:at] if (at := prompt.rfind(traits.reasoning[0])) > 0 else prompt
+        begun = prompt[at:] if (at := prompt.rfind(traits.reasoning[0])) > 0 else ""
+        prompt = prompt.removesuffix(begun)
         thinks = thinks and written[len(prompt) :].lstrip().startswith(traits.reasoning[1])
+        if traits.reasoning[1] in begun and written[len(prompt) :].startswith(traits.reasoning[1]):
+            prompt += traits.reasoning[1]  # which the prompt has, too
     if not written.startswith(prompt):
         return None
     behind = written[len(prompt) :]

@@ -316,6 +316,7 @@ class GetServerInfoResponse(_message.Message):
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _builtins.int
     END_TOKENS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The model as it was asked for: `builtin:tiny`, `random:SHAPE`, a folder, or `ORG/NAME@REVISION` with the resolved
     revision.
@@ -348,6 +349,10 @@ class GetServerInfoResponse(_message.Message):
     """What a commit waits for."""
     default_max_tokens: _builtins.int
     """GenerateRequest.max_tokens where the request leaves it 0."""
+    chat_template_digest: _builtins.str
+    """Digest of the chat template in use, in hexadecimal; empty if there is none. With `--chat-template` it is that file's,
+    and the fingerprint stays: the KV of the same tokens is the same, and what an agent holds goes on under the new one.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerInfo]:
         """The caches of the model, in its order. Layers that share one cache appear once."""
@@ -394,10 +399,11 @@ class GetServerInfoResponse(_message.Message):
         default_max_tokens: _builtins.int = ...,
         end_tokens: _abc.Iterable[Global___EndToken] | None = ...,
         features: Global___ModelFeatures | None = ...,
+        chat_template_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "context_limit", b"context_limit", "default_max_tokens", b"default_max_tokens", "device", b"device", "disk_bytes_limit", b"disk_bytes_limit", "durability", b"durability", "end_tokens", b"end_tokens", "features", b"features", "fingerprint", b"fingerprint", "hot_bytes_limit", b"hot_bytes_limit", "kv_bits", b"kv_bits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_group_size", b"kv_group_size", "layers", b"layers", "model_id", b"model_id", "model_kind", b"model_kind", "sampling_defaults", b"sampling_defaults", "versions", b"versions", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blas", b"blas", "chat_template_digest", b"chat_template_digest", "context_limit", b"context_limit", "default_max_tokens", b"default_max_tokens", "device", b"device", "disk_bytes_limit", b"disk_bytes_limit", "durability", b"durability", "end_tokens", b"end_tokens", "features", b"features", "fingerprint", b"fingerprint", "hot_bytes_limit", b"hot_bytes_limit", "kv_bits", b"kv_bits", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_group_size", b"kv_group_size", "layers", b"layers", "model_id", b"model_id", "model_kind", b"model_kind", "sampling_defaults", b"sampling_defaults", "versions", b"versions", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

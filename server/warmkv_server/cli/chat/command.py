@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from warmkv_server.cli.chat.own_server import OwnServer
 from warmkv_server.cli.chat.screen import Screen
 from warmkv_server.cli.chat.session import PATIENCE, ChatSession, Lost
 from warmkv_server.cli.chat.slash import COMMANDS, Leave, obey
+from warmkv_server.cli.chat.tools import NO_TOOLS, Toolbox, ask
 from warmkv_server.cli.connection import on_server
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import places
@@ -33,6 +35,15 @@ def chat(
     model: Annotated[
         str | None, typer.Option(help="With --spawn, as for `warmkv serve`; its other options by environment.")
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            help="Python file whose functions the agent may call, each after a yes; it is told their docstrings and "
+            "type hints.",
+            metavar="FILE",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --tools: do every call without asking.")] = False,
 ) -> None:
     """Talk to an agent, and see where its context came from and how long it took.
 
@@ -42,9 +53,14 @@ def chat(
     if model is not None and not spawn:
         raise OperatorError("--model goes with --spawn; a server that runs has its model already")
     screen = Screen()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    callable_ = _tools(tools, yes, interactive)
     with _server(client, spawn, model, screen) as own:
-        interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        session = ChatSession(client, agent, screen, own, max_tokens=max_tokens, interactive=interactive)
+        if tools is not None:
+            _require_tools(client, tools)
+        session = ChatSession(
+            client, agent, screen, own, max_tokens=max_tokens, interactive=interactive, tools=callable_
+        )
         if interactive:
             _greet(session)
         for line in _prompts() if interactive else _lines():
@@ -57,6 +73,33 @@ def chat(
                 done = False
             if not done and not interactive:
                 raise typer.Exit(1)
+
+
+def _tools(file: Path | None, yes: bool, interactive: bool) -> Toolbox:
+    """
+    Raises:
+        OperatorError: the file can't be used, or nobody can be asked.
+    """
+    if file is None:
+        if yes:
+            raise OperatorError("--yes goes with --tools; without them there is nothing to allow")
+        return NO_TOOLS
+    if not (yes or interactive):
+        raise OperatorError(
+            "--tools asks before each call, and on a pipe there is nobody to ask; say --yes to allow all"
+        )
+    from warmkv_server.cli.chat import functions
+
+    return Toolbox(functions.read(file), (lambda _: True) if yes else ask)
+
+
+def _require_tools(client: Client, file: Path) -> None:
+    info = client.info()
+    if not info.features.tool_format:
+        raise OperatorError(
+            f"--tools {file}: {info.model_id} at {client.target} has no tools, or none whose calls can be read; serve "
+            "another model, or give it a chat template with tools (`warmkv serve --chat-template`)"
+        )
 
 
 @contextlib.contextmanager

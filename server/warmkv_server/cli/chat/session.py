@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any, Self
 from warmkv_server.cli import reports
 from warmkv_server.cli.chat.own_server import OwnServer
 from warmkv_server.cli.chat.screen import Screen
+from warmkv_server.cli.chat.tools import NO_TOOLS, Toolbox
 from warmkv_server.cli.connection import sentence
 
 if TYPE_CHECKING:
     from warmkv import v1
-    from warmkv.client import Client, Stream, WarmKVError
+    from warmkv.client import Answer, Client, Stream, WarmKVError
 
 PATIENCE = 300.0
 """Seconds for a server to come back: loading a large model takes minutes."""
+MOST_ROUNDS = 100
+"""Answers in a row that call tools: a model that never ends would go on for ever."""
 _TRIES = 3
+_WORDS = {"user": "question isn't", "tool": "results of the calls aren't"}
 
 
 class Lost(Exception):
@@ -29,10 +33,11 @@ class ChatSession:
         own: the server, if the chat has started it.
         max_tokens: of an answer; 0 for the server's default.
         interactive: Ctrl-C ends an answer, and not the program.
+        tools: that the agent may call.
 
     Attributes:
         agent: whose turn it is; commands change it.
-        said: role and text of what was said here, in order.
+        said: the messages that were said here, in order, as chat templates take them.
     """
 
     def __init__(
@@ -44,24 +49,59 @@ class ChatSession:
         *,
         max_tokens: int,
         interactive: bool,
+        tools: Toolbox = NO_TOOLS,
     ) -> None:
         self.client = client
         self.agent = agent
         self.screen = screen
-        self.said: list[tuple[str, str]] = []
+        self.said: list[dict[str, Any]] = []
         self._own = own
         self._max_tokens = max_tokens
         self._interactive = interactive
+        self._tools = tools
+
+    def content(self, *messages: tuple[str, str]) -> v1.Content:
+        """What begins a conversation, or a question in one: roles and texts, with the tools."""
+        from warmkv.client import chat
+
+        content = chat(*messages)
+        self._tools.put_into(content)
+        return content
 
     def ask(self, question: str) -> bool:
-        """Show the answer as it comes. Returns whether there was one.
+        """Show the answer as it comes; where it calls tools, call them, and show what is made of the results.
+
+        Returns whether there was an answer.
+        """
+        from warmkv import v1
+
+        content, asked = self.content(("user", question)), [{"role": "user", "content": question}]
+        for _ in range(MOST_ROUNDS):
+            answer = self._answer(content, asked)
+            if answer is None:
+                return False
+            finished = answer.finished
+            if finished.finish_reason != v1.FINISH_REASON_TOOL_CALLS:
+                if finished.tool_calls:
+                    self.screen.note("the answer ended inside its calls: none is done; more --max-tokens would help")
+                return True
+            results = self._tools.results(finished.tool_calls, self.screen)
+            content = v1.Content(chat=v1.ChatMessages(messages=results))
+            asked = [
+                {"role": each.role, "tool_call_id": each.tool_call_id, "content": each.content} for each in results
+            ]
+        self.screen.note(f"it has called tools {MOST_ROUNDS} times in a row; the last results aren't sent")
+        return True
+
+    def _answer(self, content: v1.Content, asked: list[dict[str, Any]]) -> Answer | None:
+        """Show the answer as it comes. Returns what came of it; None if there was none.
 
         A server that goes away is waited for, and asked again: the request has an id, so nothing is done twice.
         """
         from warmkv.client import WarmKVError
         from warmkv.client.content import generation
 
-        request = generation(self.agent, question, {"max_tokens": self._max_tokens})
+        request = generation(self.agent, content, {"max_tokens": self._max_tokens})
         shown = ""
         for _ in range(_TRIES):
             with _Interrupts(self._interactive) as interrupts:
@@ -74,16 +114,17 @@ class ChatSession:
                 except WarmKVError as failed:
                     error = failed
                 else:
-                    self._done(question, stream)
-                    return True
+                    self._keep(asked, stream.answer)
+                    self.screen.note(reports.answered(stream.answer.finished))
+                    return stream.answer
                 if interrupts.came:
-                    self._stopped(question, stream)
-                    return True
+                    self._stopped(asked, stream.answer)
+                    return stream.answer
             shown = max(shown, stream.answer.text, key=len)
             if not error.is_unavailable:
                 raise self.lost(error) from None
             if not self._back():
-                return False
+                return None
         raise Lost(f"the server went away {_TRIES} times while it was asked; it isn't asked again")
 
     def known(self) -> v1.Agent | None:
@@ -99,6 +140,11 @@ class ChatSession:
             raise self.lost(error) from None
 
     def lost(self, error: WarmKVError) -> Lost:
+        if error.reason == "TOOLS_CHANGED":
+            return Lost(
+                f"agent {self.agent} has other tools than --tools gives now; /delete begins it anew, and /agent ID "
+                "goes to another"
+            )
         return Lost(sentence(self.client.target, error))
 
     def _back(self) -> bool:
@@ -117,16 +163,21 @@ class ChatSession:
             raise self.lost(error) from None
         return True
 
-    def _done(self, question: str, stream: Stream) -> None:
-        self.said += [("user", question), ("assistant", stream.answer.text)]
-        self.screen.note(reports.answered(stream.answer.finished))
+    def _keep(self, asked: list[dict[str, Any]], answer: Answer) -> None:
+        said: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if calls := [each.call for each in answer.finished.tool_calls]:
+            said["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
+                for call in calls
+            ]
+        self.said += [*asked, said]
 
-    def _stopped(self, question: str, stream: Stream) -> None:
-        if stream.answer.token_ids:
-            self.said += [("user", question), ("assistant", stream.answer.text)]
+    def _stopped(self, asked: list[dict[str, Any]], answer: Answer) -> None:
+        if answer.token_ids:
+            self._keep(asked, answer)
             self.screen.note("stopped; what came is kept")
         else:
-            self.screen.note("stopped before the answer began; the question isn't kept")
+            self.screen.note(f"stopped before the answer began; the {_WORDS[str(asked[0]['role'])]} kept")
 
 
 class _Interrupts:

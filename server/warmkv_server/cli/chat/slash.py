@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from warmkv_server.cli import reports, running
 from warmkv_server.cli.bar import Bar
@@ -89,8 +90,6 @@ def _stats(chat: ChatSession, _: str) -> None:
 
 def _system(chat: ChatSession, rest: str) -> None:
     """TEXT: what the agent is to be; before anything is said"""
-    from warmkv.client import chat as messages
-
     if not rest:
         raise _Wrong("/system needs a text")
     if chat.known() is not None:
@@ -99,7 +98,9 @@ def _system(chat: ChatSession, rest: str) -> None:
             "or go to a new one with /agent ID"
         )
     with Bar() as bar:
-        done = chat.client.prime(chat.agent, messages(("system", rest)), on_progress=bar.follow, expected_revision=0)
+        done = chat.client.prime(
+            chat.agent, chat.content(("system", rest)), on_progress=bar.follow, expected_revision=0
+        )
     chat.screen.note(reports.computed(done))
 
 
@@ -107,15 +108,21 @@ def _save(chat: ChatSession, rest: str) -> None:
     """FILE: write what was said here; as JSON messages if the name ends in .json"""
     file = Path(_one(rest, "/save FILE")).expanduser()
     if file.suffix == ".json":
-        text = json.dumps([{"role": role, "content": said} for role, said in chat.said], ensure_ascii=False, indent=2)
+        text = json.dumps(chat.said, ensure_ascii=False, indent=2)
     else:
-        text = "\n\n".join(f"{role}: {said}" for role, said in chat.said)
+        text = "\n\n".join(_as_text(message) for message in chat.said)
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text + "\n")
     except OSError as error:
         raise _Wrong(f"{file} can't be written: {error.strerror or error}") from None
     chat.screen.note(f"{file}: {len(chat.said)} messages")
+
+
+def _as_text(message: Mapping[str, Any]) -> str:
+    lines = [f"{message['role']}: {message['content']}"]
+    lines += [f"{call['function']['name']} {call['function']['arguments']}" for call in message.get("tool_calls", ())]
+    return "\n".join(lines)
 
 
 def _help(chat: ChatSession, _: str) -> None:

@@ -46,6 +46,8 @@ from warmkv_server.engine.output.answer_text import Spelling
 from warmkv_server.engine.output.sampling import Choosable
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import blas
+from warmkv_server.text import template_file
+from warmkv_server.text.loading import template_of
 from warmkv_server.text.task import TokenizerSource
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def load(
     adapter: str | None,
     codecs: CodecPlan,
     context_limit: int | None,
+    chat_template: Path | None = None,
     constants: Path | None = None,
     tokenizer_found: Callable[[TokenizerSource], object] = lambda _: None,
     progress: LoadProgress = untold,
@@ -87,6 +90,8 @@ def load(
         adapter: folder of a LoRA adapter, or None.
         codecs: of the KV.
         context_limit: positions to serve, at most the model's own; None for all.
+        chat_template: a file of one, in place of the model's own. The KV of tokens is no other with it, so that it
+            isn't in the fingerprint.
         constants: folder that keeps what codecs need to know of models; None to find it out anew.
         tokenizer_found: told what the tokenizer is made of, once it is known to load.
         progress: told how far it is with the weights.
@@ -94,6 +99,7 @@ def load(
     Raises:
         OperatorError: with what is wrong and what to do.
     """
+    given = template_file.read(chat_template) if chat_template is not None else None
     kind, folder = locate(spec)
     if kind is ModelKind.RANDOM:
         model, config = random_model.build(spec.removeprefix("random:"))
@@ -120,14 +126,15 @@ def load(
         # 16-bit products don't go through the BLAS: they run at a fiftieth of the speed of 32-bit ones.
         model.set_dtype(mx.float32)
         evaluate(model, "converting the weights", progress)
-    tokenizer = tokenizers.load(folder)
+    tokenizer = tokenizers.load(folder, given)
     vocab_size = int(text_config.get("vocab_size") or found.read.get("vocab_size") or len(tokenizer))
     ended_by = ends.find(folder, config, tokenizer, vocab_size)
     tokenizer.eos_token_ids = {end.token_id for end in ended_by}
+    template = template_of(tokenizer)
     tokenizer_found(
         TokenizerSource(
             folder,
-            chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+            chat_template=template if isinstance(template, str) else None,
             eos_token_ids=sorted(tokenizer.eos_token_ids),
             defaults=getattr(sys.modules[type(model).__module__], "TOKENIZER_DEFAULTS", None),
             vocab_size=vocab_size,
@@ -166,6 +173,7 @@ def load(
         fingerprint_fields=fields,
         sampling_defaults=description.sampling_defaults(folder if kind is not ModelKind.RANDOM else None),
         ends=ended_by,
+        chat_template_digest=digest_json(template) if template is not None else "",
         versions={name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
     )
     return LoadedModel(runner, tokenizer, cache_map, info, Choosable.of(tokenizer, vocab_size), Spelling(tokenizer))

@@ -16,15 +16,18 @@ _PROCESSORS = ("chat_template.json", "processor_config.json")
 """Where processors of multimodal models keep the chat template; tokenizers don't look there."""
 
 
-def load(folder: Path) -> TokenizerWrapper:
+def load(folder: Path, chat_template: str | None = None) -> TokenizerWrapper:
     """The tokenizer in a folder.
+
+    Args:
+        chat_template: in place of the folder's own.
 
     Raises:
         OperatorError: if there is none that can be loaded.
     """
     try:
         defaults = _tokenizer_defaults(folder)
-        tokenizer = loading.load(folder, defaults=defaults)
+        tokenizer = loading.load(folder, chat_template, defaults=defaults)
         if tokenizer.chat_template is None and (template := _of_processor(folder)) is not None:
             tokenizer = loading.load(folder, template, defaults=defaults)
     except Exception as error:
