@@ -83,10 +83,10 @@ def main() -> None:
 
 def has_rust() -> bool:
     """Whether there is a cargo that runs: one that picks toolchains for its user may find none."""
-    found = shutil.which("cargo") and subprocess.run(("cargo", "--version"), capture_output=True, check=False)
-    if not found or found.returncode:
+    runs = bool(shutil.which("cargo")) and subprocess.run(("cargo", "--version"), capture_output=True).returncode == 0
+    if not runs:
         print("Rust client: left out, since no cargo runs here")
-    return bool(found) and not found.returncode
+    return runs
 
 
 def run_agent_loops() -> None:
