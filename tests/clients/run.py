@@ -41,16 +41,21 @@ def main() -> None:
 
 
 def run_agent_loops() -> None:
-    """The loops in Python and Go, with a model that calls two tools and answers."""
+    """The loops in Python and Go, with a model that calls two tools and answers, and the built-in one, made to call."""
     with tempfile.TemporaryDirectory() as room:
         folder = f"{room}/model"
         subprocess.run([sys.executable, "-m", "tests.clients.scripted", folder], cwd=ROOT, check=True)
-        with server("--model", folder) as address:
-            for command in ([sys.executable, AGENT_LOOP / "agent_loop.py"], [TOOLS / "agentloop"]):
-                done = subprocess.run([*command, "-target", address], check=True, capture_output=True, text=True)
-                print(done.stdout, end="")
-                if not done.stdout.endswith("It has 53.6 degrees.\n"):
-                    sys.exit(f"{command[-1]} didn't come to an answer")
+        run_agent_loop("It has 53.6 degrees.\n", ("--model", folder))
+    run_agent_loop("weather(", ("--chat-template", str(AGENT_LOOP / "tools.jinja")), "-force")
+
+
+def run_agent_loop(expected: str, flags: tuple[str, ...], *options: str) -> None:
+    with server(*flags) as address:
+        for command in ([sys.executable, AGENT_LOOP / "agent_loop.py"], [TOOLS / "agentloop"]):
+            done = subprocess.run([*command, "-target", address, *options], check=True, capture_output=True, text=True)
+            print(done.stdout, end="")
+            if expected not in done.stdout:
+                sys.exit(f"{command[-1]} didn't do what it is to show")
 
 
 def build_go() -> None:
