@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-long test-fast hostile models-test clients bench-clock trace lint style types rooms \
-	draw-rooms stubs check-stubs proto-lint lock release-check clean
+	draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -55,7 +55,7 @@ hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
 	@$(PYTEST) $(BESIDE) tests/reference $(ARGS)
 
-clients: setup ## Run the Go, Java and Node clients and the README's commands (needs Go, Maven and Node)
+clients: setup ## Run the examples in five languages and the README's commands (needs Go, Maven, Node; Rust for one)
 	$(BIN)/python tests/clients/run.py
 
 bench-clock: setup $(NODE_CLOCK) ## Check the benchmark's stopwatch against a client in Node (needs Node)
@@ -99,6 +99,9 @@ compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extr
 
 release-check: setup ## Build the wheel, install it where nothing else is, serve and ask (needs the package index)
 	$(BIN)/python tools/release_check.py $(LOCK)
+
+image-test: setup ## Build the container's image, run it, kill it, find its agents warm (needs Docker, or root on Debian)
+	$(BIN)/python tools/image_test.py
 
 clean: ## Remove .venv, caches and what was built
 	rm -rf .venv build dist *.egg-info tools/buf/node_modules bench/independent/node_modules

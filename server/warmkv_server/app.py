@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from warmkv_server.agents.agents import Agents
 from warmkv_server.contract.model import ModelInfo
@@ -23,6 +23,7 @@ from warmkv_server.errors import InvalidField, OperatorError, ServerFailed
 from warmkv_server.kv.store import Fingerprint, Store
 from warmkv_server.platform import blas, descriptors, memory
 from warmkv_server.platform.signals import StopSignals, on_hangup
+from warmkv_server.platform.versions import version_of
 from warmkv_server.service.agent_servicer import AgentServicer
 from warmkv_server.service.auth import Auth, BearerTokens, Open
 from warmkv_server.service.endpoint import Endpoints
@@ -36,6 +37,9 @@ from warmkv_server.shutdown import Shutdown
 from warmkv_server.text.launch import StartedProcess
 from warmkv_server.text.probe import abilities, unusual
 from warmkv_server.text.template_file import require_usable
+
+if TYPE_CHECKING:
+    from warmkv_server.service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
@@ -81,13 +85,13 @@ async def serve(
         ServerFailed: if it can't go on, though nobody told it to stop.
     """
     signals, pressure = StopSignals(), MemoryPressure()
-    gate, metrics = Gate(), Metrics()
+    gate, metrics, tracing = Gate(), Metrics(), _tracing(settings)
     auth = BearerTokens(settings.token_file) if settings.token_file is not None else Open()
     certificate = Certificate.of(settings)
     lock = await Store.take(settings)
     server = GrpcServer(
         settings,
-        Endpoints(gate, auth, metrics, settings),
+        Endpoints(gate, auth, metrics, settings, tracing=tracing),
         AgentServicer(settings, metrics),
         ServerServicer(settings, auth.tenants),
         connections := descriptors.for_connections(),
@@ -152,6 +156,8 @@ async def serve(
     finally:
         await server.stop(grace=0)
         metrics.close()
+        if tracing is not None:
+            await tracing.close()
     if server.lost.done():
         raise ServerFailed(
             f"gRPC's server ended by itself and port {port} could not be had again: what was committed is kept, but "
@@ -164,6 +170,20 @@ async def serve(
         )
     log.info("stopped")
     return status
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """What makes traces, where the operator wants them; else none of it is imported."""
+    if not settings.tracing:
+        return None
+    try:
+        from warmkv_server.service.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise OperatorError(
+            f"--tracing needs OpenTelemetry, which is not installed ({error.name} is missing): install the extra "
+            "`otel` of warmkv, or leave --tracing out"
+        ) from error
+    return Tracing(version_of("warmkv"))
 
 
 def _reload_on_hangup(auth: Auth, certificate: Certificate | None) -> None:

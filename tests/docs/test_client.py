@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from warmkv.client import SERVICE_CONFIG
 from warmkv_server.errors import METADATA
 from warmkv_server.service.errors import CODES
@@ -17,6 +19,12 @@ CONTRACT = (ROOT / "proto/warmkv/v1/agent_service.proto").read_text()
 
 def test_the_service_config_is_the_one_that_is_used() -> None:
     (found,) = re.findall(r"<!-- service config -->\n```json\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert json.loads(found) == SERVICE_CONFIG
+
+
+@pytest.mark.parametrize("name", ["go/main.go", "node/client.mjs", "java/src/main/java/Client.java"])
+def test_the_examples_retry_by_it(name: str) -> None:
+    (found,) = re.findall(r'\{"methodConfig".*?\n *\}\]\}', (ROOT / "examples" / name).read_text(), re.DOTALL)
     assert json.loads(found) == SERVICE_CONFIG
 
 

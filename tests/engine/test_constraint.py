@@ -23,6 +23,7 @@ from warmkv_server.engine.engine import Engine
 from warmkv_server.engine.output.answer_text import Spelling
 from warmkv_server.engine.output.constraint import Constraint, RanOut, Vocabulary, bias_of
 from warmkv_server.errors import ConstraintTooComplex, InvalidField, Unsupported
+from warmkv_server.text.grammars import complaint
 from warmkv_server.text.trial import Trial
 
 END = 1
@@ -237,3 +238,11 @@ def test_a_schema_is_tried_before_it_is_used(text: str, error: type[Exception] |
     else:
         with pytest.raises(error):
             trial.run()
+
+
+def test_where_the_library_gives_up_its_makers_words_stay_here() -> None:
+    """As it does where the schemas of many tools are too much together."""
+    found = complaint(PLATE, "panic: assertion failed: symbols.len() < u16::MAX <backtrace> 0: <unknown>")
+    assert isinstance(found, ConstraintTooComplex)
+    assert "panic" not in str(found)
+    assert "response_format.regex" in str(found)

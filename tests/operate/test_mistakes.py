@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,18 @@ def test_a_port_that_is_taken(flag: str, taken_port: str, tmp_path: Path) -> Non
 def test_an_address_that_is_none(flag: str, tmp_path: Path) -> None:
     open_anyway = {"insecure_bind": "true", "metrics_port": "1"}
     assert "no such host" in refused_before_the_model(tmp_path, **{flag: "no such host"}, **open_anyway)
+
+
+def test_traces_that_cannot_be_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+    said = refused_before_the_model(tmp_path, tracing="true")
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/json'" in said
+    assert "http/protobuf" in said
+    monkeypatch.delitem(sys.modules, "warmkv_server.service.tracing", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)  # as if it were not installed
+    said = refused_before_the_model(tmp_path, tracing="true")
+    assert "--tracing needs OpenTelemetry" in said
+    assert "`otel`" in said
 
 
 def test_a_data_directory(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class AnswerStream:
                     self._run.publish(PrefillProgress(done - reused, total - reused))
             case Delta():
                 if not self.sampled:
-                    self._work.timings.first_token = time.perf_counter() - self._request.arrived
+                    self._work.timings.first_token = time.perf_counter() - self._request.stages.arrived
                 self.sampled += len(event.token_ids)
                 self._tell(event if self._reading is None else self._reading.read(event))
             case Finished():

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.answer_stream import AnswerStream
-from warmkv_server.agents.compute import Computation, Tools, queued_since
+from warmkv_server.agents.compute import Computation, Tools, queued
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import (
     AgentView,
     CandidateDelta,
@@ -76,10 +77,11 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
     """
     key = request.key
     keys = [AgentKey(key.tenant, each) for each in request.candidate_ids]
+    request.stages.enter(Stage.QUEUE)
     async with AsyncExitStack() as turns:
         for each in sorted({key, *keys}):  # all in one order, so that nobody waits in a circle
             await turns.enter_async_context(tools.turns.take(each, run))
-        timings = queued_since(request.arrived)
+        timings = queued(request.stages)
         for each in keys:
             if tools.store.agent(each.tenant, each.agent_id) is not None:
                 raise AgentExists(
@@ -102,7 +104,7 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         grammar = held_to(request, context, tools.engine.text.traits)
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens) - 1) as lease:
-            work = Computation(tools, key, run, context, timings, lease)
+            work = Computation(tools, key, run, context, timings, request.stages, lease)
             async with work.loaded(answer):
                 candidates = [Candidate(n, request, work) for n in range(request.candidates)]
                 run.publish(GenerateStarted(key.agent_id, work.cache))
@@ -179,6 +181,7 @@ async def _answer(
             job = Job(tokens, work.reuse, _own(answer, number), tenant=work.key.tenant, prefix=prefix)
             held = constraint.copy() if constraint is not None else None
             handles.append(work.tools.engine.submit(job, held))
+        work.stages.enter(Stage.DECODE)
         with work.run.interrupted_by(cancel):
             reading = [_read(*pair, cancel) for pair in zip(candidates, handles, strict=True)]
             found = await asyncio.gather(*reading, return_exceptions=True)

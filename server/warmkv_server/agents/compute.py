@@ -14,6 +14,7 @@ import numpy as np
 from warmkv_server.agents.admission import Admission
 from warmkv_server.agents.context import Context
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.stages import Stage, Stages
 from warmkv_server.agents.turns import Turns
 from warmkv_server.agents.types import Activity, CacheReport, Doing, Timings
 from warmkv_server.contract.generation import Answer, Delta, Event, Finished, Job, Progress, Score, Started
@@ -102,6 +103,7 @@ class Computation:
     run: Run[Any]
     context: Context
     timings: Timings
+    stages: Stages
     lease: Lease
     constraint: Constraint | None = None
     score: Score | None = None
@@ -124,11 +126,14 @@ class Computation:
         if answer is not None or reused < tokens:
             self.tools.engine.check_fits(tokens, reused, answer.max_tokens if answer is not None else 0)
         began = time.perf_counter()
+        self.stages.enter(Stage.QUEUE)
         held_bytes = self.lease.length * self.tools.engine.info.kv_bytes_per_token
         async with self.tools.admission.hold(held_bytes, self.key.tenant):
             self.timings.queue += time.perf_counter() - began
             self.run.doing = Doing(Activity.LOADING, 0, self.lease.length)
+            self.stages.enter(Stage.LOAD)
             self.reuse = await self.tools.store.load(self.lease)
+            self.stages.enter(None)
             self.timings.load = self.reuse.seconds
             yield
 
@@ -147,6 +152,7 @@ class Computation:
             Job(tokens, self.reuse, answer, snapshot_at, self.key.tenant, self.score), self.constraint
         )
         self.run.doing = Doing(Activity.QUEUED)
+        self.stages.enter(Stage.QUEUE)
         try:
             with self.run.interrupted_by(handle.cancel):
                 async for event in handle:
@@ -177,6 +183,7 @@ class Computation:
         """
         tokens: TokenIds = np.concatenate([self.context.tokens, np.asarray(completion, np.int32)])
         began = time.perf_counter()
+        self.stages.enter(Stage.COMMIT)
 
         def timed(agent: AgentRecord, persisted: bool) -> RequestOutcome:
             assert outcome_of is not None
@@ -201,25 +208,31 @@ class Computation:
             )
         if outcome_of is None:
             self.timings.commit = committed.seconds
+        self.stages.enter(None)
         return replace(committed, persisted=committed.persisted and self.tools.synced)
 
     def _follow(self, event: Event, answer: Answer | None) -> None:
         match event:
             case Started(queued_seconds):
                 self.timings.queue += queued_seconds
+                self.stages.enter(Stage.PREFILL)
                 self.run.doing = Doing(Activity.PREFILLING, 0, self.cache.prefilled_tokens)
             case Progress(done, total):
                 reused = self.reuse.length
                 self.run.doing = Doing(Activity.PREFILLING, done - reused, total - reused)
             case Delta(token_ids):
                 before = self.run.doing.done if self.run.doing.activity is Activity.DECODING else 0
+                if not before:
+                    self.stages.enter(Stage.DECODE)
                 most = answer.max_tokens if answer is not None else 0
                 self.run.doing = Doing(Activity.DECODING, before + len(token_ids), most)
             case Finished():
                 self.timings.prefill = event.prefill_seconds
                 self.timings.decode = event.decode_seconds
+                self.stages.enter(None)
 
 
-def queued_since(arrived: float) -> Timings:
+def queued(stages: Stages) -> Timings:
     """Timings of a request whose turn has come."""
-    return Timings(queue=time.perf_counter() - arrived)
+    stages.enter(None)
+    return Timings(queue=time.perf_counter() - stages.arrived)

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
-from warmkv_server.agents.compute import Computation, Tools, queued_since
+from warmkv_server.agents.compute import Computation, Tools, queued
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
 from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
@@ -35,8 +36,9 @@ async def generate(
     Told to stop while decoding, it commits the prompt and the tokens sampled so far, unless the agent was deleted.
     """
     key = request.key
+    request.stages.enter(Stage.QUEUE)
     async with tools.turns.take(key, run):
-        timings = queued_since(request.arrived)
+        timings = queued(request.stages)
         agent = tools.store.agent(key.tenant, key.agent_id) if key.agent_id else None
         check_revision(agent, request.expected_revision)
         context = await assemble(
@@ -48,7 +50,7 @@ async def generate(
         # The last token is computed again for its logits, also where its KV is there.
         limit = len(context.tokens) - (answer is not None)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, limit) as lease:
-            work = Computation(tools, key, run, context, timings, lease, constraint)
+            work = Computation(tools, key, run, context, timings, request.stages, lease, constraint)
             async with work.loaded(answer):
                 stream = AnswerStream(request, run, work, events.answer)
                 finished = await _answer(work, answer, stream)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from warmkv_server.agents.compute import Computation, Tools, queued_since
+from warmkv_server.agents.compute import Computation, Tools, queued
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
 from warmkv_server.contract.generation import Event
 from warmkv_server.errors import AgentNotFound
@@ -17,8 +18,9 @@ from warmkv_server.errors import AgentNotFound
 async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeResult], run: Run[PrimeResult]) -> None:
     """Publish one PrimeResult, once the context is committed. All or nothing."""
     key, identity = request.key, request.identity
+    request.stages.enter(Stage.QUEUE)
     async with tools.turns.take(key, run, makes=not request.append):
-        timings = queued_since(request.arrived)
+        timings = queued(request.stages)
         agent = tools.store.agent(key.tenant, key.agent_id)
         if agent is None and request.append:
             raise AgentNotFound(
@@ -35,7 +37,7 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
             generation_prompt=request.generation_prompt,
         )
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
-            work = Computation(tools, key, run, context, timings, lease)
+            work = Computation(tools, key, run, context, timings, request.stages, lease)
             async with work.loaded(None):
                 finished = None
                 if work.reuse.length < len(context.tokens):

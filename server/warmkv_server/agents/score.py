@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from warmkv_server.agents.compute import Computation, Tools, queued_since
+from warmkv_server.agents.compute import Computation, Tools, queued
 from warmkv_server.agents.context import assemble
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import ScoreEvent, ScoreFinished, ScoreRequest
 from warmkv_server.contract.generation import Event, Score, Scored
 from warmkv_server.errors import AgentNotFound
@@ -18,8 +19,9 @@ from warmkv_server.kv.store import TokenIds
 async def score(tools: Tools, request: ScoreRequest, run: Run[ScoreEvent]) -> None:
     """Publish the tokens as they are computed, and ScoreFinished."""
     key = request.key
+    request.stages.enter(Stage.QUEUE)
     async with tools.turns.take(key, run):
-        timings = queued_since(request.arrived)
+        timings = queued(request.stages)
         if key.agent_id and tools.store.agent(key.tenant, key.agent_id) is None:
             raise AgentNotFound(
                 f"there is no agent {key.agent_id!r}; create it with Prime or Generate", agent_id=key.agent_id
@@ -37,7 +39,9 @@ async def score(tools: Tools, request: ScoreRequest, run: Run[ScoreEvent]) -> No
 
         # The token before the content is computed again, for its logits.
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, first - 1) as lease:
-            work = Computation(tools, key, run, context, timings, lease, score=Score(first, request.top))
+            work = Computation(
+                tools, key, run, context, timings, request.stages, lease, score=Score(first, request.top)
+            )
             async with work.loaded(None):
                 if len(context.tokens) > 1:
                     await work.compute(None, follow)

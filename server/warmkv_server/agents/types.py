@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from warmkv_server.agents.stages import Stages
 from warmkv_server.contract.calls import CallFinished
 from warmkv_server.contract.content import AS_IT_LIKES, Content, ToolChoice
 from warmkv_server.contract.generation import Answer, Delta, Finish, Scored
@@ -59,7 +59,7 @@ class PrimeRequest:
         append: whether the content goes behind the held context, which must exist then.
         generation_prompt: whether a chat gets it, for an answer that comes later.
         pinned, ttl, labels: new values; None leaves them as they are. `ttl` in seconds.
-        arrived: `time.perf_counter()` when the request came in.
+        stages: what it goes through.
     """
 
     key: AgentKey
@@ -71,7 +71,7 @@ class PrimeRequest:
     labels: Mapping[str, str] | None = None
     expected_revision: int | None = None
     identity: Identity | None = None
-    arrived: float = field(default_factory=time.perf_counter)
+    stages: Stages = field(default_factory=Stages)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class GenerateRequest:
     candidate_ids: tuple[str, ...] = ()
     expected_revision: int | None = None
     identity: Identity | None = None
-    arrived: float = field(default_factory=time.perf_counter)
+    stages: Stages = field(default_factory=Stages)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ScoreRequest:
     key: AgentKey
     content: Content | None
     top: int = 0
-    arrived: float = field(default_factory=time.perf_counter)
+    stages: Stages = field(default_factory=Stages)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,13 @@ class Settings:
         Port | None, Field(ge=1, description="Port for Prometheus, on --metrics-host. Default: no metrics.")
     ] = None
     metrics_host: Annotated[str | None, Field(description="Address for Prometheus. Default: --host.")] = None
+    tracing: Annotated[
+        bool,
+        Field(
+            description="Send a trace of each request by OpenTelemetry, as the environment's OTEL_* say; needs the "
+            "extra `otel`."
+        ),
+    ] = False
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."),

@@ -32,23 +32,23 @@ class AgentServicer:
 
     async def prime(self, request: pb.PrimeRequest, call: Call) -> pb.PrimeResponse:
         validate.prime(request, call.model)
-        wanted = convert.prime_request(request, call.key(request.agent_id), call.arrived)
+        wanted = convert.prime_request(request, call.key(request.agent_id), call.stages)
         return convert.prime_response(self._counted(await call.agents.prime(wanted)))
 
     async def extend(self, request: pb.ExtendRequest, call: Call) -> pb.ExtendResponse:
         validate.extend(request, call.model)
-        wanted = convert.extend_request(request, call.key(request.agent_id), call.arrived)
+        wanted = convert.extend_request(request, call.key(request.agent_id), call.stages)
         return convert.extend_response(self._counted(await call.agents.prime(wanted)))
 
     async def prime_stream(self, request: pb.PrimeStreamRequest, call: Call) -> None:
         validate.prime(request, call.model)
-        wanted = convert.prime_request(request, call.key(request.agent_id), call.arrived)
+        wanted = convert.prime_request(request, call.key(request.agent_id), call.stages)
         result = await self._told(wanted, call, pb.PrimeStreamResponse)
         await call.send(pb.PrimeStreamResponse(response=convert.prime_response(result)))
 
     async def extend_stream(self, request: pb.ExtendStreamRequest, call: Call) -> None:
         validate.extend(request, call.model)
-        wanted = convert.extend_request(request, call.key(request.agent_id), call.arrived)
+        wanted = convert.extend_request(request, call.key(request.agent_id), call.stages)
         result = await self._told(wanted, call, pb.ExtendStreamResponse)
         await call.send(pb.ExtendStreamResponse(response=convert.extend_response(result)))
 
@@ -56,7 +56,7 @@ class AgentServicer:
         info = call.agents.engine.info
         validate.generate(request, call.model)
         wanted = convert.generate_request(
-            request, call.key(request.agent_id), call.arrived, info.sampling_defaults, self.settings.default_max_tokens
+            request, call.key(request.agent_id), call.stages, info.sampling_defaults, self.settings.default_max_tokens
         )
         for each in request.candidate_agent_ids:
             call.key(each)
@@ -70,7 +70,7 @@ class AgentServicer:
 
     async def score(self, request: pb.ScoreRequest, call: Call) -> None:
         validate.score(request, call.model)
-        wanted = convert.score_request(request, call.key(request.agent_id), call.arrived)
+        wanted = convert.score_request(request, call.key(request.agent_id), call.stages)
         run = await call.agents.score(wanted)
         with run.watch() as events:
             async for event in events:

@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from warmkv.v1 import agent_service_pb2 as pb
+from warmkv_server.agents.stages import Stages
 from warmkv_server.agents.types import (
     Activity,
     AgentView,
@@ -156,7 +157,7 @@ def identity(request: AnyPrime | AnyExtend | pb.GenerateRequest | pb.ForkAgentRe
     return Identity(request.request_id, hasher.digest())
 
 
-def prime_request(request: AnyPrime, key: AgentKey, arrived: float) -> PrimeRequest:
+def prime_request(request: AnyPrime, key: AgentKey, stages: Stages) -> PrimeRequest:
     return PrimeRequest(
         key=key,
         content=content(request.content),
@@ -165,11 +166,11 @@ def prime_request(request: AnyPrime, key: AgentKey, arrived: float) -> PrimeRequ
         labels=dict(request.labels) or None,
         expected_revision=_expected_revision(request),
         identity=identity(request),
-        arrived=arrived,
+        stages=stages,
     )
 
 
-def extend_request(request: AnyExtend, key: AgentKey, arrived: float) -> PrimeRequest:
+def extend_request(request: AnyExtend, key: AgentKey, stages: Stages) -> PrimeRequest:
     return PrimeRequest(
         key=key,
         content=content(request.content),
@@ -177,16 +178,16 @@ def extend_request(request: AnyExtend, key: AgentKey, arrived: float) -> PrimeRe
         generation_prompt=request.generation_prompt,
         expected_revision=_expected_revision(request),
         identity=identity(request),
-        arrived=arrived,
+        stages=stages,
     )
 
 
-def score_request(request: pb.ScoreRequest, key: AgentKey, arrived: float) -> ScoreRequest:
-    return ScoreRequest(key, content(request.content), request.top_logprobs, arrived)
+def score_request(request: pb.ScoreRequest, key: AgentKey, stages: Stages) -> ScoreRequest:
+    return ScoreRequest(key, content(request.content), request.top_logprobs, stages)
 
 
 def generate_request(
-    request: pb.GenerateRequest, key: AgentKey, arrived: float, defaults: Sampling, default_max_tokens: int
+    request: pb.GenerateRequest, key: AgentKey, stages: Stages, defaults: Sampling, default_max_tokens: int
 ) -> GenerateRequest:
     return GenerateRequest(
         key=key,
@@ -209,7 +210,7 @@ def generate_request(
         candidate_ids=tuple(request.candidate_agent_ids),
         expected_revision=_expected_revision(request),
         identity=identity(request),
-        arrived=arrived,
+        stages=stages,
     )
 
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -17,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
+from warmkv_server.agents.stages import Stages
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.contract.settings import Settings
 from warmkv_server.errors import InvalidField, WarmKVError
@@ -30,6 +31,9 @@ from warmkv_server.service.request_log import Asked, RequestLog
 from warmkv_server.service.validate import Model
 from warmkv_server.service.wire import refusal
 
+if TYPE_CHECKING:
+    from warmkv_server.service.tracing import Tracing  # which needs packages that need not be there
+
 ROUTING_KEY = "warmkv-agent-id"
 
 
@@ -38,14 +42,14 @@ class Call:
     """One call that was let in.
 
     Attributes:
-        arrived: `time.perf_counter()` when its request had come in.
+        stages: what its request goes through, from when it had come in.
     """
 
     agents: Agents
     principal: Principal
     context: RpcContext
     asked: Asked
-    arrived: float = field(default_factory=time.perf_counter)
+    stages: Stages = field(default_factory=Stages)
 
     async def send(self, message: Message) -> None:
         """Send the next message of a stream."""
@@ -81,6 +85,7 @@ class Endpoints:
     metrics: Metrics
     settings: Settings
     requests: RequestLog = field(default_factory=RequestLog)
+    tracing: Tracing | None = None
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Handlers of a service's methods; the servicer has a method in snake_case for each RPC."""
@@ -95,12 +100,15 @@ class Endpoints:
         kind = GetMessageClass(method.input_type)
 
         async def serve(_: object, context: RpcContext) -> Message | None:
-            return await self._serve(method.name, kind, behaviour, context)
+            return await self._serve(method, kind, behaviour, context)
 
         return make(serve, response_serializer=GetMessageClass(method.output_type).SerializeToString)
 
-    async def _serve(self, name: str, kind: type[Message], behaviour: Behaviour, context: RpcContext) -> Message | None:
-        asked, code, reason = Asked(name, context.peer()), grpc.StatusCode.CANCELLED, ""
+    async def _serve(
+        self, method: MethodDescriptor, kind: type[Message], behaviour: Behaviour, context: RpcContext
+    ) -> Message | None:
+        name, code, reason = method.name, grpc.StatusCode.CANCELLED, ""
+        asked = Asked(name, context.peer(), service=method.containing_service.full_name)
         try:
             response = await self._admit(asked, kind, behaviour, context)
             code = grpc.StatusCode.OK
@@ -124,7 +132,10 @@ class Endpoints:
             asked.seconds = time.perf_counter() - asked.began
             self.metrics.served(name, code.name, asked.seconds)
             # The answer doesn't wait for the log.
-            asyncio.get_running_loop().call_soon(self.requests.ended, asked, code, reason)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self.requests.ended, asked, code, reason)
+            if self.tracing is not None:
+                loop.call_soon(self.tracing.ended, asked, code, reason)
         await refuse(context, status)
         return None
 
@@ -133,6 +144,8 @@ class Endpoints:
     ) -> Message | None:
         """Serve a call; the request of one that is not let in is not even read."""
         metadata: Metadata = context.invocation_metadata() or ()
+        if self.tracing is not None:
+            asked.caller = self.tracing.caller(metadata)
         principal = self.auth.identify(metadata)
         asked.tenant = principal.tenant
         self.gate.check()
@@ -142,7 +155,9 @@ class Endpoints:
         asked.request = request
         with self.gate.enter() as agents:
             _check_routing(request, metadata)
-            response = await behaviour(request, Call(agents, principal, context, asked))
+            call = Call(agents, principal, context, asked)
+            asked.stages = call.stages
+            response = await behaviour(request, call)
             if response is not None:
                 asked.last = response
             return response

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from warmkv.v1 import agent_service_pb2 as pb
+from warmkv_server.agents.stages import Stages
 from warmkv_server.contract.names import AGENT_ID
 from warmkv_server.platform.logs import FIELDS
 
@@ -34,16 +36,28 @@ class Asked:
 
     Attributes:
         seconds: that it took, once it is over.
+        service: the full name of the one that the RPC belongs to.
         last: the response, or the last message of a stream.
+        stages: what it has gone through, once it was let in.
+        caller: where it comes from, for traces; None where there are none.
     """
 
     rpc: str
     peer: str
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
+    service: str = ""
     tenant: str = ""
     request: Message | None = None
     last: Message | None = None
+    stages: Stages | None = None
+    caller: Any = None
+
+    @cached_property
+    def id(self) -> str:
+        """The client's, or one of our own, so that a request can be spoken of."""
+        given = getattr(self.request, "request_id", "")
+        return given if 0 < len(given) <= _REQUEST_ID_CHARACTERS else f"-{secrets.token_hex(6)}"
 
 
 class RequestLog:
@@ -66,7 +80,7 @@ class RequestLog:
                 return
         if not log.isEnabledFor(level):
             return
-        found = dict(_fields(asked, code, reason))
+        found = fields_of(asked, code, reason)
         log.log(level, "%s", in_words(found), extra={FIELDS: found})
 
     def _is_one_of_few(self) -> bool:
@@ -85,9 +99,14 @@ def in_words(fields: dict[str, Value]) -> str:
     return " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
 
 
+def fields_of(asked: Asked, code: grpc.StatusCode, reason: str) -> dict[str, Value]:
+    """Who asked what, what came of it, and what it cost."""
+    return dict(_fields(asked, code, reason))
+
+
 def _fields(asked: Asked, code: grpc.StatusCode, reason: str) -> Iterator[tuple[str, Value]]:
     yield "rpc", asked.rpc
-    yield "id", _request_id(asked.request)
+    yield "id", asked.id
     yield "tenant", asked.tenant
     yield "agent", _agent_id(asked.request)
     yield "status", code.name
@@ -126,12 +145,6 @@ def _cost(done: pb.PrimeResponse | pb.ExtendResponse | pb.GenerateFinished) -> I
     if cache.fallback_reason:
         yield "fallback", pb.FallbackReason.Name(cache.fallback_reason).removeprefix("FALLBACK_REASON_").lower()
     yield "persisted", done.persisted
-
-
-def _request_id(request: Any) -> str:
-    """The client's, or one of our own, so that a line can be spoken of."""
-    given = getattr(request, "request_id", "")
-    return given if 0 < len(given) <= _REQUEST_ID_CHARACTERS else f"-{secrets.token_hex(6)}"
 
 
 def _agent_id(request: Any) -> str:

@@ -123,9 +123,11 @@ def source(grammar: Grammar) -> str:
 def complaint(grammar: Grammar, message: str) -> WarmKVError:
     """What llguidance says of a grammar, as the error that the client gets."""
     short = _short(message)
-    if any(word in message for word in _MUCH):
+    if message.startswith("panic") or any(word in message for word in _MUCH):
+        # It panics where it counts further than it can; what it says then is for its makers.
+        why = "" if message.startswith("panic") else f" ({short})"
         return ConstraintTooComplex(
-            f"{grammar.field} takes too much to follow ({short}); give a simpler one", field=grammar.field
+            f"{grammar.field} takes too much to follow{why}; give a simpler one", field=grammar.field
         )
     looks = "look-around" in message or "backreference" in message
     if grammar.kind is not GrammarKind.JSON_SCHEMA:
