@@ -1,6 +1,6 @@
 """An agent loop in Python: the model calls a weather and a calculator tool until it has what it needs for an answer.
 
-    python agent_loop.py [--target HOST:PORT] [QUESTION]
+    python agent_loop.py [-target HOST:PORT] [-force] [QUESTION]
 
 Only results are sent, and only results are computed: the question, the tools and the calls are in the agent's context
 already. Needs `pip install warmkv` alone, and a server whose model has tools.
@@ -74,20 +74,25 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="How many degrees Fahrenheit does it have in Zürich?")
     parser.add_argument("-target", "--target", default="127.0.0.1:50051")
     parser.add_argument("--agent", default="loop")
+    parser.add_argument("-force", action="store_true", help="have the first answer ask for the weather, whatever it is")
     given = parser.parse_args()
     with Client(given.target) as client:
         client.delete(given.agent, allow_missing=True)
-        print(loop(client, given.agent, given.question).text)
+        print(loop(client, given.agent, given.question, given.force).text)
 
 
-def loop(client: Client, agent: str, question: str) -> Answer:
+def loop(client: Client, agent: str, question: str, force: bool) -> Answer:
     """Ask, do what the answer calls, and send what came of it, until an answer calls nothing."""
+    choice = v1.ToolChoice(mode=v1.TOOL_CHOICE_MODE_REQUIRED, allowed_names=["weather"], max_calls=1) if force else None
+    for tool in TOOLS:
+        tool.strict = force  # then the arguments are of the tool's schema, too
     asked = v1.ChatMessages(messages=[v1.ChatMessage(role="user", content=question)], tools=v1.ToolList(tools=TOOLS))
     for _ in range(MOST_ROUNDS):
-        answer = client.chat(agent, v1.Content(chat=asked), max_tokens=256)
+        answer = client.chat(agent, v1.Content(chat=asked), max_tokens=256, tool_choice=choice)
         print(f"  {answer.cache.cached_tokens} tokens were there, {answer.cache.prefilled_tokens} were computed")
         if answer.finished.finish_reason != v1.FINISH_REASON_TOOL_CALLS:
             break
+        choice = None
         asked = v1.ChatMessages(messages=[result_of(each) for each in answer.finished.tool_calls])
     return answer
 

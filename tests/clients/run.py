@@ -90,22 +90,28 @@ def has_rust() -> bool:
 
 
 def run_agent_loops() -> None:
+    """With a model that calls two tools and answers, and with the built-in one, made to call."""
     with tempfile.TemporaryDirectory() as room:
         folder = Path(room, "model")
         scripted.write(folder)
-        with server(f"{room}/data", "--model", str(folder)) as address:
-            for name, command in AGENT_LOOPS.items():
-                done = subprocess.run(
-                    (*command, "-target", address),
-                    cwd=EXAMPLES / "agent_loop",
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    timeout=300,
-                    check=False,
-                )
-                good = done.returncode == 0 and done.stdout.endswith("It has 53.6 degrees.\n")
-                require(good, f"{name} agent loop's", done.stdout, "it didn't come to an answer")
-                print(f"{name} agent loop: two tools called, answered")
+        run_agent_loop("It has 53.6 degrees.\n", ("--model", str(folder)))
+    run_agent_loop("weather(", ("--chat-template", str(EXAMPLES / "agent_loop" / "tools.jinja")), "-force")
+
+
+def run_agent_loop(expected: str, flags: tuple[str, ...], *options: str) -> None:
+    with tempfile.TemporaryDirectory() as data, server(data, *flags) as address:
+        for name, command in AGENT_LOOPS.items():
+            done = subprocess.run(
+                (*command, "-target", address, *options),
+                cwd=EXAMPLES / "agent_loop",
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            good = done.returncode == 0 and expected in done.stdout
+            require(good, f"{name} agent loop's", done.stdout, f"it didn't come to {expected!r}")
+            print(f"{name} agent loop: {' '.join(('called, answered', *options))}")
 
 
 def build(*, rust: bool) -> None:

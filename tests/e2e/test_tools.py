@@ -67,6 +67,8 @@ WEATHER = v1.Tool(
     parameters_json='{"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}',
 )
 CLOCK = v1.Tool(name="clock", description="The time.")
+TOOLS_TEMPLATE = Path(__file__).parents[2] / "examples" / "agent_loop" / "tools.jinja"
+"""For the built-in model."""
 VALID, MALFORMED = v1.TOOL_CALL_STATUS_VALID, v1.TOOL_CALL_STATUS_MALFORMED
 ARGUMENTS = '{"place": "Zürich </tool_call>"}'
 
@@ -172,29 +174,40 @@ def test_an_answer_that_ends_inside_a_call(client: Client) -> None:
     assert call.call.arguments_json == pieces(answer) == '{"place": "Zürich </tool_call>"'
 
 
-def test_ten_rounds_compute_ten_results_also_after_kill_9(tmp_path: Path, folder: str) -> None:
-    server = Server(tmp_path / "data", "--model", folder)
+FORCED = v1.ToolChoice(mode=v1.TOOL_CHOICE_MODE_REQUIRED, max_calls=1)
+
+
+@pytest.mark.parametrize("built_in", [False, True], ids=["says calls", "is held to calls"])
+def test_ten_rounds_compute_ten_results_also_after_kill_9(tmp_path: Path, folder: str, built_in: bool) -> None:
+    tools = [WEATHER, CLOCK]
+    flags, fields = ("--model", folder), {}
+    if built_in:
+        flags, fields = ("--chat-template", str(TOOLS_TEMPLATE)), {"tool_choice": FORCED, "max_tokens": 64}
+        place = '{"type": "object", "properties": {"place": {"type": "string", "maxLength": 9}}'
+        tools = [v1.Tool(name="weather", parameters_json=f'{place}, "additionalProperties": false}}', strict=True)]
+    server = Server(tmp_path / "data", *flags)
     client = Client(server.address)
-    answer = ask(client, "a", asked(user("Weather?"), tools=[WEATHER, CLOCK]))
+    answer = ask(client, "a", asked(user("Weather?"), tools=tools), **fields)
     words = 0
     for number in range(10):
         if number == 5:
             server.kill()
             client.channel.close()
-            server = Server(tmp_path / "data", "--model", folder)
+            server = Server(tmp_path / "data", *flags)
             client = Client(server.address)
         held = client.get("a").token_count
         (call,) = answer.finished.tool_calls
+        assert call.status == VALID
         told = asked(result(call.call.id, f"It is {number} degrees, and it rains."))
         counted = client.count(told, agent_id="a")
-        answer = ask(client, "a", told)
+        answer = ask(client, "a", told, **fields)
         assert not counted.replaced_tokens
         assert answer.cache.prefilled_tokens == counted.token_count
         assert answer.cache.cached_tokens == answer.cache.held_tokens == held
         words = counted.token_count
         assert answer.finished.finish_reason == v1.FINISH_REASON_TOOL_CALLS
     # The result and the marks around it, and nothing of the tools or of the call.
-    assert words < 40
+    assert words < 48
     server.kill()
     client.channel.close()
 

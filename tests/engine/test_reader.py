@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from tests.engine.answers import ANSWERS, THINK, agree, any_cut_gives_the_same_events, read
 from warmkv_server.contract.calls import CallStarted, CallStatus
+from warmkv_server.contract.content import ToolCall
 from warmkv_server.text.formats import BY_NAME
+from warmkv_server.text.syntax import syntax_of
 
 CUTS = 300
 """Of each format; 10,000 of them are tried with the long tests."""
@@ -79,6 +81,11 @@ def test_functionary_says_to_whom_it_speaks() -> None:
     assert (text, [c.call.name for c in calls]) == ("So:\n>>> print(f)\n1 >>>h\n[2]", ["f"])
     for said in ANSWERS["functionary_v3_2"][2], "Hello", "f", "f\n":
         assert read("functionary_v3_2", [said])[::3] == (said, [])
+
+
+def test_calls_that_begin_as_texts_do_are_not_forced() -> None:
+    call = ToolCall("a", "f", '{"x": 1}')
+    assert syntax_of(BY_NAME["functionary_v3_2"], [call, call], 'f\n{"x": 1}', "", "") is None
 
 
 @pytest.mark.parametrize("end", [12, 30, 45])

@@ -1,6 +1,6 @@
 // An agent loop in Go: the model calls a weather and a calculator tool until it has what it needs for an answer.
 //
-//	go run . [-target HOST:PORT] [QUESTION]
+//	go run . [-target HOST:PORT] [-force] [QUESTION]
 //
 // Only results are sent, and only results are computed: the question, the tools and the calls are in the agent's context
 // already. Needs the stubs in v1/ (see README.md), and a server whose model has tools.
@@ -46,6 +46,7 @@ var tools = []*warmkv.Tool{
 func main() {
 	target := flag.String("target", "127.0.0.1:50051", "address of the server")
 	agent := flag.String("agent", "loop-go", "whose conversation")
+	force := flag.Bool("force", false, "have the first answer ask for the weather, whatever it is")
 	flag.Parse()
 	question := "How many degrees Fahrenheit does it have in Zürich?"
 	if flag.NArg() > 0 {
@@ -60,7 +61,7 @@ func main() {
 	if _, err := client.DeleteAgent(ctx, &warmkv.DeleteAgentRequest{AgentId: *agent, AllowMissing: true}); err != nil {
 		log.Fatal(err)
 	}
-	answer, err := loop(ctx, client, *agent, question)
+	answer, err := loop(ctx, client, *agent, question, *force)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -68,14 +69,22 @@ func main() {
 }
 
 // loop asks, does what the answer calls, and sends what came of it, until an answer calls nothing.
-func loop(ctx context.Context, client warmkv.AgentServiceClient, agent, question string) (string, error) {
+func loop(ctx context.Context, client warmkv.AgentServiceClient, agent, question string, force bool) (string, error) {
+	var choice *warmkv.ToolChoice
+	if force {
+		mode := warmkv.ToolChoiceMode_TOOL_CHOICE_MODE_REQUIRED
+		choice = &warmkv.ToolChoice{Mode: mode, AllowedNames: []string{"weather"}, MaxCalls: 1}
+	}
+	for _, tool := range tools {
+		tool.Strict = force // then the arguments are of the tool's schema, too
+	}
 	asked := &warmkv.ChatMessages{
 		Messages: []*warmkv.ChatMessage{{Role: "user", Content: question}},
 		Tools:    &warmkv.ToolList{Tools: tools},
 	}
 	text := ""
 	for range mostRounds {
-		said, finished, err := ask(ctx, client, agent, asked)
+		said, finished, err := ask(ctx, client, agent, asked, choice)
 		if err != nil {
 			return "", err
 		}
@@ -84,7 +93,7 @@ func loop(ctx context.Context, client warmkv.AgentServiceClient, agent, question
 		if finished.FinishReason != warmkv.FinishReason_FINISH_REASON_TOOL_CALLS {
 			break
 		}
-		asked = &warmkv.ChatMessages{}
+		choice, asked = nil, &warmkv.ChatMessages{}
 		for _, call := range finished.ToolCalls {
 			asked.Messages = append(asked.Messages, resultOf(call))
 		}
@@ -93,9 +102,9 @@ func loop(ctx context.Context, client warmkv.AgentServiceClient, agent, question
 }
 
 // ask streams an answer to its end.
-func ask(ctx context.Context, client warmkv.AgentServiceClient, agent string, asked *warmkv.ChatMessages) (string, *warmkv.GenerateFinished, error) {
+func ask(ctx context.Context, client warmkv.AgentServiceClient, agent string, asked *warmkv.ChatMessages, choice *warmkv.ToolChoice) (string, *warmkv.GenerateFinished, error) {
 	stream, err := client.Generate(ctx, &warmkv.GenerateRequest{
-		AgentId: agent, Content: &warmkv.Content{Kind: &warmkv.Content_Chat{Chat: asked}}, MaxTokens: 256,
+		AgentId: agent, Content: &warmkv.Content{Kind: &warmkv.Content_Chat{Chat: asked}}, MaxTokens: 256, ToolChoice: choice,
 	})
 	if err != nil {
 		return "", nil, err

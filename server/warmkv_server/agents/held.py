@@ -33,6 +33,11 @@ def held_to(request: GenerateRequest, context: Context, traits: Traits) -> Gramm
         raise InvalidField.of("ignore_eos", "can't be had with strict tools, which say where an answer ends")
     calls = _calls(choice, allowed, traits, text) if may_call else None
     form, marks = traits.form, traits.reasoning
+    if form is not None and form.opened and tools and not may_call:
+        raise Unsupported(
+            f"tool_choice: an answer of this model ({form.name}) can't be held to a text; leave it out",
+            field="tool_choice",
+        )
     opens = isinstance(request.content, Chat) and not request.content.continue_last
     message = Message(
         thought=Thought("" if context.thinks else marks[0], marks[1], traits.gap) if marks is not None else None,

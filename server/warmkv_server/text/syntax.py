@@ -28,6 +28,8 @@ def syntax_of(form: ToolFormat, calls: Sequence[ToolCall], one: str, both: str, 
         thought: the mark behind reasoning; empty if there is none.
     """
     one, both = (text.rpartition(thought)[2] if thought else text for text in (one, both))
+    if form.opened:
+        return None  # a text begins in the same way
     if form.parser:
         return _unread(form, calls, one, both)
     found, further = _around(one, calls[:1]), _around(both, calls)
