@@ -98,7 +98,7 @@ GetServerInfoRequest:
 GetServerInfoResponse: model_id:string model_kind:ModelKind weights_digest:string fingerprint:string device:string
  blas:string context_limit:int32 layers:LayerInfo* kv_bits:int32 kv_group_size:int32 kv_bytes_per_token:int64
  hot_bytes_limit:int64 disk_bytes_limit:int64 durability:Durability versions:{string,string}
- sampling_defaults:SamplingParams default_max_tokens:int32 end_tokens:EndToken*
+ sampling_defaults:SamplingParams default_max_tokens:int32 chat_template_digest:string end_tokens:EndToken*
  features:ModelFeatures
 ModelFeatures: tool_format:string reasoning_marks:string* template_variables:string* response_formats:string*
  image_types:string*
