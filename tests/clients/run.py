@@ -45,8 +45,6 @@ CLIENTS: Mapping[str, tuple[Path, Sequence[str]]] = {
     "Go": (EXAMPLES / "go", ("bin/client",)),
     "Java": (EXAMPLES / "java", ("mvn", "--quiet", "--batch-mode", "exec:java")),
     "Node": (EXAMPLES / "node", ("node", "client.mjs")),
-}
-RUST: Mapping[str, tuple[Path, Sequence[str]]] = {
     "Rust": (EXAMPLES / "rust", ("target/debug/warmkv-rust-example",)),
 }
 AGENT_LOOPS: Mapping[str, Sequence[str]] = {
@@ -58,7 +56,7 @@ AGENT_LOOPS: Mapping[str, Sequence[str]] = {
 def main() -> None:
     if missing := [command for command in ("go", "mvn", "npm") if not shutil.which(command)]:
         sys.exit(f"the clients need Go, Java with Maven, and Node; missing: {', '.join(missing)}")
-    clients = {**CLIENTS, **(RUST if has_rust() else {})}
+    clients = [name for name in CLIENTS if name != "Rust" or has_rust()]
     build(rust="Rust" in clients)
     with tempfile.TemporaryDirectory() as data:
         with server(data) as address, ThreadPoolExecutor(len(clients)) as together:
