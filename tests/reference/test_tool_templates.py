@@ -40,6 +40,8 @@ OTHER_ENDS = (
     "<|tool_response>",
 )
 """Besides the one that closes an answer: what models' generation_config.json name, too."""
+UNFORCED = ("pythonic", "gemma4", "minicpm5", "functionary_v3_2")
+"""Formats of calls that a grammar can't say before their arguments are known, or whose texts begin as calls do."""
 
 
 @cache
@@ -118,7 +120,7 @@ def forced_is_read(name: str, text: Text) -> None:
     traits = text.traits
     assert traits.form is not None
     syntax = traits.syntax
-    assert (syntax is None) == (traits.form.name == "pythonic"), name
+    assert (syntax is None) == (traits.form.name in UNFORCED), name
     if syntax is None:
         return
     arguments = syntax.unread + syntax.closes if syntax.unread else CALL.arguments
