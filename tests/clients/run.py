@@ -122,7 +122,7 @@ def build(*, rust: bool) -> None:
     at(EXAMPLES / "node", "npm", "ci", "--silent", "--no-audit", "--no-fund")
     at(EXAMPLES / "java", "mvn", "--quiet", "--batch-mode", "compile")
     if rust:
-        at(EXAMPLES / "rust", "cargo", "build", "--quiet", "--locked")
+        at(EXAMPLES / "rust", "cargo", "build", "--quiet")
 
 
 def build_go(folder: Path, module: str, program: str) -> None:
