@@ -104,33 +104,27 @@ class Client:
             on_progress: is told how far it is; the call hears of the server every few seconds then (PrimeStream). What
                 it raises ends the call.
         """
-        if on_progress is not None:
-            followed = v1.PrimeStreamRequest(agent_id=agent_id, content=content, **fields)
-            said.identify(followed)
-            with raising("PrimeStream"):
-                call = self.agent_service.PrimeStream(followed, timeout=self.timeout, metadata=self.metadata)
-                response: v1.PrimeResponse = _followed(call, on_progress).response
-                return response
-        request = v1.PrimeRequest(agent_id=agent_id, content=content, **fields)
-        said.identify(request)
-        with raising("Prime"):
-            return self.agent_service.Prime(request, timeout=self.timeout, metadata=self.metadata)
+        kind = v1.PrimeRequest if on_progress is None else v1.PrimeStreamRequest
+        request = kind(agent_id=agent_id, content=content, **fields)
+        response: v1.PrimeResponse = self._committed("Prime", request, on_progress)
+        return response
 
     def extend(
         self, agent_id: str, content: v1.Content, *, on_progress: OnProgress | None = None, **fields: Any
     ) -> v1.ExtendResponse:
         """Append content without an answer. `fields` are v1.ExtendRequest's; `on_progress` as for `prime`."""
-        if on_progress is not None:
-            followed = v1.ExtendStreamRequest(agent_id=agent_id, content=content, **fields)
-            said.identify(followed)
-            with raising("ExtendStream"):
-                call = self.agent_service.ExtendStream(followed, timeout=self.timeout, metadata=self.metadata)
-                response: v1.ExtendResponse = _followed(call, on_progress).response
-                return response
-        request = v1.ExtendRequest(agent_id=agent_id, content=content, **fields)
+        kind = v1.ExtendRequest if on_progress is None else v1.ExtendStreamRequest
+        request = kind(agent_id=agent_id, content=content, **fields)
+        response: v1.ExtendResponse = self._committed("Extend", request, on_progress)
+        return response
+
+    def _committed(self, rpc: str, request: Any, on_progress: OnProgress | None) -> Any:
+        """The response; who wants to be told of progress hears of it by the stream of the same."""
+        name = rpc if on_progress is None else f"{rpc}Stream"
         said.identify(request)
-        with raising("Extend"):
-            return self.agent_service.Extend(request, timeout=self.timeout, metadata=self.metadata)
+        with raising(name):
+            call = getattr(self.agent_service, name)(request, timeout=self.timeout, metadata=self.metadata)
+            return call if on_progress is None else _followed(call, on_progress).response
 
     def fork(self, source: str, agent_id: str) -> v1.Agent:
         request = v1.ForkAgentRequest(source_agent_id=source, agent_id=agent_id)
