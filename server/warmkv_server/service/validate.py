@@ -52,6 +52,11 @@ class Faults:
         if actual > most:
             self.note(field, description or f"may have {most} {unit} at most", limits.about(most, actual, unit))
 
+    def need_within(self, least: int, most: int, actual: int, unit: str, field: str, description: str) -> None:
+        """The same of what may have too little, too."""
+        self.need(actual >= least, field, description)
+        self.need_at_most(most, actual, unit, field, description)
+
     def note(self, field: str, description: str, about: Mapping[str, About] | None = None) -> None:
         """Note that a field is wrong, and what it must be.
 
@@ -230,9 +235,7 @@ def _agent_id(faults: Faults, field: str, value: str) -> None:
 
 def _top_logprobs(faults: Faults, value: int, vocab_size: int) -> None:
     most = min(limits.TOP_LOGPROBS, vocab_size)
-    rule = f"must be 0 to {most}"
-    faults.need(value >= 0, "top_logprobs", rule)
-    faults.need_at_most(most, value, "entries", "top_logprobs", rule)
+    faults.need_within(0, most, value, "entries", "top_logprobs", f"must be 0 to {most}")
 
 
 def _stop(faults: Faults, stop: Sequence[str]) -> None:
@@ -241,17 +244,14 @@ def _stop(faults: Faults, stop: Sequence[str]) -> None:
     lengths = [len(each) for each in stop]
     rule = f"must have 1 to {limits.STOP_CHARACTERS} characters"
     for number, length in enumerate(lengths):
-        faults.need(length > 0, f"stop[{number}]", rule)
-        faults.need_at_most(limits.STOP_CHARACTERS, length, "characters", f"stop[{number}]", rule)
+        faults.need_within(1, limits.STOP_CHARACTERS, length, "characters", f"stop[{number}]", rule)
     rule = f"may have {limits.STOPS_CHARACTERS} characters at most in all"
     faults.need_at_most(limits.STOPS_CHARACTERS, sum(lengths), "characters", "stop", rule)
 
 
 def _candidates(faults: Faults, request: pb.GenerateRequest) -> None:
     ids, most = request.candidate_agent_ids, limits.CANDIDATES
-    rule = f"must be 0 (one) to {most}"
-    faults.need(request.candidates >= 0, "candidates", rule)
-    faults.need_at_most(most, request.candidates, "entries", "candidates", rule)
+    faults.need_within(0, most, request.candidates, "entries", "candidates", f"must be 0 (one) to {most}")
     faults.need_at_most(most, len(ids), "entries", "candidate_agent_ids")
     for number, value in enumerate(ids[: most + 1]):
         _agent_id(faults, f"candidate_agent_ids[{number}]", value)
@@ -323,8 +323,7 @@ def _labels(faults: Faults, field: str, labels: Mapping[str, str]) -> None:
     value_rule = f"a value may have {limits.LABEL_VALUE_CHARACTERS} characters at most"
     for key, value in labels.items():
         name = f"{field}[{key[: limits.LABEL_KEY_CHARACTERS]!r}]"
-        faults.need(len(key) > 0, name, key_rule)
-        faults.need_at_most(limits.LABEL_KEY_CHARACTERS, len(key), "characters", name, key_rule)
+        faults.need_within(1, limits.LABEL_KEY_CHARACTERS, len(key), "characters", name, key_rule)
         faults.need_at_most(limits.LABEL_VALUE_CHARACTERS, len(value), "characters", name, value_rule)
 
 
