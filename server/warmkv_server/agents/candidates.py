@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.answer_stream import AnswerStream
-from warmkv_server.agents.compute import Computation, Tools, queued
+from warmkv_server.agents.compute import Computation, Tools, turns
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
 from warmkv_server.agents.held import held_to
@@ -77,11 +76,7 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
     """
     key = request.key
     keys = [AgentKey(key.tenant, each) for each in request.candidate_ids]
-    request.stages.enter(Stage.QUEUE)
-    async with AsyncExitStack() as turns:
-        for each in sorted({key, *keys}):  # all in one order, so that nobody waits in a circle
-            await turns.enter_async_context(tools.turns.take(each, run))
-        timings = queued(request.stages)
+    async with turns(tools, request.stages, run, key, *keys) as timings:
         for each in keys:
             if tools.store.agent(each.tenant, each.agent_id) is not None:
                 raise AgentExists(

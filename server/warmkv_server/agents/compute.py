@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -232,7 +232,18 @@ class Computation:
                 self.stages.enter(None)
 
 
-def queued(stages: Stages) -> Timings:
-    """Timings of a request whose turn has come."""
-    stages.enter(None)
-    return Timings(queue=time.perf_counter() - stages.arrived)
+@asynccontextmanager
+async def turns(
+    tools: Tools, stages: Stages, run: Run[Any], *keys: AgentKey, makes: bool = False
+) -> AsyncIterator[Timings]:
+    """Wait for the turns of these agents and hold them for the block; the timings until then.
+
+    Args:
+        makes: whether the run makes the agent where there is none; see Turns.
+    """
+    stages.enter(Stage.QUEUE)
+    async with AsyncExitStack() as held:
+        for key in sorted(set(keys)):  # all in one order, so that nobody waits in a circle
+            await held.enter_async_context(tools.turns.take(key, run, makes=makes))
+        stages.enter(None)
+        yield Timings(queue=time.perf_counter() - stages.arrived)

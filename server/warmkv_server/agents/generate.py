@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
-from warmkv_server.agents.compute import Computation, Tools, queued
+from warmkv_server.agents.compute import Computation, Tools, turns
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
 from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
@@ -36,9 +35,7 @@ async def generate(
     Told to stop while decoding, it commits the prompt and the tokens sampled so far, unless the agent was deleted.
     """
     key = request.key
-    request.stages.enter(Stage.QUEUE)
-    async with tools.turns.take(key, run):
-        timings = queued(request.stages)
+    async with turns(tools, request.stages, run, key) as timings:
         agent = tools.store.agent(key.tenant, key.agent_id) if key.agent_id else None
         check_revision(agent, request.expected_revision)
         context = await assemble(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from warmkv_server.agents.compute import Computation, Tools, queued
+from warmkv_server.agents.compute import Computation, Tools, turns
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
 from warmkv_server.contract.generation import Event
 from warmkv_server.errors import AgentNotFound
@@ -18,9 +17,7 @@ from warmkv_server.errors import AgentNotFound
 async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeResult], run: Run[PrimeResult]) -> None:
     """Publish one PrimeResult, once the context is committed. All or nothing."""
     key, identity = request.key, request.identity
-    request.stages.enter(Stage.QUEUE)
-    async with tools.turns.take(key, run, makes=not request.append):
-        timings = queued(request.stages)
+    async with turns(tools, request.stages, run, key, makes=not request.append) as timings:
         agent = tools.store.agent(key.tenant, key.agent_id)
         if agent is None and request.append:
             raise AgentNotFound(

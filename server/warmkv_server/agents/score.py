@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from warmkv_server.agents.compute import Computation, Tools, queued
+from warmkv_server.agents.compute import Computation, Tools, turns
 from warmkv_server.agents.context import assemble
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import ScoreEvent, ScoreFinished, ScoreRequest
 from warmkv_server.contract.generation import Event, Score, Scored
 from warmkv_server.errors import AgentNotFound
@@ -19,9 +18,7 @@ from warmkv_server.kv.store import TokenIds
 async def score(tools: Tools, request: ScoreRequest, run: Run[ScoreEvent]) -> None:
     """Publish the tokens as they are computed, and ScoreFinished."""
     key = request.key
-    request.stages.enter(Stage.QUEUE)
-    async with tools.turns.take(key, run):
-        timings = queued(request.stages)
+    async with turns(tools, request.stages, run, key) as timings:
         if key.agent_id and tools.store.agent(key.tenant, key.agent_id) is None:
             raise AgentNotFound(
                 f"there is no agent {key.agent_id!r}; create it with Prime or Generate", agent_id=key.agent_id
