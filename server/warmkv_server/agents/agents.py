@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -40,6 +41,7 @@ from warmkv_server.contract.store import Durability
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
 from warmkv_server.kv.store import AgentRecord, Store
+from warmkv_server.text.tokenizer_files import tokenizer_files
 
 EventT = TypeVar("EventT")
 
@@ -158,6 +160,12 @@ class Agents:
             keeps_reasoning=traits.keeps_reasoning,
             response_formats=RESPONSE_FORMATS if await self.engine.can_constrain() else (),
         )
+
+    async def tokenizer_files(self) -> dict[str, bytes]:
+        """What the tokenizer and the chat template are made of, by the files' names."""
+        source = self.engine.text.source
+        assert source is not None
+        return await asyncio.to_thread(tokenizer_files, source)
 
     @property
     def waiting(self) -> int:

@@ -174,6 +174,25 @@ class Settings:
             "extra `otel`."
         ),
     ] = False
+    gateway_port: Annotated[
+        Port | None,
+        Field(
+            ge=1,
+            description="Port for a gateway that brings OpenAI's and Anthropic's clients, on --gateway-host; needs the "
+            "extra `smg`. Default: none is served.",
+        ),
+    ] = None
+    gateway_host: Annotated[
+        str,
+        Field(
+            description="Address for a gateway. It brings no token and speaks no TLS: another one than this machine's "
+            "own needs --insecure-bind."
+        ),
+    ] = "127.0.0.1"
+    gateway_tenant: Annotated[
+        str | None,
+        Field(description="Whose agents a gateway's clients see, where there are tokens; needed beside --token-file."),
+    ] = None
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."),
