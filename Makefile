@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long test-fast hostile models-test clients bench-clock trace lint style types rooms \
+.PHONY: help setup serve gateway test test-long test-fast gateway-test hostile models-test clients bench-clock trace lint style types rooms \
 	draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
@@ -30,6 +30,7 @@ READY := .venv/.ready-$(ACCEL)
 # One lock serves Linux CPUs and Metal; its markers tell them apart.
 LOCK := requirements/$(if $(filter metal,$(ACCEL)),cpu,$(ACCEL)).txt
 BUF := tools/buf/node_modules/.bin/buf
+GATEWAY := .gateway/ready
 NODE_CLOCK := bench/independent/node_modules/.package-lock.json
 
 help: ## List the targets
@@ -40,6 +41,9 @@ setup: $(READY) ## Make .venv with all that serving, testing and benchmarking ne
 serve: setup ## Run the server; ARGS="--model DIR --port 0"
 	@exec $(BIN)/warmkv serve $(ARGS)
 
+gateway: setup $(GATEWAY) ## Run the server behind a gateway for OpenAI's and Anthropic's clients; ARGS="--model DIR"
+	@exec $(BIN)/python tools/gateway.py $(ARGS)
+
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(PYTEST) $(BESIDE) -m "not long" $(ARGS)
 
@@ -48,6 +52,9 @@ test-long: setup ## Run the rest of them: every kind of cache, power cuts, kill 
 
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
 	@$(PYTEST) $(BESIDE) -m "not slow" $(ARGS)
+
+gateway-test: setup $(GATEWAY) ## Have OpenAI's and Anthropic's own clients talk to real servers through a real gateway
+	@$(PYTEST) $(BESIDE) tests/gateway $(ARGS)
 
 hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="-n 0 -s" for the figures
 	@$(PYTEST) $(BESIDE) tests/hostile $(ARGS)
@@ -92,10 +99,12 @@ proto-lint: $(BUF) ## Lint proto/ and refuse breaking changes (needs Node)
 lock: setup ## Write requirements/ anew from pyproject.toml; UPGRADE=--upgrade for the newest versions
 	$(call compile,cpu)
 	$(call compile,cuda13) --constraint requirements/cpu.txt
+	$(BIN)/uv pip compile requirements/gateway.in $(LOCKED) --output-file requirements/gateway.txt
 
-compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev --universal \
-	--python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
-	--custom-compile-command "make lock" --output-file requirements/$(1).txt
+LOCKED := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
+	--custom-compile-command "make lock"
+compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev $(LOCKED) \
+	--output-file requirements/$(1).txt
 
 release-check: setup ## Build the wheel, install it where nothing else is, serve and ask (needs the package index)
 	$(BIN)/python tools/release_check.py $(LOCK)
@@ -104,12 +113,18 @@ image-test: setup ## Build the container's image, run it, kill it, find its agen
 	$(BIN)/python tools/image_test.py
 
 clean: ## Remove .venv, caches and what was built
-	rm -rf .venv build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
+	rm -rf .venv .gateway build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find stubs server bench evaluation training tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
+
+# Of its own: what gateway and clients need is nothing that the server has to get along with.
+$(GATEWAY): requirements/gateway.txt
+	$(BIN)/python -m venv --clear .gateway/venv
+	.gateway/venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
 
 # Not `npm ci`: the lock has the binaries for Linux alone, and elsewhere the same version's own has to be added to it.
 $(BUF): tools/buf/package-lock.json

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -121,7 +121,7 @@ def _refuse_what_is_not_there(request: vllm.GenerateRequest, key: AgentKey) -> N
 def _ours(request: vllm.GenerateRequest, key: AgentKey) -> pb.GenerateRequest:
     """The same request in our messages, as far as they have words for it."""
     params = request.sampling_params
-    ids = request.tokenized.input_ids
+    ids: Sequence[int] = request.tokenized.input_ids
     if ids and max(ids) > _LARGEST:
         ids = [min(token, _LARGEST) for token in ids]  # no token's either
     message = pb.GenerateRequest(
