@@ -67,7 +67,7 @@ class Agents:
         self._turns = Turns(waiting)
         self._admission = Admission(settings.inflight_bytes, waiting)
         synced = settings.durability is not Durability.NONE
-        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, synced)
+        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, synced, settings.keep_anonymous)
         self._codecs = codecs
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+from warmkv_server.agents.anonymous import keep_anonymous
 from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, turns
@@ -111,7 +112,10 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
                 for candidate in candidates:
                     await candidate.stream.close()
                 kept = [await _keep(work, *each) for each in zip(keys, candidates, finished, strict=False)]
-        tools.tallies.add(key.tenant, work.cache, timings.first_token)
+                if not key.agent_id and not keys and not request.ephemeral:
+                    for each in finished:
+                        await keep_anonymous(work, each.completion, each)
+        tools.tallies.add(key, work.cache, timings.first_token)
         if cut_short:
             raise_why(run)
         commits: list[Committed | None] = [*kept] or [None] * len(candidates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from warmkv_server.agents.anonymous import keep_anonymous
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, turns
@@ -57,7 +58,7 @@ async def generate(
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
                     raise_why(run)
                 result = await _keep(work, request, codec, stream, finished)
-        tools.tallies.add(work.key.tenant, work.cache, work.timings.first_token)
+        tools.tallies.add(key, work.cache, work.timings.first_token)
         if cut_short:
             raise_why(run)
         run.publish(result)
@@ -110,6 +111,8 @@ async def _keep(
         return codec.outcome(request.identity, [*sent, event])
 
     if request.ephemeral or not key.agent_id:
+        if not request.ephemeral:
+            await keep_anonymous(work, completion, finished)
         return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)
     recorded = RecordedResult(result, write if request.identity is not None else None)
     ending = kept(work.context.ending, stream.conversation)

@@ -46,7 +46,7 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
                 )
                 committed = await work.commit((), finished, recorded.outcome_of, _changes(request), context.kept)
         run.publish(recorded.result(committed.agent, committed.persisted))
-        tools.tallies.add(work.key.tenant, work.cache)
+        tools.tallies.add(key, work.cache)
 
 
 def _changes(request: PrimeRequest) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class CacheReport:
 
     Attributes:
         held_tokens: of the agent's context when the request's turn came.
+        spliced_tokens: tokens of the prompt that took the place of others that say the same.
     """
 
     source: Source
@@ -135,6 +136,7 @@ class CacheReport:
     bytes_loaded: int = 0
     fallback: Fallback | None = None
     held_tokens: int = 0
+    spliced_tokens: int = 0
 
     @classmethod
     def of(cls, reuse: Reuse, prompt_tokens: int, held_tokens: int = 0) -> CacheReport:

@@ -113,3 +113,7 @@ class StoreStats:
     """Agents whose last commit is in RAM only. Above 0 the disk is refusing writes."""
     stale_agents: int = 0
     """Agents whose KV belongs to another model or other KV settings."""
+    hidden_agents: int = 0
+    """Contexts of requests without an agent. They are not among the agents above."""
+    hidden_bytes: int = 0
+    """That these alone take on disk and in the index."""

@@ -984,9 +984,9 @@ class CacheReport(_message.Message):
     cached_tokens: _builtins.int
     """Tokens whose KV was reused: hot_tokens + warm_tokens + shared_tokens."""
     hot_tokens: _builtins.int
-    """Reused tokens of the agent's own KV that were in RAM."""
+    """Reused tokens of the agent's own KV that were in RAM. Without agent_id: of contexts of earlier requests without one."""
     warm_tokens: _builtins.int
-    """Reused tokens of the agent's own KV that were read from disk."""
+    """Reused tokens of the agent's own KV that were read from disk. Without agent_id: as hot_tokens."""
     shared_tokens: _builtins.int
     """Reused tokens of blocks that belong to other agents, wherever they were."""
     prefilled_tokens: _builtins.int
@@ -1722,7 +1722,7 @@ class GenerateRequest(_message.Message):
     PARSE_MODE_FIELD_NUMBER: _builtins.int
     REASONING_RETENTION_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
-    """The agent to continue, or to create. Empty: generate once from `content` and keep nothing."""
+    """The agent to continue, or to create. Empty: generate once from `content`, the whole context, and keep no agent."""
     context_mode: Global___ContextMode.ValueType
     """Whether the content is appended (the default) or is the whole context."""
     max_tokens: _builtins.int

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
-from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.names import AgentKey, is_hidden
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, object_name
+from warmkv_server.kv.index.hidden import HiddenAgents
 from warmkv_server.kv.index.records import TokenIds
 
 PartOf = tuple["Node", PartKind]
@@ -40,7 +41,7 @@ class Node:
         agents: that reference it. Without any it is never reused, only collected.
         pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
         part_refs: agents that need its part of a kind that not every node has, by kind; 0 where it can be evicted.
-        pinned_refs: pinned agents that reference it.
+        pinned_refs, named_refs: pinned agents that reference it, and agents that are not hidden.
         hot_bytes: its parts in RAM.
         last_used: of the store's time (see clock.py).
     """
@@ -60,6 +61,7 @@ class Node:
     pins: int = 0
     part_refs: Counter[PartKind] = field(default_factory=Counter)
     pinned_refs: int = 0
+    named_refs: int = 0
     hot_bytes: int = 0
     last_used: float = 0.0
     extra_key: bytes = b""
@@ -112,6 +114,11 @@ class Node:
     @property
     def full(self) -> bool:
         return self.count == BLOCK_TOKENS
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden agents reference it, and no others."""
+        return not self.named_refs and bool(self.agents)
 
 
 @dataclass(eq=False, slots=True)
@@ -166,6 +173,11 @@ class Agent:
         return AgentKey(self.tenant, self.agent_id)
 
     @property
+    def hidden(self) -> bool:
+        """Whether no client can name it."""
+        return is_hidden(self.agent_id)
+
+    @property
     def extra_key(self) -> bytes:
         """What its KV is a function of besides the tokens."""
         return self.nodes[0].extra_key if self.nodes else b""
@@ -179,6 +191,8 @@ class Agent:
         yield from self.snapshots.values()
 
 
+_BEHIND = b"\0"
+"""What stands behind some tokens in the order, and before any that go on with them."""
 _COMMITTED = (
     *("fingerprint", "tokens", "nodes", "snapshots", "partial", "kept", "previous", "ending", "revision"),
     *("ttl", "labels", "update_time", "last_used"),
@@ -194,6 +208,7 @@ class Index:
         self.agents: dict[AgentKey, Agent] = {}
         self.implausible: list[tuple[Agent, str]] = []
         """Agents of the journal with values that can't be, and what; they are not among `agents`."""
+        self.hidden = HiddenAgents()
         self.next_row = 1
         self.next_incarnation = 1
         self._names: defaultdict[str, list[str]] = defaultdict(list)
@@ -205,7 +220,10 @@ class Index:
 
     def add_agent(self, agent: Agent) -> None:
         self.agents[agent.key] = agent
-        insort(self._names[agent.tenant], agent.agent_id)
+        if agent.hidden:
+            self.hidden.add(agent)
+        else:
+            insort(self._names[agent.tenant], agent.agent_id)
         self._reference(set(agent.all_nodes()), agent)
         for node, kind in agent.partial:
             node.part_refs[kind] += 1
@@ -213,8 +231,11 @@ class Index:
     def remove_agent(self, agent: Agent) -> None:
         """Forget it. Its nodes stay until they are collected."""
         del self.agents[agent.key]
-        names = self._names[agent.tenant]
-        del names[bisect_left(names, agent.agent_id)]
+        if agent.hidden:
+            self.hidden.remove(agent)
+        else:
+            names = self._names[agent.tenant]
+            del names[bisect_left(names, agent.agent_id)]
         self._dereference(set(agent.all_nodes()), agent)
         for node, kind in agent.partial:
             node.part_refs[kind] -= 1
@@ -238,7 +259,7 @@ class Index:
         self.set_pinned(agent, after.pinned)
 
     def names(self, tenant: str, after: str) -> list[str]:
-        """The tenant's agent ids behind `after`, sorted."""
+        """The tenant's agent ids behind `after`, sorted, but for hidden ones."""
         names = self._names.get(tenant, [])
         return names[bisect_right(names, after) if after else 0 :]
 
@@ -253,8 +274,10 @@ class Index:
         return self.next_row - 1
 
     def _reference(self, nodes: Iterable[Node], agent: Agent) -> None:
+        named = not agent.hidden
         for node in nodes:
             node.pinned_refs += agent.pinned
+            node.named_refs += named
             node.agents.add(agent)
             if len(node.agents) > 1:
                 continue
@@ -264,8 +287,10 @@ class Index:
                 insort(self._families[node.family], (node.block_tokens, node.start, node.id))
 
     def _dereference(self, nodes: Iterable[Node], agent: Agent) -> None:
+        named = not agent.hidden
         for node in nodes:
             node.pinned_refs -= agent.pinned
+            node.named_refs -= named
             node.agents.remove(agent)
             if node.agents:
                 continue
@@ -287,6 +312,34 @@ class Index:
     def snapshots_after(self, parent: bytes, extra_key: bytes) -> list[Node]:
         """Referenced snapshots taken in the block that follows `parent`."""
         return self._snapshots.get(parent + extra_key, [])
+
+    def hidden_beginnings(self, agent: Agent) -> list[Agent]:
+        """The other hidden agents whose whole context is what this agent's begins with, or all of it."""
+        found: list[Agent] = []
+        parent = agent.nodes[0].parent if agent.nodes else b""
+        for node in agent.nodes:
+            if node.full or node is agent.nodes[-1]:
+                for end in self._ending_within(parent, node.block_tokens, agent.extra_key):
+                    found += [each for each in self.hidden.ending_with(end) if each is not agent]
+            if node.full:
+                parent = node.id
+        return found
+
+    def _ending_within(self, parent: bytes, wanted: bytes, extra_key: bytes) -> Iterator[Node]:
+        """The nodes after `parent` with which a context ends that `wanted` begins with."""
+        family = self._families.get(parent + extra_key, [])
+        while wanted:
+            at = bisect_left(family, (wanted + _BEHIND, 0, b"")) - 1
+            if at < 0:
+                return
+            tokens = family[at][0]
+            common = common_tokens(tokens, wanted) * TOKEN_BYTES
+            if common < len(tokens):
+                wanted = wanted[:common]  # what begins `wanted`, and comes before this one, is no longer than that
+                continue
+            first = bisect_left(family, (tokens, 0, b""))
+            yield from (self.nodes[ident] for _, _, ident in family[first : at + 1])
+            wanted = tokens[:-TOKEN_BYTES]
 
     def tail_like(self, parent: bytes, wanted: bytes, extra_key: bytes) -> list[Node]:
         """The nodes after `parent` that cover the longest common prefix of `wanted` with any context kept there.
