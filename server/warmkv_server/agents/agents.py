@@ -40,7 +40,7 @@ from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
-from warmkv_server.kv.store import AgentRecord, Store
+from warmkv_server.kv.store import AgentRecord, HeldContexts, Store
 from warmkv_server.text.tokenizer_files import tokenizer_files
 
 EventT = TypeVar("EventT")
@@ -149,6 +149,10 @@ class Agents:
         if key.agent_id:
             manage.require(self._tools, key)
         return await count(self.engine, self.store, key, content, append=not replace)
+
+    def held(self, tenant: str) -> HeldContexts:
+        """What of a tenant's contexts is at hand, and how that changes, for one reader. To be closed."""
+        return self.store.held(tenant)
 
     async def features(self) -> Features:
         """What the model can do, as far as its chat template and its tokens were tried."""

@@ -113,8 +113,8 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
                     await candidate.stream.close()
                 kept = [await _keep(work, *each) for each in zip(keys, candidates, finished, strict=False)]
                 if not key.agent_id and not keys and not request.ephemeral:
-                    for each in finished:
-                        await keep_anonymous(work, each.completion, each)
+                    for answered in finished:
+                        await keep_anonymous(work, answered.completion, answered)
         tools.tallies.add(key, work.cache, timings.first_token)
         if cut_short:
             raise_why(run)

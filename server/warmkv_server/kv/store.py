@@ -48,6 +48,7 @@ from warmkv_server.kv.tasks.commit import Committer
 from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.eviction import Eviction
+from warmkv_server.kv.tasks.held_contexts import HeldContexts
 from warmkv_server.kv.tasks.hidden import HiddenBounds
 from warmkv_server.kv.tasks.loader import Loader
 from warmkv_server.kv.tasks.manifests import Manifests
@@ -64,6 +65,7 @@ __all__ = [
     "Durability",
     "Evicted",
     "Fingerprint",
+    "HeldContexts",
     "Lease",
     "OutcomeOf",
     "RequestOutcome",
@@ -260,6 +262,10 @@ class Store:
             AgentNotFound
         """
         return self._core.existing(tenant, agent_id).tokens
+
+    def held(self, tenant: str) -> HeldContexts:
+        """What of a tenant's contexts is at hand, and how that changes, for one reader. To be closed."""
+        return HeldContexts(self._core, tenant)
 
     async def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
         """What the request of this id answered, if it is still kept. Seldom waits; see `Outcomes.find`.

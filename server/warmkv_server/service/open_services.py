@@ -13,7 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from warmkv_server.errors import WarmKVError
+from warmkv_server.errors import Loading, WarmKVError
 from warmkv_server.service import inbound
 from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.health import Health
@@ -40,13 +40,17 @@ def health_methods(servicer: Health) -> dict[str, Handlers]:
 
 
 def gateway_health(service: ServiceDescriptor, servicer: Health) -> Handlers:
-    """The method HealthCheck of a service that has one of its own: whether the server as a whole serves."""
+    """The method HealthCheck of a service that has one of its own: whether the server as a whole serves.
+
+    Where it doesn't the call fails. A gateway that is answered takes the worker in, and asks what its model is once.
+    """
     method = service.methods_by_name["HealthCheck"]
     request, response = (GetMessageClass(kind) for kind in (method.input_type, method.output_type))
 
     async def check(_: Message, __: RpcContext) -> Message:
-        serves = servicer.serves
-        return response(healthy=serves, message="" if serves else "the server is loading its model, or shutting down")
+        if not servicer.serves:
+            raise Loading("the server is loading its model, or shutting down; try again", retry_after=1.0)
+        return response(healthy=True)
 
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(
         _one(request, check), response_serializer=response.SerializeToString

@@ -6,7 +6,7 @@ Whoever changes a node's files, what of it is in RAM, or who references it, does
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from warmkv_server.contract.kv import KVLayout, PartKind
@@ -35,6 +35,7 @@ class Accounts:
         going: objects that no node has any more and that are still to be removed, by name, with their bytes.
         hot_agents: how many agents are in RAM, hidden ones not counted.
         evictions: agents that have left RAM so far; of the same.
+        watchers: are told of each agent that comes, changes or goes, or whose KV does.
     """
 
     def __init__(self, index: Index, hot: HotTier, layout: KVLayout, fingerprint: str) -> None:
@@ -53,6 +54,7 @@ class Accounts:
         self.going_bytes = 0
         self.hot_agents = 0
         self.evictions = 0
+        self.watchers: list[Callable[[Agent], object]] = []
         for node in index.nodes.values():
             self._count(node, node.disk_bytes)
             if node.hidden:
@@ -67,11 +69,15 @@ class Accounts:
         """A node has a file of this kind now."""
         node.parts[kind] = part
         self._resize(node, part.nbytes)
+        if self.watchers and not self._hot.has(node, kind):
+            self._tell(node.agents)
 
     def lost(self, node: Node, kind: PartKind) -> Part:
         """A node hasn't its file of this kind any more."""
         part = node.parts.pop(kind)
         self._resize(node, -part.nbytes)
+        if self.watchers and not self._hot.has(node, kind):
+            self._tell(node.agents)
         return part
 
     def enter(self, node: Node) -> None:
@@ -129,6 +135,8 @@ class Accounts:
             if self._needs(agent, node, kind):
                 agent.cold_parts -= 1
                 self.hot_agents += _counts(agent)
+        if self.watchers and kind not in node.parts:
+            self._tell(node.agents)
 
     def _left(self, node: Node, kind: PartKind, nbytes: int) -> None:
         """A part has left RAM."""
@@ -142,6 +150,8 @@ class Accounts:
                 agent.cold_parts += 1
                 self.hot_agents -= left
                 self.evictions += left
+        if self.watchers and kind not in node.parts:
+            self._tell(node.agents)
 
     def _needs(self, agent: Agent, node: Node, kind: PartKind) -> bool:
         """Whether the next request can't go on from the head of an agent of `node` without this part."""
@@ -161,12 +171,14 @@ class Accounts:
         for node in set(agent.all_nodes()):
             self._share(node, agent, joined=True)
         self._assess(agent)
+        self._tell([agent])
 
     def remove(self, agent: Agent) -> None:
         self._index.remove_agent(agent)
         self.hot_agents -= _counts(agent)
         for node in set(agent.all_nodes()):
             self._share(node, agent, joined=False)
+        self._tell([agent])
 
     def take(self, agent: Agent, after: Agent) -> None:
         """An agent of the index becomes what `after` is."""
@@ -178,6 +190,12 @@ class Accounts:
         for node in old - new:
             self._share(node, agent, joined=False)
         self._assess(agent)
+        self._tell([agent])
+
+    def _tell(self, agents: Iterable[Agent]) -> None:
+        for watcher in self.watchers:
+            for agent in agents:
+                watcher(agent)
 
     def _share(self, node: Node, agent: Agent, *, joined: bool) -> None:
         """What the only other agent of a node has of it is shared from now on, or not any more."""

@@ -22,7 +22,7 @@ from warmkv_server.errors import RequestCancelled, Unsupported
 from warmkv_server.platform.versions import version_of
 from warmkv_server.service import convert
 from warmkv_server.service.endpoint import Call
-from warmkv_server.service.gateway import asked, bundle
+from warmkv_server.service.gateway import asked, bundle, kv_events
 from warmkv_server.service.gateway.answered import Answered
 from warmkv_server.service.metrics import Metrics
 
@@ -97,7 +97,7 @@ class VllmServicer:
             uptime_seconds=now - self.started,
             server_type="vllm-grpc",
             data_parallel_size=1,
-            block_size=64,
+            block_size=kv_events.BLOCK_TOKENS,
             kv_cache_dtype=str(self.settings.kv_choice),
             max_num_seqs=self.settings.max_batch,
             constrained_decoding_start="first_token",
@@ -123,8 +123,10 @@ class VllmServicer:
         for chunk in bundle.chunks(await asyncio.to_thread(bundle.archive, files)):
             await call.send(chunk)
 
-    async def subscribe_kv_events(self, _: common.SubscribeKvEventsRequest, __: Call) -> None:
-        raise Unsupported(f"SubscribeKvEvents {_NOT_SERVED}")
+    async def subscribe_kv_events(self, request: common.SubscribeKvEventsRequest, call: Call) -> None:
+        async with call.agents.held(call.principal.tenant) as held:
+            async for batch in kv_events.batches(held, request.start_sequence_number):
+                await call.send(batch)
 
     async def embed(self, _: vllm.EmbedRequest, __: Call) -> vllm.EmbedResponse:
         raise Unsupported(f"Embed {_NOT_SERVED}: its model generates text")
