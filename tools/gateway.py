@@ -91,20 +91,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A server behind a gateway.")
     parser.add_argument("--port", type=int, default=8080, help="of the gateway")
     options, more = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, too, nothing is left behind
     worker, metrics = free_port(), free_port()
     serve = [WARMKV, "serve", "--port", "0", "--gateway-port", str(worker), *more]
-    with LOG.open("wb") as log, started(serve) as server:
-        with started(command(options.port, metrics, [worker]), stdout=log, stderr=log) as gateway:
-            give_up = time.monotonic() + _START_SECONDS
-            while not (model := ready(options.port)):
-                ended = server.poll() is not None or gateway.poll() is not None
-                if ended or time.monotonic() > give_up:
-                    what = "gateway" if server.poll() is None else "server"
-                    raise SystemExit(f"the {what} doesn't serve; the gateway's log is {LOG}")
-                time.sleep(0.5)
-            print(TRY.format(port=options.port, model=model, python=PYTHON, log=LOG), flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    with (
+        LOG.open("wb") as log,
+        started(serve) as server,
+        started(command(options.port, metrics, [worker]), stdout=log, stderr=log) as gateway,
+    ):
+        give_up = time.monotonic() + _START_SECONDS
+        while not (model := ready(options.port)):
+            ended = server.poll() is not None or gateway.poll() is not None
+            if ended or time.monotonic() > give_up:
+                what = "gateway" if server.poll() is None else "server"
+                raise SystemExit(f"the {what} doesn't serve; the gateway's log is {LOG}")
+            time.sleep(0.5)
+        print(TRY.format(port=options.port, model=model, python=PYTHON, log=LOG), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 if __name__ == "__main__":
