@@ -47,11 +47,11 @@ Ctrl-C ends both. The gateway's log is {log}; docs/gateway.md says the rest.
 """
 
 
-def command(port: int, metrics_port: int, workers: Sequence[int]) -> list[str | Path]:
+def command(port: int, metrics_port: int, workers: Sequence[int], *more: str) -> list[str | Path]:
     """How the gateway is started, with so many servers behind it."""
     urls = [f"grpc://127.0.0.1:{worker}" for worker in workers]
     own = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)]
-    return [SMG, "launch", *own, "--worker-urls", *urls, *FLAGS]
+    return [SMG, "launch", *own, "--worker-urls", *urls, *FLAGS, *more]
 
 
 def ready(port: int) -> str:
@@ -93,7 +93,8 @@ def main() -> None:
     options, more = parser.parse_known_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, too, nothing is left behind
     worker, metrics = free_port(), free_port()
-    serve = [WARMKV, "serve", "--port", "0", "--gateway-port", str(worker), *more]
+    # Clients that bring no identity send everything anew each time: what was said before is kept for them.
+    serve = [WARMKV, "serve", "--port", "0", "--gateway-port", str(worker), "--keep-anonymous", "2h", *more]
     with (
         LOG.open("wb") as log,
         started(serve) as server,
