@@ -14,6 +14,7 @@ from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.splice import is_wanted, spliced
 from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import (
     AgentView,
@@ -88,6 +89,8 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
+        if is_wanted(request.content, whole=request.replace or not key.agent_id, said=request.splice):
+            context = await spliced(tools, key, context)
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         if answer is None:
             limit = tools.engine.info.context_limit

@@ -123,7 +123,7 @@ class Computation:
     @property
     def cache(self) -> CacheReport:
         held = self.context.agent.token_count if self.context.agent is not None else 0
-        return CacheReport.of(self.reuse, len(self.context.tokens), held)
+        return CacheReport.of(self.reuse, len(self.context.tokens), held, self.context.spliced)
 
     @asynccontextmanager
     async def loaded(self, answer: Answer | None) -> AsyncIterator[None]:

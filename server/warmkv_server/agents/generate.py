@@ -12,6 +12,7 @@ from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.splice import is_wanted, spliced
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
 from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
@@ -42,6 +43,8 @@ async def generate(
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
+        if is_wanted(request.content, whole=request.replace or not key.agent_id, said=request.splice):
+            context = await spliced(tools, key, context)
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         grammar = held_to(request, context, tools.engine.text.traits)
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None

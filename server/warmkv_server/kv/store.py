@@ -29,6 +29,7 @@ from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.startup import open_directory, take_directory
 from warmkv_server.kv.index.index import Agent, Node
+from warmkv_server.kv.index.likeness import alike
 from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
     UNSET,
@@ -356,6 +357,12 @@ class Store:
         for node in lease.nodes:
             node.last_used = now
         return lease
+
+    def hidden_like(self, tenant: str, tokens: TokenIds, most: int) -> list[TokenIds]:
+        """Contexts of hidden agents that begin most like these, the likest first."""
+        core = self._core
+        agents = alike(core.index, core.root(tenant), tokens.astype("<i4").tobytes(), most)
+        return [agent.tokens for agent in agents]
 
     async def load(self, lease: Lease) -> Reuse:
         """Bring a lease's KV into RAM, each file verified before it is used.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -191,8 +191,6 @@ class Agent:
         yield from self.snapshots.values()
 
 
-_BEHIND = b"\0"
-"""What stands behind some tokens in the order, and before any that go on with them."""
 _COMMITTED = (
     *("fingerprint", "tokens", "nodes", "snapshots", "partial", "kept", "previous", "ending", "revision"),
     *("ttl", "labels", "update_time", "last_used"),
@@ -313,33 +311,10 @@ class Index:
         """Referenced snapshots taken in the block that follows `parent`."""
         return self._snapshots.get(parent + extra_key, [])
 
-    def hidden_beginnings(self, agent: Agent) -> list[Agent]:
-        """The other hidden agents whose whole context is what this agent's begins with, or all of it."""
-        found: list[Agent] = []
-        parent = agent.nodes[0].parent if agent.nodes else b""
-        for node in agent.nodes:
-            if node.full or node is agent.nodes[-1]:
-                for end in self._ending_within(parent, node.block_tokens, agent.extra_key):
-                    found += [each for each in self.hidden.ending_with(end) if each is not agent]
-            if node.full:
-                parent = node.id
-        return found
-
-    def _ending_within(self, parent: bytes, wanted: bytes, extra_key: bytes) -> Iterator[Node]:
-        """The nodes after `parent` with which a context ends that `wanted` begins with."""
-        family = self._families.get(parent + extra_key, [])
-        while wanted:
-            at = bisect_left(family, (wanted + _BEHIND, 0, b"")) - 1
-            if at < 0:
-                return
-            tokens = family[at][0]
-            common = common_tokens(tokens, wanted) * TOKEN_BYTES
-            if common < len(tokens):
-                wanted = wanted[:common]  # what begins `wanted`, and comes before this one, is no longer than that
-                continue
-            first = bisect_left(family, (tokens, 0, b""))
-            yield from (self.nodes[ident] for _, _, ident in family[first : at + 1])
-            wanted = tokens[:-TOKEN_BYTES]
+    def family(self, parent: bytes, extra_key: bytes = b"") -> Sequence[tuple[bytes, int, bytes]]:
+        """The nodes that continue `parent`, sorted by tokens: each one's tokens from where its block begins, its first
+        token's place, and its id."""
+        return self._families.get(parent + extra_key, ())
 
     def tail_like(self, parent: bytes, wanted: bytes, extra_key: bytes) -> list[Node]:
         """The nodes after `parent` that cover the longest common prefix of `wanted` with any context kept there.

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.errors import StorageUnavailable
 from warmkv_server.kv.index.index import Agent
+from warmkv_server.kv.index.likeness import beginnings
 from warmkv_server.kv.tasks.core import Core
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class HiddenBounds:
         agents = self._hidden.by_last_use()
         async with self._turn:
             for agent in reversed(agents):
-                await self._remove(self._core.index.hidden_beginnings(agent) if self._is_there(agent) else ())
+                await self._remove(beginnings(self._core.index, agent) if self._is_there(agent) else ())
             await self._keep_limit()
 
     async def after_commit(self, key: AgentKey) -> None:
@@ -44,7 +45,7 @@ class HiddenBounds:
         async with self._turn:
             agent = self._core.index.agents.get(key)
             if agent is not None:
-                await self._remove(self._core.index.hidden_beginnings(agent))
+                await self._remove(beginnings(self._core.index, agent))
                 if agent.warm_bytes - agent.shared_bytes > self._limit:  # others need not go for it
                     await self._remove([agent])
             await self._keep_limit()
