@@ -86,7 +86,8 @@ def generate_request(
         validate.generate(ours, model)
     wanted = convert.generate_request(ours, key, stages, defaults, default_max_tokens=model.context_limit)
     answer = replace(wanted.answer, stop_tokens=frozenset(params.stop_token_ids), grammar=_grammar(params))
-    return replace(wanted, answer=answer)
+    # The gateway makes tokens of what its client sends again as text, which needn't be those that were sampled.
+    return replace(wanted, answer=answer, splice=True)
 
 
 def _refuse_what_is_not_there(request: vllm.GenerateRequest, key: AgentKey) -> None:
