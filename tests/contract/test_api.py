@@ -53,7 +53,7 @@ ExtendResponse: agent:Agent cache:CacheReport timings:Timings persisted:bool
 GenerateRequest: agent_id:string content:Content context_mode:ContextMode sampling:SamplingParams max_tokens:int32
  ignore_eos:bool stop:string* top_logprobs:int32 stream_mode:StreamMode ephemeral:bool expected_revision:int64?
  request_id:string tool_choice:ToolChoice response_format:ResponseFormat candidates:int32 candidate_agent_ids:string*
- parse_mode:ParseMode reasoning_retention:ReasoningRetention
+ parse_mode:ParseMode reasoning_retention:ReasoningRetention splice:bool?
 ToolChoice: mode:ToolChoiceMode allowed_names:string* max_calls:int32
 ResponseFormat: |json_schema:string |regex:string |lark:string |choices:Choices
 Choices: texts:string*
@@ -76,6 +76,7 @@ TokenLogprobs: token_id:int32 logprob:float top:TopLogprob*
 TopLogprob: token_id:int32 logprob:float
 CacheReport: source:CacheSource prompt_tokens:int32 cached_tokens:int32 hot_tokens:int32 warm_tokens:int32
  shared_tokens:int32 prefilled_tokens:int32 bytes_loaded:int64 fallback_reason:FallbackReason held_tokens:int32
+ spliced_tokens:int32
 Timings: queue:Duration load:Duration prefill:Duration first_token:Duration decode:Duration commit:Duration
 Usage: prompt_tokens:int32 cached_tokens:int32 completion_tokens:int32 reasoning_tokens:int32 forced_tokens:int32
 Agent: agent_id:string tier:Tier token_count:int32 revision:int64 hot_bytes:int64 warm_bytes:int64 shared_bytes:int64
@@ -113,8 +114,9 @@ ServerCounters: requests_by_source:{string,int64} fallbacks_by_reason:{string,in
  warm_tokens_reused:int64 shared_tokens_reused:int64 prefilled_tokens:int64 bytes_loaded:int64 kv_bytes_written:int64
  metadata_bytes_written:int64 evictions:int64 quarantined:int64 commits_failed:int64
  answers_by_source:{string,int64} first_token_by_source:{string,Duration}
+ anonymous_tokens_reused:int64 spliced_tokens:int64
 ServerGauges: hot_bytes:int64 disk_bytes:int64 agents_by_tier:{string,int64} queue_depth:int32 batch_size:int32
- stale_agents:int32
+ stale_agents:int32 hidden_agents:int32 hidden_bytes:int64
 CountTokensRequest: content:Content agent_id:string context_mode:ContextMode include_token_ids:bool
 CountTokensResponse: token_count:int32 token_ids:int32* replaced_tokens:int32
 """

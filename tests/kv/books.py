@@ -19,12 +19,13 @@ def check_sums(store: Store) -> None:
         assert node.agents == {agent for agent in agents if node in set(agent.all_nodes())}
         assert +node.part_refs == Counter(kind for agent in agents for other, kind in agent.partial if other is node)
         assert node.pinned_refs == sum(agent.pinned for agent in node.agents)
+        assert node.named_refs == sum(not agent.hidden for agent in node.agents)
         assert node.hot_bytes >= 0
     for agent in agents:
         sizes = accounts.measure(agent)
         assert (agent.hot_bytes, agent.warm_bytes) == (sizes.hot_bytes, sizes.warm_bytes)
         assert (agent.shared_bytes, agent.cold_parts) == (sizes.shared_bytes, sizes.cold_parts)
-    assert accounts.hot_agents == sum(not agent.cold_parts for agent in agents)
+    assert accounts.hot_agents == sum(not agent.cold_parts for agent in agents if not agent.hidden)
     assert accounts.block_bytes == sum(node.disk_bytes for node in nodes)
     by_tenant: Counter[str] = Counter()
     for node in nodes:
@@ -33,6 +34,11 @@ def check_sums(store: Store) -> None:
     assert hot.nbytes == sum(node.hot_bytes for node in nodes)
     assert 0 <= hot.unsaved_bytes <= hot.nbytes <= max(hot.limit, hot.unsaved_bytes)
     stats = store.stats()
+    only_hidden = [node for node in nodes if node.agents and all(agent.hidden for agent in node.agents)]
+    in_index = sum(1024 + 4 * len(agent.tokens) for agent in agents if agent.hidden)
+    assert stats.hidden_bytes == sum(node.disk_bytes for node in only_hidden) + in_index
+    assert hot.hidden_bytes == sum(node.hot_bytes for node in only_hidden)
+    assert stats.hidden_agents == sum(agent.hidden for agent in agents)
     assert stats.agents_by_tier.get(Tier.HOT.value, 0) == accounts.hot_agents
 
 

@@ -99,9 +99,15 @@ class Driver:
         keep: Iterable[int] = (),
         answer: bool = False,
         extra_key: bytes = b"",
+        kept_as: str = "",
         **changes: Any,
     ) -> tuple[Reuse, Committed]:
-        """Make these tokens the agent's context, computing what the store doesn't have."""
+        """Make these tokens the agent's context, computing what the store doesn't have.
+
+        Args:
+            kept_as: the agent that it becomes, where that is another one than asks.
+        """
+        kept_as = kept_as or agent_id
         limit = len(tokens) - 1 if answer else len(tokens)
         keep = frozenset(keep)
         with self.store.resolve(self.tenant, agent_id, tokens, limit, extra_key) as lease:
@@ -111,7 +117,7 @@ class Driver:
             committed = await self.store.commit(
                 Commit(
                     tenant=self.tenant,
-                    agent_id=agent_id,
+                    agent_id=kept_as,
                     incarnation=lease.incarnation,
                     tokens=tokens,
                     reuse=reuse,
@@ -122,5 +128,5 @@ class Driver:
                 )
             )
         assert committed.agent.token_count == len(tokens)
-        assert np.array_equal(self.store.tokens(self.tenant, agent_id), tokens)
+        assert np.array_equal(self.store.tokens(self.tenant, kept_as), tokens)
         return reuse, committed

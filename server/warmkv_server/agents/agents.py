@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -39,7 +40,8 @@ from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import Durability
 from warmkv_server.engine.engine import Engine
 from warmkv_server.errors import WarmKVError
-from warmkv_server.kv.store import AgentRecord, Store
+from warmkv_server.kv.store import AgentRecord, HeldContexts, Store
+from warmkv_server.text.tokenizer_files import tokenizer_files
 
 EventT = TypeVar("EventT")
 
@@ -65,7 +67,7 @@ class Agents:
         self._turns = Turns(waiting)
         self._admission = Admission(settings.inflight_bytes, waiting)
         synced = settings.durability is not Durability.NONE
-        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, synced)
+        self._tools = Tools(engine, store, self._turns, self._admission, self.tallies, synced, settings.keep_anonymous)
         self._codecs = codecs
         self._requests = Requests(store.outcome)
         self._runs: set[Run[Any]] = set()
@@ -148,6 +150,10 @@ class Agents:
             manage.require(self._tools, key)
         return await count(self.engine, self.store, key, content, append=not replace)
 
+    def held(self, tenant: str) -> HeldContexts:
+        """What of a tenant's contexts is at hand, and how that changes, for one reader. To be closed."""
+        return self.store.held(tenant)
+
     async def features(self) -> Features:
         """What the model can do, as far as its chat template and its tokens were tried."""
         traits = self.engine.text.traits
@@ -158,6 +164,12 @@ class Agents:
             keeps_reasoning=traits.keeps_reasoning,
             response_formats=RESPONSE_FORMATS if await self.engine.can_constrain() else (),
         )
+
+    async def tokenizer_files(self) -> dict[str, bytes]:
+        """What the tokenizer and the chat template are made of, by the files' names."""
+        source = self.engine.text.source
+        assert source is not None
+        return await asyncio.to_thread(tokenizer_files, source)
 
     @property
     def waiting(self) -> int:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+from warmkv_server.agents.anonymous import keep_anonymous
 from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, turns
@@ -13,6 +14,7 @@ from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.splice import is_wanted, spliced
 from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import (
     AgentView,
@@ -87,6 +89,8 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
+        if is_wanted(request.content, whole=request.replace or not key.agent_id, said=request.splice):
+            context = await spliced(tools, key, context)
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         if answer is None:
             limit = tools.engine.info.context_limit
@@ -111,7 +115,10 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
                 for candidate in candidates:
                     await candidate.stream.close()
                 kept = [await _keep(work, *each) for each in zip(keys, candidates, finished, strict=False)]
-        tools.tallies.add(key.tenant, work.cache, timings.first_token)
+                if not key.agent_id and not keys and not request.ephemeral:
+                    for answered in finished:
+                        await keep_anonymous(work, answered.completion, answered)
+        tools.tallies.add(key, work.cache, timings.first_token)
         if cut_short:
             raise_why(run)
         commits: list[Committed | None] = [*kept] or [None] * len(candidates)

@@ -32,6 +32,7 @@ class Tally:
     Attributes:
         requests, answers: by source; answers are the requests that had a first token.
         first_token: seconds that those took to it, by source.
+        anonymous_tokens: of those reused, what requests without an agent had of others without one.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -42,8 +43,10 @@ class Tally:
     warm_tokens: int = 0
     shared_tokens: int = 0
     prefilled_tokens: int = 0
+    anonymous_tokens: int = 0
+    spliced_tokens: int = 0
 
-    def add(self, cache: CacheReport, first_token: float) -> None:
+    def add(self, cache: CacheReport, first_token: float, *, anonymous: bool) -> None:
         self.requests[cache.source] += 1
         if first_token:
             self.answers[cache.source] += 1
@@ -54,6 +57,9 @@ class Tally:
         self.warm_tokens += cache.warm_tokens
         self.shared_tokens += cache.shared_tokens
         self.prefilled_tokens += cache.prefilled_tokens
+        self.spliced_tokens += cache.spliced_tokens
+        if anonymous:
+            self.anonymous_tokens += cache.hot_tokens + cache.warm_tokens
 
 
 class Tallies:
@@ -63,13 +69,13 @@ class Tallies:
         self.total = Tally()
         self.by_tenant: defaultdict[str, Tally] = defaultdict(Tally)
 
-    def add(self, tenant: str, cache: CacheReport, first_token: float = 0.0) -> None:
+    def add(self, key: AgentKey, cache: CacheReport, first_token: float = 0.0) -> None:
         """
         Args:
             first_token: seconds to it; 0 if there was none.
         """
-        for tally in (self.total, self.by_tenant[tenant]):
-            tally.add(cache, first_token)
+        for tally in (self.total, self.by_tenant[key.tenant]):
+            tally.add(cache, first_token, anonymous=not key.agent_id)
 
     def of(self, tenant: str) -> Tally:
         return self.by_tenant[tenant]
@@ -77,7 +83,11 @@ class Tallies:
 
 @dataclass(frozen=True)
 class Tools:
-    """What the use cases work with."""
+    """What the use cases work with.
+
+    Attributes:
+        keep_anonymous: seconds that the context of a request without an agent is kept; None for not at all.
+    """
 
     engine: Engine
     store: Store
@@ -85,6 +95,7 @@ class Tools:
     admission: Admission
     tallies: Tallies
     synced: bool
+    keep_anonymous: float | None = None
 
 
 @dataclass
@@ -112,7 +123,7 @@ class Computation:
     @property
     def cache(self) -> CacheReport:
         held = self.context.agent.token_count if self.context.agent is not None else 0
-        return CacheReport.of(self.reuse, len(self.context.tokens), held)
+        return CacheReport.of(self.reuse, len(self.context.tokens), held, self.context.spliced)
 
     @asynccontextmanager
     async def loaded(self, answer: Answer | None) -> AsyncIterator[None]:

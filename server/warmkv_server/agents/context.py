@@ -39,6 +39,7 @@ class Context:
         ending: what the context would end with if it were committed as it is.
         conversation: what goes on with it.
         thinks: how many of its last tokens begin reasoning that the answer goes on with.
+        spliced: how many of its tokens took the place of others that say the same.
     """
 
     agent: AgentRecord | None
@@ -46,6 +47,7 @@ class Context:
     ending: str
     conversation: ChatState = NOTHING_YET
     thinks: int = 0
+    spliced: int = 0
 
     @property
     def kept(self) -> str:

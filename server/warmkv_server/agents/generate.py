@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from warmkv_server.agents.anonymous import keep_anonymous
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, turns
@@ -11,6 +12,7 @@ from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.splice import is_wanted, spliced
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
 from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
@@ -41,6 +43,8 @@ async def generate(
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
+        if is_wanted(request.content, whole=request.replace or not key.agent_id, said=request.splice):
+            context = await spliced(tools, key, context)
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         grammar = held_to(request, context, tools.engine.text.traits)
         constraint = await tools.engine.constrain(grammar, key.tenant) if grammar is not None else None
@@ -57,7 +61,7 @@ async def generate(
                 if isinstance(run.stopped, AgentDeleted) or (cut_short and not stream.sampled):
                     raise_why(run)
                 result = await _keep(work, request, codec, stream, finished)
-        tools.tallies.add(work.key.tenant, work.cache, work.timings.first_token)
+        tools.tallies.add(key, work.cache, work.timings.first_token)
         if cut_short:
             raise_why(run)
         run.publish(result)
@@ -110,6 +114,8 @@ async def _keep(
         return codec.outcome(request.identity, [*sent, event])
 
     if request.ephemeral or not key.agent_id:
+        if not request.ephemeral:
+            await keep_anonymous(work, completion, finished)
         return result(store.agent(key.tenant, key.agent_id) if key.agent_id else None, persisted=False)
     recorded = RecordedResult(result, write if request.identity is not None else None)
     ending = kept(work.context.ending, stream.conversation)

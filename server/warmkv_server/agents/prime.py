@@ -9,6 +9,7 @@ from warmkv_server.agents.compute import Computation, Tools, turns
 from warmkv_server.agents.context import assemble, check_revision
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
+from warmkv_server.agents.splice import is_wanted, spliced
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
 from warmkv_server.contract.generation import Event
 from warmkv_server.errors import AgentNotFound
@@ -33,6 +34,8 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
             answer=False,
             generation_prompt=request.generation_prompt,
         )
+        if is_wanted(request.content, whole=not request.append, said=None):
+            context = await spliced(tools, key, context)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
             work = Computation(tools, key, run, context, timings, request.stages, lease)
             async with work.loaded(None):
@@ -46,7 +49,7 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
                 )
                 committed = await work.commit((), finished, recorded.outcome_of, _changes(request), context.kept)
         run.publish(recorded.result(committed.agent, committed.persisted))
-        tools.tallies.add(work.key.tenant, work.cache)
+        tools.tallies.add(key, work.cache)
 
 
 def _changes(request: PrimeRequest) -> dict[str, Any]:

@@ -44,7 +44,7 @@ async def score(tools: Tools, request: ScoreRequest, run: Run[ScoreEvent]) -> No
                     await work.compute(None, follow)
                 run.check()
         run.publish(ScoreFinished(total, work.cache, replace(timings)))
-        tools.tallies.add(key.tenant, work.cache)
+        tools.tallies.add(key, work.cache)
 
 
 def _alike(held: TokenIds, tokens: TokenIds) -> int:

@@ -80,6 +80,8 @@ class GenerateRequest:
 
     Attributes:
         replace: whether the content is the whole context rather than new at its end.
+        splice: whether held tokens take the place of the content's that say the same, where the content is the whole
+            context; None for a chat's alone.
         whole: whether the answer is to be sent as one delta.
         ephemeral: change nothing.
         told_apart: whether reasoning and tool calls are told apart from the text.
@@ -93,6 +95,7 @@ class GenerateRequest:
     content: Content | None
     answer: Answer
     replace: bool = False
+    splice: bool | None = None
     whole: bool = False
     ephemeral: bool = False
     told_apart: bool = False
@@ -125,6 +128,7 @@ class CacheReport:
 
     Attributes:
         held_tokens: of the agent's context when the request's turn came.
+        spliced_tokens: tokens of the prompt that took the place of others that say the same.
     """
 
     source: Source
@@ -135,9 +139,10 @@ class CacheReport:
     bytes_loaded: int = 0
     fallback: Fallback | None = None
     held_tokens: int = 0
+    spliced_tokens: int = 0
 
     @classmethod
-    def of(cls, reuse: Reuse, prompt_tokens: int, held_tokens: int = 0) -> CacheReport:
+    def of(cls, reuse: Reuse, prompt_tokens: int, held_tokens: int = 0, spliced_tokens: int = 0) -> CacheReport:
         source = reuse.source
         # The one token that all contexts begin with, say, saves nothing worth a name.
         if source is Source.SHARED and reuse.shared_tokens < min(BLOCK_TOKENS, prompt_tokens / 4):
@@ -151,6 +156,7 @@ class CacheReport:
             reuse.bytes_loaded,
             reuse.fallback,
             held_tokens,
+            spliced_tokens,
         )
 
     @property

@@ -36,6 +36,7 @@ class Answer:
     Attributes:
         max_tokens: at least 1.
         stop: strings that end the answer and are not part of it.
+        stop_tokens: tokens that end the answer as an end of sequence does, whatever `ignore_eos` says.
         ignore_eos: go on after an end-of-sequence token.
         top_logprobs: alternatives reported for each token; 0 reports no logprobs at all.
         grammar: what its text must be a sentence of.
@@ -44,6 +45,7 @@ class Answer:
     sampling: Sampling = Sampling()
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
     ignore_eos: bool = False
     top_logprobs: int = 0
     grammar: Grammar | None = None
@@ -83,7 +85,7 @@ class Job:
 
 class Finish(StrEnum):
     STOP = "stop"
-    """An end-of-sequence token was sampled; it is part of the tokens."""
+    """An end-of-sequence token, or one that the request names, was sampled; it is part of the tokens."""
     LENGTH = "length"
     """`max_tokens`, or the model's last position, was reached."""
     STOP_SEQUENCE = "stop_sequence"

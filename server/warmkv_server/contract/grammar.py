@@ -13,6 +13,8 @@ class GrammarKind(StrEnum):
     REGEX = "regex"
     LARK = "lark"
     CHOICES = "choices"
+    GBNF = "gbnf"
+    """What other servers take for a grammar; no field of ResponseFormat."""
     MESSAGE = "message"
     """An answer that is read as a message."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 
+from warmkv_server.contract.durations import seconds
 from warmkv_server.contract.kv_choice import KvChoice
 from warmkv_server.contract.store import Durability
 
@@ -26,6 +27,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 Bytes = Annotated[int, ByteSize, Field(ge=0)]
 """Also read as 8GiB or 500MB."""
 Port = Annotated[int, Field(ge=0, le=65535)]
+Duration = Annotated[float, BeforeValidator(lambda said: seconds(said) if isinstance(said, str) else said)]
+"""Seconds, also read as 30m or 12h."""
 Number = BeforeValidator(int)
 """For a choice among numbers, which comes as text."""
 
@@ -76,6 +79,22 @@ class Settings:
             "has room."
         ),
     ] = 256 << 20
+    keep_anonymous: Annotated[
+        Duration | None,
+        Field(
+            gt=0,
+            le=100 * 365 * 86400,
+            description="Keep the contexts of Generate calls without an agent_id for so long after the last use, such "
+            "as 2h, so that a call which goes on with one computes only what is new. Default: they are not kept.",
+        ),
+    ] = None
+    anonymous_bytes: Annotated[
+        Bytes,
+        Field(
+            description="Most of the data folder that such contexts take, such as 8GiB; the least recent go first. "
+            "They give way to agents in any case."
+        ),
+    ] = 8 << 30
     inflight_bytes: Annotated[
         Bytes,
         Field(
@@ -174,6 +193,25 @@ class Settings:
             "extra `otel`."
         ),
     ] = False
+    gateway_port: Annotated[
+        Port | None,
+        Field(
+            ge=1,
+            description="Port for a gateway that brings OpenAI's and Anthropic's clients, on --gateway-host; needs the "
+            "extra `smg`. Default: none is served.",
+        ),
+    ] = None
+    gateway_host: Annotated[
+        str,
+        Field(
+            description="Address for a gateway. It brings no token and speaks no TLS: another one than this machine's "
+            "own needs --insecure-bind."
+        ),
+    ] = "127.0.0.1"
+    gateway_tenant: Annotated[
+        str | None,
+        Field(description="Whose agents a gateway's clients see, where there are tokens; needed beside --token-file."),
+    ] = None
     drain_seconds: Annotated[
         float,
         Field(ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."),

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Durability(StrEnum):
     """How hard a commit pushes its files to the medium before it counts as persisted."""
@@ -113,3 +116,31 @@ class StoreStats:
     """Agents whose last commit is in RAM only. Above 0 the disk is refusing writes."""
     stale_agents: int = 0
     """Agents whose KV belongs to another model or other KV settings."""
+    hidden_agents: int = 0
+    """Contexts of requests without an agent. They are not among the agents above."""
+    hidden_bytes: int = 0
+    """That these alone take on disk and in the index."""
+
+
+@dataclass(frozen=True)
+class HeldSnapshot:
+    """All contexts of a tenant whose KV is at hand, by a number that is never used for another; nothing else is.
+
+    Attributes:
+        contexts: the tokens of each, shape (tokens,), read-only.
+    """
+
+    contexts: Mapping[int, NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class HeldChange:
+    """One of them has changed: it has come, has grown, was cut or replaced, or is gone.
+
+    Attributes:
+        before, after: its tokens, shape (tokens,), read-only; none where it wasn't there, or isn't any more.
+    """
+
+    context: int
+    before: NDArray[np.int32]
+    after: NDArray[np.int32]

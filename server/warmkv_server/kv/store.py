@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any, Self, TypeVar
 
 from warmkv_server.contract.fairness import Tenants
 from warmkv_server.contract.kv import BLOCK_TOKENS, KVLayout, Reuse, all_kinds, policy_of
-from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.names import AgentKey, is_hidden
 from warmkv_server.contract.pressure import MemoryPressure
 from warmkv_server.contract.settings import Settings
 from warmkv_server.contract.store import AgentRecord, Durability, StoreStats, Tier
@@ -27,7 +28,8 @@ from warmkv_server.kv.catalog.clock import TimeSource
 from warmkv_server.kv.catalog.journal import Journal
 from warmkv_server.kv.catalog.lock import DirectoryLock
 from warmkv_server.kv.catalog.startup import open_directory, take_directory
-from warmkv_server.kv.index.index import Node
+from warmkv_server.kv.index.index import Agent, Node
+from warmkv_server.kv.index.likeness import alike
 from warmkv_server.kv.index.prefix import Lease, Matcher, Under
 from warmkv_server.kv.index.records import (
     UNSET,
@@ -47,6 +49,8 @@ from warmkv_server.kv.tasks.commit import Committer
 from warmkv_server.kv.tasks.core import Core
 from warmkv_server.kv.tasks.disk_state import DiskState
 from warmkv_server.kv.tasks.eviction import Eviction
+from warmkv_server.kv.tasks.held_contexts import HeldContexts
+from warmkv_server.kv.tasks.hidden import HiddenBounds
 from warmkv_server.kv.tasks.loader import Loader
 from warmkv_server.kv.tasks.manifests import Manifests
 from warmkv_server.kv.tasks.outcomes import Outcomes
@@ -62,6 +66,7 @@ __all__ = [
     "Durability",
     "Evicted",
     "Fingerprint",
+    "HeldContexts",
     "Lease",
     "OutcomeOf",
     "RequestOutcome",
@@ -85,7 +90,9 @@ class Store:
         self._collector = Collector(core, was_refused=lambda: self._upkeep.wake())
         self._manifests = Manifests(core, self._collector.suspect)
         self._loader = Loader(core, self._manifests)
-        writer = PartWriter(core, self._loader, Quota(core, self._collector, self._manifests))
+        self._hidden = HiddenBounds(core, self.delete)
+        quota = Quota(core, self._collector, self._manifests, self._hidden.shed)
+        writer = PartWriter(core, self._loader, quota)
         self._committer = Committer(core, writer, self._collector, self._manifests)
         self._matcher = Matcher(core.index, core.layout, core.has)
         self._changes = Changes(
@@ -169,6 +176,8 @@ class Store:
         store = cls(core, lock)
         for agent in opened.manifests.stale:
             store._manifests.note(agent)
+        if core.index.hidden:
+            store._begin(store._hidden.after_start())
         if pressure is not None:
             pressure.listen(store.relieve)
         return store
@@ -241,7 +250,7 @@ class Store:
         return None if agent is None else self._core.record(agent)
 
     def agents(self, tenant: str, after: str = "") -> Iterator[AgentRecord]:
-        """A tenant's agents by agent_id, from the first one behind `after`."""
+        """A tenant's agents by agent_id, from the first one behind `after`; hidden ones are not among them."""
         for agent_id in self._core.index.names(tenant, after):
             agent = self._core.index.agents.get(AgentKey(tenant, agent_id))
             if agent is not None:
@@ -255,6 +264,10 @@ class Store:
         """
         return self._core.existing(tenant, agent_id).tokens
 
+    def held(self, tenant: str) -> HeldContexts:
+        """What of a tenant's contexts is at hand, and how that changes, for one reader. To be closed."""
+        return HeldContexts(self._core, tenant)
+
     async def outcome(self, tenant: str, request_id: str) -> RequestOutcome | None:
         """What the request of this id answered, if it is still kept. Seldom waits; see `Outcomes.find`.
 
@@ -266,11 +279,15 @@ class Store:
     def stale(self) -> dict[str, int]:
         """Agents of other models or KV settings, by how those differ from what is served; "" where nobody knows."""
         core = self._core
-        digests = Counter(a.fingerprint for a in core.index.agents.values() if a.fingerprint != core.fingerprint)
+        digests = Counter(agent.fingerprint for agent in self._stale())
         found: Counter[str] = Counter()
         for digest, number in digests.items():
             found[", ".join(core.foreign.differences(digest))] += number
         return dict(found)
+
+    def _stale(self) -> Iterator[Agent]:
+        ours = self._core.fingerprint
+        return (a for a in self._core.index.agents.values() if a.fingerprint != ours and not a.hidden)
 
     def tiers(self, tenant: str) -> dict[str, int]:
         """A tenant's agents by tier."""
@@ -279,7 +296,7 @@ class Store:
     def stats(self) -> StoreStats:
         core = self._core
         counters, hot = core.counters, core.accounts.hot_agents
-        tiers = {Tier.HOT: hot, Tier.WARM: len(core.index.agents) - hot}
+        tiers = {Tier.HOT: hot, Tier.WARM: len(core.index.agents) - len(core.index.hidden) - hot}
         return StoreStats(
             bytes_loaded=counters.bytes_loaded,
             kv_bytes_written=counters.kv_bytes_written,
@@ -294,7 +311,9 @@ class Store:
             outcome_bytes=core.outcomes.nbytes + core.outcomes.owed_bytes,
             agents_by_tier={tier.value: number for tier, number in tiers.items() if number},
             not_durable=len(self._committer.not_durable),
-            stale_agents=sum(agent.fingerprint != core.fingerprint for agent in core.index.agents.values()),
+            stale_agents=sum(1 for _ in self._stale()),
+            hidden_agents=len(core.index.hidden),
+            hidden_bytes=core.index.hidden.nbytes.total(),
         )
 
     # Reusing
@@ -303,7 +322,7 @@ class Store:
         """Find the longest prefix of tokens[:limit] whose KV the store has; from memory, at once.
 
         Args:
-            agent_id: "" for a request without an agent: only other agents' blocks are found.
+            agent_id: "" for a request without an agent: what hidden agents have counts as its own.
             limit: at most so many tokens; one less than all when an answer is to be sampled.
             extra_key: what the KV is a function of besides the tokens and the model, such as a digest of an image.
                 Contexts with different ones share nothing.
@@ -323,7 +342,7 @@ class Store:
             incarnation=agent.incarnation if agent is not None else None,
             length=found.prefix.length,
             nodes=list(found.prefix.nodes),
-            own_nodes=found.own_nodes,
+            own_nodes=found.own_nodes if agent_id else _hidden_nodes(found.prefix.nodes),
             snapshot=found.prefix.snapshot,
             fallback=found.fallback,
             extra_key=extra_key,
@@ -338,6 +357,12 @@ class Store:
         for node in lease.nodes:
             node.last_used = now
         return lease
+
+    def hidden_like(self, tenant: str, tokens: TokenIds, most: int) -> list[TokenIds]:
+        """Contexts of hidden agents that begin most like these, the likest first."""
+        core = self._core
+        agents = alike(core.index, core.root(tenant), tokens.astype("<i4").tobytes(), most)
+        return [agent.tokens for agent in agents]
 
     async def load(self, lease: Lease) -> Reuse:
         """Bring a lease's KV into RAM, each file verified before it is used.
@@ -356,6 +381,7 @@ class Store:
             AgentDeleted: the incarnation is gone. Nothing is kept.
             AgentExists: the incarnation is None and the agent exists.
             MemoryBudget: the disk refuses, and what it refused before fills the memory budget.
+            StorageUnavailable: the disk refuses a hidden agent. Nothing is kept.
         """
         nodes = [*commit.lease.nodes, *([commit.lease.snapshot] if commit.lease.snapshot is not None else [])]
         for node in nodes:
@@ -364,10 +390,14 @@ class Store:
             committed = await self._finish(self._commit(commit, nodes))
         finally:
             self._upkeep.wake()
+        if is_hidden(commit.agent_id):
+            self._begin(self._hidden.after_commit(AgentKey(commit.tenant, commit.agent_id)))
         return committed
 
     async def _commit(self, commit: Commit, pinned: Iterable[Node]) -> Committed:
         try:
+            if is_hidden(commit.agent_id):
+                await self._hidden.before_commit()
             return await self._committer.commit(commit)
         finally:
             for node in pinned:
@@ -427,10 +457,18 @@ class Store:
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to the end, even if the caller is cancelled."""
+        return await asyncio.shield(self._begin(work))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
+
+
+def _hidden_nodes(nodes: Iterable[Node]) -> int:
+    """How many of these, from the first, hidden agents reference."""
+    return sum(1 for _ in takewhile(lambda node: len(node.agents) > node.named_refs, nodes))
 
 
 def _require_room(disk_bytes: int, layout: KVLayout) -> None:

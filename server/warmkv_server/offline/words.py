@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.console import Console
 from rich.table import Table
 
+from warmkv_server.contract import durations
 from warmkv_server.errors import OperatorError
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def size(nbytes: float) -> str:
@@ -30,16 +28,10 @@ def seconds(duration: str) -> float:
     Raises:
         OperatorError: it is not.
     """
-    number, unit = duration[:-1], duration[-1:]
     try:
-        value = float(number) * _DURATIONS[unit]
-    except (KeyError, ValueError):
-        raise OperatorError(
-            f"{duration!r} is no duration; give a number and a unit of s, m, h, d or w, such as 30d"
-        ) from None
-    if not 0 <= value < math.inf:
-        raise OperatorError(f"{duration!r} is no duration that can have passed")
-    return value
+        return durations.seconds(duration)
+    except ValueError as error:
+        raise OperatorError(str(error)) from None
 
 
 def ago(seconds: float) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,21 @@ class Open:
         return Principal()
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """Lets everybody in as one tenant that the operator names: a gateway, which brings no token.
+
+    Attributes:
+        tenants: of the server, this one among them.
+    """
+
+    tenant: str
+    tenants: Tenants
+
+    def identify(self, metadata: Metadata) -> Principal:  # noqa: ARG002
+        return Principal(self.tenant)
+
+
 class BearerTokens:
     """Lets in who brings a known token.
 
@@ -57,16 +72,18 @@ class BearerTokens:
 
     Args:
         path: of the token file: a line for each token, `TENANT TOKEN [AGENT_PREFIX]`; `#` begins a comment.
+        also: a tenant that needs no token; None for none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, also: str | None = None) -> None:
         """
         Raises:
             OperatorError: if it can't be read, has a line of another form, or gives one token twice.
         """
         self._path = path
+        self._also = {also} if also is not None else set()
         self._principals = _read(path)
-        self.tenants = Tenants(_count(self._principals))
+        self.tenants = Tenants(self._count())
 
     def reload(self) -> str:
         """Read the file again, and name it. Calls that were let in go on, whoever may come from now on.
@@ -75,7 +92,7 @@ class BearerTokens:
             OperatorError: as the constructor; the tokens stay what they were.
         """
         self._principals = _read(self._path)
-        self.tenants.number = _count(self._principals)
+        self.tenants.number = self._count()
         return f"the token file {self._path}"
 
     def identify(self, metadata: Metadata) -> Principal:
@@ -100,8 +117,12 @@ class BearerTokens:
             raise TokenInvalid("this server does not know the token")
         return found
 
+    def _count(self) -> int:
+        """How many tenants there are."""
+        return len({principal.tenant for principal in self._principals.values()} | self._also)
 
-Auth = Open | BearerTokens
+
+Auth = Open | BearerTokens | Trusted
 
 
 def warn_if_open(path: Path, what: str) -> None:
@@ -137,11 +158,6 @@ def _read(path: Path) -> dict[bytes, Principal]:
         raise OperatorError(f"the token file {path} has no token, so nobody could call this server")
     warn_if_open(path, "the token file")
     return principals
-
-
-def _count(principals: Mapping[bytes, Principal]) -> int:
-    """How many tenants there are."""
-    return len({principal.tenant for principal in principals.values()})
 
 
 def _digest(token: str) -> bytes:

@@ -201,6 +201,7 @@ def generate_request(
             grammar=grammar(request.response_format),
         ),
         replace=request.context_mode == pb.CONTEXT_MODE_REPLACE,
+        splice=request.splice if request.HasField("splice") else None,
         whole=request.stream_mode == pb.STREAM_MODE_FINAL,
         ephemeral=request.ephemeral,
         told_apart=told_apart(request),
@@ -371,6 +372,7 @@ def cache_report(cache: CacheReport) -> pb.CacheReport:
         bytes_loaded=cache.bytes_loaded,
         fallback_reason=FALLBACKS[cache.fallback],
         held_tokens=cache.held_tokens,
+        spliced_tokens=cache.spliced_tokens,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +86,18 @@ class Endpoints:
     requests: RequestLog = field(default_factory=RequestLog)
     tracing: Tracing | None = None
 
-    def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        """Handlers of a service's methods; the servicer has a method in snake_case for each RPC."""
+    def handlers(
+        self, service: ServiceDescriptor, servicer: object, leave_out: Container[str] = ()
+    ) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """Handlers of a service's methods; the servicer has a method in snake_case for each RPC.
+
+        Args:
+            leave_out: RPCs that are served otherwise.
+        """
         return {
-            method.name: self._handler(method, getattr(servicer, _snake(method.name))) for method in service.methods
+            method.name: self._handler(method, getattr(servicer, _snake(method.name)))
+            for method in service.methods
+            if method.name not in leave_out
         }
 
     def _handler(self, method: MethodDescriptor, behaviour: Behaviour) -> grpc.RpcMethodHandler[Any, Any]:

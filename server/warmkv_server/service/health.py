@@ -34,6 +34,11 @@ class Health:
         self._states = dict.fromkeys(self._states, "NOT_SERVING")
         self._wake()
 
+    @property
+    def serves(self) -> bool:
+        """Whether it is SERVING as a whole."""
+        return self._states.get("") == "SERVING"
+
     async def check(
         self, request: health_pb2.HealthCheckRequest, context: RpcContext
     ) -> health_pb2.HealthCheckResponse | None:

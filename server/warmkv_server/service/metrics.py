@@ -141,6 +141,7 @@ def _limits(settings: Settings) -> Iterator[Metric]:
         "hot_bytes_limit": ("Bytes of RAM that the hot tier may hold", settings.hot_bytes),
         "disk_bytes_limit": ("Bytes that the data directory may hold; 0 for no limit", settings.disk_bytes),
         "in_flight_bytes_limit": ("Bytes that requests at work may take", settings.inflight_bytes),
+        "hidden_bytes_limit": ("Bytes that contexts of requests without an agent may take", settings.anonymous_bytes),
         "queue_limit": ("Requests that may wait for the engine", settings.max_queue),
     }
     for name, (text, limit) in limits.items():
@@ -157,6 +158,11 @@ def _families(agents: Agents, settings: Settings) -> Iterator[Metric]:
         "hot_tokens_reused": ("Prompt tokens whose KV was in RAM", tally.hot_tokens),
         "warm_tokens_reused": ("Prompt tokens whose KV was read from disk", tally.warm_tokens),
         "shared_tokens_reused": ("Prompt tokens whose KV was another agent's", tally.shared_tokens),
+        "anonymous_tokens_reused": (
+            "Of these, what requests without an agent had of others without one",
+            tally.anonymous_tokens,
+        ),
+        "spliced_tokens": ("Prompt tokens that took the place of others of the same text", tally.spliced_tokens),
         "prefilled_tokens": ("Prompt tokens whose KV was computed for requests that finished", tally.prefilled_tokens),
         "computed_tokens": ("Prompt tokens whose KV was computed, also for those that didn't", engine.prefilled_tokens),
         "decoded_tokens": ("Tokens sampled", engine.decoded_tokens),
@@ -179,6 +185,8 @@ def _families(agents: Agents, settings: Settings) -> Iterator[Metric]:
         "in_flight_bytes": ("Bytes that running sequences may take", engine.in_flight_bytes),
         "not_durable_agents": ("Agents whose last commit is in RAM only", store.not_durable),
         "stale_agents": ("Agents whose KV belongs to another model or other KV settings", store.stale_agents),
+        "hidden_agents": ("Contexts of requests without an agent, which are kept for a while", store.hidden_agents),
+        "hidden_bytes": ("Bytes that these alone take on disk and in the index", store.hidden_bytes),
         "queue_depth": ("Requests that wait", agents.waiting),
         "prefilling": ("Sequences whose prompt is being computed", engine.prefilling),
         "decoding": ("Sequences whose answer is being sampled", engine.decoding),

@@ -1,4 +1,4 @@
-"""What anybody may ask, also while the server loads or drains: gRPC's own services health and reflection."""
+"""What anybody may ask, also while the server loads or drains: health and reflection."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from warmkv_server.errors import WarmKVError
+from warmkv_server.errors import Loading, WarmKVError
 from warmkv_server.service import inbound
 from warmkv_server.service.errors import refuse, status_of
 from warmkv_server.service.health import Health
@@ -36,6 +37,25 @@ def health_methods(servicer: Health) -> dict[str, Handlers]:
             "Watch": grpc.stream_stream_rpc_method_handler(_one(request, servicer.watch), response_serializer=write),
         }
     }
+
+
+def gateway_health(service: ServiceDescriptor, servicer: Health) -> Handlers:
+    """The method HealthCheck of a service that has one of its own: whether the server as a whole serves.
+
+    Where it doesn't the call fails. A gateway that is answered takes the worker in, and asks what its model is once.
+    """
+    method = service.methods_by_name["HealthCheck"]
+    request, response = (GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+
+    async def check(_: Message, __: RpcContext) -> Message:
+        if not servicer.serves:
+            raise Loading("the server is loading its model, or shutting down; try again", retry_after=1.0)
+        return response(healthy=True)
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(
+        _one(request, check), response_serializer=response.SerializeToString
+    )
+    return {method.name: handler}
 
 
 def reflection_methods(services: Iterable[ServiceDescriptor]) -> dict[str, Handlers]:

@@ -37,6 +37,7 @@ class Asked:
     Attributes:
         seconds: that it took, once it is over.
         service: the full name of the one that the RPC belongs to.
+        agent_id: that the request is about, where none of its fields says so.
         last: the response, or the last message of a stream.
         stages: what it has gone through, once it was let in.
         caller: where it comes from, for traces; None where there are none.
@@ -47,6 +48,7 @@ class Asked:
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     service: str = ""
+    agent_id: str = ""
     tenant: str = ""
     request: Message | None = None
     last: Message | None = None
@@ -108,7 +110,7 @@ def _fields(asked: Asked, code: grpc.StatusCode, reason: str) -> Iterator[tuple[
     yield "rpc", asked.rpc
     yield "id", asked.id
     yield "tenant", asked.tenant
-    yield "agent", _agent_id(asked.request)
+    yield "agent", asked.agent_id or _agent_id(asked.request)
     yield "status", code.name
     if reason:
         yield "reason", reason

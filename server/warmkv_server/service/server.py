@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
 
 from warmkv.v1 import agent_service_pb2, server_service_pb2
 from warmkv_server.contract.settings import Settings
@@ -18,7 +20,7 @@ from warmkv_server.service.agent_servicer import AgentServicer
 from warmkv_server.service.endpoint import Endpoints
 from warmkv_server.service.health import Health
 from warmkv_server.service.listener import Listener, Options, make_server
-from warmkv_server.service.open_services import Handlers, health_methods, reflection_methods
+from warmkv_server.service.open_services import Handlers, gateway_health, health_methods, reflection_methods
 from warmkv_server.service.server_servicer import ServerServicer
 from warmkv_server.service.tls import Certificate
 
@@ -44,6 +46,9 @@ _STREAMS = 1024
 _PROBES = 16
 """Connections at once to the port for health; out of the store's reserve of descriptors."""
 
+_GATEWAYS = 64
+"""Connections at once to the port for gateways, which send all requests over few; out of the store's reserve, too."""
+
 _LEFT_SECONDS = 1.0
 
 
@@ -63,12 +68,32 @@ def _options(message_bytes: int, connections: int) -> Options:
     )
 
 
+@dataclass(frozen=True)
+class GatewayService:
+    """What a gateway speaks, on a port of its own.
+
+    Attributes:
+        servicer: has a method for each RPC, but for HealthCheck.
+        endpoints: know whose agents it serves.
+    """
+
+    service: ServiceDescriptor
+    servicer: object
+    endpoints: Endpoints
+
+    def methods(self, health: Health) -> dict[str, Handlers]:
+        own = self.endpoints.handlers(self.service, self.servicer, leave_out=("HealthCheck",))
+        checked = gateway_health(self.service, health)
+        return {self.service.full_name: own | checked}
+
+
 class GrpcServer:
     """Serves from `start` on; says NOT_SERVING until `announce`.
 
     Args:
         connections: most of them at once; further ones are closed as they come.
         certificate: for TLS; None to serve without.
+        gateway: what is served on the port for a gateway, if there is to be one.
 
     Attributes:
         lost: done if it serves no more, though nobody has stopped it.
@@ -82,6 +107,7 @@ class GrpcServer:
         server: ServerServicer,
         connections: int,
         certificate: Certificate | None,
+        gateway: GatewayService | None = None,
     ) -> None:
         self._settings = settings
         self._announced, self._computing = False, True
@@ -93,12 +119,13 @@ class GrpcServer:
             **reflection_methods((_AGENTS, _SERVER)),
         }
         self._certificate = certificate
+        self._gateway = gateway
         self._listener = Listener(partial(self._make, methods, connections), self._bind)
-        self._probed: Listener | None = None
+        self._others: list[Listener] = []
         self.lost = self._listener.lost
 
     def bind(self) -> int:
-        """Take the port, and the one where health alone is served, if there is to be one. Returns the first.
+        """Take the port, and those for health alone and for a gateway, if there are to be some. Returns the first.
 
         Raises:
             OperatorError: if one can't be had.
@@ -106,8 +133,13 @@ class GrpcServer:
         host = self._settings.host
         taken = _take(self._listener, host, self._settings.port, "--port")
         if self._settings.health_port is not None:
-            self._probed = Listener(partial(self._make, health_methods(self._health), _PROBES), self._bind)
-            _take(self._probed, host, self._settings.health_port, "--health-port")
+            probed = Listener(partial(self._make, health_methods(self._health), _PROBES), self._bind)
+            _take(probed, host, self._settings.health_port, "--health-port")
+            self._others.append(probed)
+        if self._gateway is not None and self._settings.gateway_port is not None:
+            served = Listener(partial(self._make, self._gateway.methods(self._health), _GATEWAYS), self._bind_gateway)
+            _take(served, self._settings.gateway_host, self._settings.gateway_port, "--gateway-port")
+            self._others.append(served)
         return taken
 
     async def start(self) -> None:
@@ -148,7 +180,7 @@ class GrpcServer:
 
     @property
     def _listeners(self) -> list[Listener]:
-        return [self._listener, *([self._probed] if self._probed is not None else [])]
+        return [self._listener, *self._others]
 
     def _make(self, services: Mapping[str, Handlers], connections: int) -> grpc.aio.Server:
         server = make_server(_options(self._settings.max_message_bytes, connections))
@@ -156,12 +188,18 @@ class GrpcServer:
             server.add_registered_method_handlers(service, methods)
         return server
 
+    def _bind_gateway(self, server: grpc.aio.Server, port: int) -> int:
+        return server.add_insecure_port(_address(self._settings.gateway_host, port))
+
     def _bind(self, server: grpc.aio.Server, port: int) -> int:
-        host = self._settings.host
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        address = _address(self._settings.host, port)
         if self._certificate is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self._certificate.credentials())
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _take(listener: Listener, host: str, port: int, flag: str) -> int:

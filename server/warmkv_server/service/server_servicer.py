@@ -114,6 +114,8 @@ class ServerServicer:
                 quarantined=store.quarantined,
                 commits_failed=store.commits_failed,
                 answers_by_source={_source(source): n for source, n in tally.answers.items()},
+                anonymous_tokens_reused=tally.anonymous_tokens,
+                spliced_tokens=tally.spliced_tokens,
                 first_token_by_source={_source(s): convert.duration(spent) for s, spent in tally.first_token.items()},
             ),
             gauges=server_pb.ServerGauges(
@@ -123,6 +125,8 @@ class ServerServicer:
                 queue_depth=call.agents.waiting,
                 batch_size=engine.prefilling + engine.decoding,
                 stale_agents=store.stale_agents,
+                hidden_agents=store.hidden_agents,
+                hidden_bytes=store.hidden_bytes,
             ),
         )
 

@@ -154,6 +154,8 @@ def generate(request: pb.GenerateRequest, model: Model) -> None:
     _content(faults, request.content, model.vocab_size, model.context_limit)
     if request.agent_id and request.context_mode == pb.CONTEXT_MODE_REPLACE:
         faults.need_content(_is_given(request.content))
+    whole = not request.agent_id or request.context_mode == pb.CONTEXT_MODE_REPLACE
+    faults.need(whole or not request.splice, "splice", "needs CONTEXT_MODE_REPLACE, or no agent_id")
     _sampling(faults, request.sampling, model.vocab_size)
     faults.need(request.max_tokens >= 0, "max_tokens", "must be 0 (the server's default) or more")
     _stop(faults, request.stop)

@@ -30,6 +30,9 @@ _TEXTS = (
     pb.ContentPart.DESCRIPTOR.fields_by_name["text"],
     pb.ToolCall.DESCRIPTOR.fields_by_name["arguments_json"],
 )
+_OTHER_TEXTS = {"vllm.grpc.engine.TokenizedInput.original_text"}
+"""Content of messages of other packages, which need not be there."""
+_NUMBERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_UINT32)
 _IMAGE = pb.ContentPart.DESCRIPTOR.fields_by_name["image"]
 _ENTRIES = {pb.ChatMessages.DESCRIPTOR.fields_by_name["messages"]: limits.CHAT_MESSAGES}
 
@@ -45,6 +48,7 @@ class _Field(NamedTuple):
         entries: that it may have, if it is a list.
         indexed: whether its entries have numbers.
         is_text: whether it is content.
+        is_numbers: whether it is a list of ids, in one piece.
         is_image: whether it is refused for what it is, and not for its length.
         kind: of a message, which is looked into.
     """
@@ -53,6 +57,7 @@ class _Field(NamedTuple):
     entries: int
     indexed: bool
     is_text: bool
+    is_numbers: bool
     is_image: bool
     kind: Descriptor | None
 
@@ -97,7 +102,9 @@ def _field(field: FieldDescriptor) -> _Field:
     kind = field.message_type
     indexed = field.is_repeated and not (kind is not None and kind.GetOptions().map_entry)
     entries = _ENTRIES.get(field, limits.LIST_ENTRIES) if field.is_repeated else limits.MESSAGE_FIELDS
-    return _Field(field.name, entries, indexed, field in _TEXTS, field == _IMAGE, kind)
+    is_text = field in _TEXTS or field.full_name in _OTHER_TEXTS
+    is_numbers = field.is_repeated and field.cpp_type in _NUMBERS
+    return _Field(field.name, entries, indexed, is_text, is_numbers, field == _IMAGE, kind)
 
 
 _IDS = pb.TokenIds.DESCRIPTOR
@@ -163,12 +170,12 @@ class _Walk:
 
     def _inside(self, at: int, end: int, place: _Position, depth: int) -> None:
         field = place.field
-        if field.kind is _IDS:
+        if field.kind is _IDS or field.is_numbers:
             # Each number ends with a byte whose highest bit is clear.
             self._ids += int(np.count_nonzero(np.frombuffer(self._data, np.int8, end - at, at) >= 0))
             if self._ids > limits.TOKEN_IDS + _AROUND_IDS:
                 raise InvalidField.of(
-                    f"{place}.ids",
+                    f"{place}.ids" if field.kind is _IDS else str(place),
                     f"may have {limits.TOKEN_IDS} entries at most",
                     limit=limits.TOKEN_IDS,
                     actual=self._ids,

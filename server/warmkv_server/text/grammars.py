@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.errors import ConstraintTooComplex, InvalidField, Unsupported, WarmKVError
@@ -100,7 +101,7 @@ def source(grammar: Grammar) -> str:
     """The grammar as llguidance takes it.
 
     Raises:
-        InvalidField: for a schema that is no JSON.
+        InvalidField: for a schema that is no JSON, and a grammar that can't be read.
     """
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
@@ -112,6 +113,11 @@ def source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(grammar.texts[0])
         case GrammarKind.LARK:
             return LLMatcher.grammar_from_lark(grammar.texts[0])
+        case GrammarKind.GBNF:
+            try:
+                return LLMatcher.grammar_from_lark(any_to_lark(grammar.texts[0]))
+            except (GbnfToLarkError, RecursionError) as error:
+                raise InvalidField.of(grammar.field, f"can't be read: {_short(str(error))}") from error
         case GrammarKind.CHOICES:
             return LLMatcher.grammar_from_regex(
                 "|".join(re.sub(r"[][\\.+*?()|{}^$#&~-]", r"\\\g<0>", t) for t in grammar.texts)
@@ -160,7 +166,7 @@ def check_size(grammar: Grammar) -> None:
     Raises:
         ConstraintTooComplex, InvalidField, Unsupported
     """
-    if grammar.kind is GrammarKind.LARK:
+    if grammar.kind in (GrammarKind.LARK, GrammarKind.GBNF):
         parts = sum(text.count("\n") + text.count("|") for text in grammar.texts)
         _require(grammar, parts, ALTERNATIVES, "lines and alternatives")
     if grammar.kind is not GrammarKind.JSON_SCHEMA:

@@ -91,6 +91,7 @@ class TextPool:
     Attributes:
         bytes_per_token: of UTF-8 that one token stands for at most; 0 where that can't be told, or not yet.
         traits: of the chat template, as far as it was probed.
+        source: what the tokenizer is made of, once it is found.
     """
 
     def __init__(self, bound: Bound, first: StartedProcess | None = None) -> None:
@@ -108,9 +109,11 @@ class TextPool:
         self._traits: Mapping[str, Any] | None = None
         self.bytes_per_token = 0
         self.traits = Traits()
+        self.source: TokenizerSource | None = None
 
     def found(self, source: TokenizerSource) -> None:
         """Say what the tokenizer is made of. From any thread, once."""
+        self.source = source
         self._launcher.tell(source)
 
     async def ready(self) -> None:

@@ -977,6 +977,7 @@ class CacheReport(_message.Message):
     BYTES_LOADED_FIELD_NUMBER: _builtins.int
     FALLBACK_REASON_FIELD_NUMBER: _builtins.int
     HELD_TOKENS_FIELD_NUMBER: _builtins.int
+    SPLICED_TOKENS_FIELD_NUMBER: _builtins.int
     source: Global___CacheSource.ValueType
     """Where the reused tokens came from."""
     prompt_tokens: _builtins.int
@@ -984,9 +985,9 @@ class CacheReport(_message.Message):
     cached_tokens: _builtins.int
     """Tokens whose KV was reused: hot_tokens + warm_tokens + shared_tokens."""
     hot_tokens: _builtins.int
-    """Reused tokens of the agent's own KV that were in RAM."""
+    """Reused tokens of the agent's own KV that were in RAM. Without agent_id: of contexts of earlier requests without one."""
     warm_tokens: _builtins.int
-    """Reused tokens of the agent's own KV that were read from disk."""
+    """Reused tokens of the agent's own KV that were read from disk. Without agent_id: as hot_tokens."""
     shared_tokens: _builtins.int
     """Reused tokens of blocks that belong to other agents, wherever they were."""
     prefilled_tokens: _builtins.int
@@ -999,6 +1000,8 @@ class CacheReport(_message.Message):
     """Tokens of the agent's context when the request's turn came. With CONTEXT_MODE_REPLACE and Prime,
     held_tokens - cached_tokens of them could not be kept, since the new content differs from there on.
     """
+    spliced_tokens: _builtins.int
+    """Tokens of the prompt that took the place of others that say the same; see GenerateRequest.splice."""
     def __init__(
         self,
         *,
@@ -1012,10 +1015,11 @@ class CacheReport(_message.Message):
         bytes_loaded: _builtins.int = ...,
         fallback_reason: Global___FallbackReason.ValueType = ...,
         held_tokens: _builtins.int = ...,
+        spliced_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_loaded", b"bytes_loaded", "cached_tokens", b"cached_tokens", "fallback_reason", b"fallback_reason", "held_tokens", b"held_tokens", "hot_tokens", b"hot_tokens", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "shared_tokens", b"shared_tokens", "source", b"source", "warm_tokens", b"warm_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_loaded", b"bytes_loaded", "cached_tokens", b"cached_tokens", "fallback_reason", b"fallback_reason", "held_tokens", b"held_tokens", "hot_tokens", b"hot_tokens", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "shared_tokens", b"shared_tokens", "source", b"source", "spliced_tokens", b"spliced_tokens", "warm_tokens", b"warm_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1721,8 +1725,9 @@ class GenerateRequest(_message.Message):
     CANDIDATE_AGENT_IDS_FIELD_NUMBER: _builtins.int
     PARSE_MODE_FIELD_NUMBER: _builtins.int
     REASONING_RETENTION_FIELD_NUMBER: _builtins.int
+    SPLICE_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
-    """The agent to continue, or to create. Empty: generate once from `content` and keep nothing."""
+    """The agent to continue, or to create. Empty: generate once from `content`, the whole context, and keep no agent."""
     context_mode: Global___ContextMode.ValueType
     """Whether the content is appended (the default) or is the whole context."""
     max_tokens: _builtins.int
@@ -1757,6 +1762,14 @@ class GenerateRequest(_message.Message):
     """How the answer is read."""
     reasoning_retention: Global___ReasoningRetention.ValueType
     """What happens to this answer's reasoning when the next user message is appended."""
+    splice: _builtins.bool
+    """Whether tokens that the server holds take the place of the content's, where both say exactly the same text from the
+    start of the context on: a history that comes back as text isn't always tokenised as it was sampled, and what is held
+    behind the first other token could not be reused. They are the agent's; without agent_id, those of an earlier request
+    without one. Marks of turns and other special tokens are replaced by nothing but themselves, and nothing is where it
+    doesn't save work. prompt_tokens is of what was computed then. Unset: for a chat that is the whole context, and not for
+    text and token_ids, which are verbatim then. Needs CONTEXT_MODE_REPLACE or no agent_id. Prime does so with a chat.
+    """
     @_builtins.property
     def content(self) -> Global___Content:
         """New input. Required with CONTEXT_MODE_REPLACE and where there is no context yet. Without it an existing agent is
@@ -1809,14 +1822,20 @@ class GenerateRequest(_message.Message):
         candidate_agent_ids: _abc.Iterable[_builtins.str] | None = ...,
         parse_mode: Global___ParseMode.ValueType = ...,
         reasoning_retention: Global___ReasoningRetention.ValueType = ...,
+        splice: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "_splice", b"_splice", "content", b"content", "expected_revision", b"expected_revision", "response_format", b"response_format", "sampling", b"sampling", "splice", b"splice", "tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "agent_id", b"agent_id", "candidate_agent_ids", b"candidate_agent_ids", "candidates", b"candidates", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "stream_mode", b"stream_mode", "tool_choice", b"tool_choice", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "_splice", b"_splice", "agent_id", b"agent_id", "candidate_agent_ids", b"candidate_agent_ids", "candidates", b"candidates", "content", b"content", "context_mode", b"context_mode", "ephemeral", b"ephemeral", "expected_revision", b"expected_revision", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "parse_mode", b"parse_mode", "reasoning_retention", b"reasoning_retention", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "splice", b"splice", "stop", b"stop", "stream_mode", b"stream_mode", "tool_choice", b"tool_choice", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
     _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    _WhichOneofReturnType__splice: _TypeAlias = _typing.Literal["splice"]  # noqa: Y015
+    _WhichOneofArgType__splice: _TypeAlias = _typing.Literal["_splice", b"_splice"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__splice) -> _WhichOneofReturnType__splice | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 

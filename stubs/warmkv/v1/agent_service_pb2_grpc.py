@@ -183,6 +183,10 @@ class AgentServiceServicer:
         created; with an empty agent_id the server generates once and keeps nothing. Without content an existing agent is
         continued from where it is.
 
+        Where its operator says so, a server keeps the contexts of requests with an empty agent_id, too, for a while and as far
+        as there is room: a later one that begins with such a context computes only what is new. They are no agents: no RPC
+        shows or changes them, and no reply promises that they are there.
+
         The stream is one `started`, then `prefill_progress` events while a long prompt is computed, then a `delta` for each
         token as soon as it is sampled, then exactly one `finished`, which is the last message and is sent after the commit.
         The texts of all deltas, joined, are the answer; its reasoning and its tool calls are told apart (`parse_mode`). A

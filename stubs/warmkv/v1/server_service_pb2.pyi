@@ -649,6 +649,8 @@ class ServerCounters(_message.Message):
     COMMITS_FAILED_FIELD_NUMBER: _builtins.int
     ANSWERS_BY_SOURCE_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_BY_SOURCE_FIELD_NUMBER: _builtins.int
+    ANONYMOUS_TOKENS_REUSED_FIELD_NUMBER: _builtins.int
+    SPLICED_TOKENS_FIELD_NUMBER: _builtins.int
     hot_tokens_reused: _builtins.int
     """Sum of CacheReport.hot_tokens."""
     warm_tokens_reused: _builtins.int
@@ -669,6 +671,10 @@ class ServerCounters(_message.Message):
     """Files put into quarantine."""
     commits_failed: _builtins.int
     """Commits that the disk refused, so that a reply said `persisted = false`."""
+    anonymous_tokens_reused: _builtins.int
+    """Of hot_tokens_reused and warm_tokens_reused: what Generate requests without agent_id had of earlier ones without one."""
+    spliced_tokens: _builtins.int
+    """Sum of CacheReport.spliced_tokens."""
     @_builtins.property
     def requests_by_source(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Finished Prime, Extend and Generate requests, by the name of their CacheSource, such as "CACHE_SOURCE_HOT"."""
@@ -702,10 +708,12 @@ class ServerCounters(_message.Message):
         commits_failed: _builtins.int = ...,
         answers_by_source: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         first_token_by_source: _abc.Mapping[_builtins.str, _duration_pb2.Duration] | None = ...,
+        anonymous_tokens_reused: _builtins.int = ...,
+        spliced_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_by_source", b"answers_by_source", "bytes_loaded", b"bytes_loaded", "commits_failed", b"commits_failed", "evictions", b"evictions", "fallbacks_by_reason", b"fallbacks_by_reason", "first_token_by_source", b"first_token_by_source", "hot_tokens_reused", b"hot_tokens_reused", "kv_bytes_written", b"kv_bytes_written", "metadata_bytes_written", b"metadata_bytes_written", "prefilled_tokens", b"prefilled_tokens", "quarantined", b"quarantined", "requests_by_source", b"requests_by_source", "shared_tokens_reused", b"shared_tokens_reused", "warm_tokens_reused", b"warm_tokens_reused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_tokens_reused", b"anonymous_tokens_reused", "answers_by_source", b"answers_by_source", "bytes_loaded", b"bytes_loaded", "commits_failed", b"commits_failed", "evictions", b"evictions", "fallbacks_by_reason", b"fallbacks_by_reason", "first_token_by_source", b"first_token_by_source", "hot_tokens_reused", b"hot_tokens_reused", "kv_bytes_written", b"kv_bytes_written", "metadata_bytes_written", b"metadata_bytes_written", "prefilled_tokens", b"prefilled_tokens", "quarantined", b"quarantined", "requests_by_source", b"requests_by_source", "shared_tokens_reused", b"shared_tokens_reused", "spliced_tokens", b"spliced_tokens", "warm_tokens_reused", b"warm_tokens_reused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -743,6 +751,8 @@ class ServerGauges(_message.Message):
     QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     STALE_AGENTS_FIELD_NUMBER: _builtins.int
+    HIDDEN_AGENTS_FIELD_NUMBER: _builtins.int
+    HIDDEN_BYTES_FIELD_NUMBER: _builtins.int
     hot_bytes: _builtins.int
     """Bytes of RAM that the hot tier holds."""
     disk_bytes: _builtins.int
@@ -753,6 +763,12 @@ class ServerGauges(_message.Message):
     """Sequences that the engine is working on."""
     stale_agents: _builtins.int
     """Agents whose KV can't be used with this model and its KV settings; see Agent.stale_tokens."""
+    hidden_agents: _builtins.int
+    """Contexts of Generate requests without agent_id that the server keeps for itself; see AgentService.Generate. They are
+    not among agents_by_tier.
+    """
+    hidden_bytes: _builtins.int
+    """Bytes that these alone take on disk and in the index."""
     @_builtins.property
     def agents_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Agents by the name of their Tier, such as "TIER_WARM"."""
@@ -766,10 +782,12 @@ class ServerGauges(_message.Message):
         queue_depth: _builtins.int = ...,
         batch_size: _builtins.int = ...,
         stale_agents: _builtins.int = ...,
+        hidden_agents: _builtins.int = ...,
+        hidden_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents_by_tier", b"agents_by_tier", "batch_size", b"batch_size", "disk_bytes", b"disk_bytes", "hot_bytes", b"hot_bytes", "queue_depth", b"queue_depth", "stale_agents", b"stale_agents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents_by_tier", b"agents_by_tier", "batch_size", b"batch_size", "disk_bytes", b"disk_bytes", "hidden_agents", b"hidden_agents", "hidden_bytes", b"hidden_bytes", "hot_bytes", b"hot_bytes", "queue_depth", b"queue_depth", "stale_agents", b"stale_agents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

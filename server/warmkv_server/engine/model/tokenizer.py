@@ -11,6 +11,7 @@ from mlx_lm.utils import _tokenizer_defaults
 
 from warmkv_server.errors import OperatorError
 from warmkv_server.text import loading
+from warmkv_server.text.tokenizer_files import PATTERNS
 
 _PROCESSORS = ("chat_template.json", "processor_config.json")
 """Where processors of multimodal models keep the chat template; tokenizers don't look there."""
@@ -46,8 +47,7 @@ def _of_processor(folder: Path) -> str | None:
 
 def files(folder: Path) -> list[Path]:
     """Everything that tokens depend on."""
-    patterns = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken")
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
     processor = folder / "processor_config.json"
     if processor.is_file() and "chat_template" in processor.read_text():
         found.add(processor)

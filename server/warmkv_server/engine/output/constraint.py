@@ -63,6 +63,7 @@ class Vocabulary:
         except ValueError as error:
             raise _unknown_bytes() from error
         self._check(tokenizer, spelling)
+        self._added = frozenset((*tokenizer.added_tokens_decoder, *self.ends))
         marks = {str(added.content): token for token, added in tokenizer.added_tokens_decoder.items()}
         self._marks = {mark: n for mark, n in marks.items() if self.tokens.is_special_token(n) and n not in self.ends}
         longest = sorted(map(re.escape, filter(None, self._marks)), key=len, reverse=True)
@@ -72,6 +73,11 @@ class Vocabulary:
         """The text in pieces, of which those that are tokens of their own, and no text, are these tokens."""
         pieces: list[str] = self._cut.split(text)
         return [self._marks.get(piece, piece) for piece in pieces if piece]
+
+    def said(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for one that is no text, or that was added to the vocabulary."""
+        known = 0 <= token < self.tokens.vocab_size and token not in self._added
+        return self.tokens.decode_bytes([token]) if known and not self.tokens.is_special_token(token) else b""
 
     def _check(self, tokenizer: TokenizerWrapper, spelling: Spelling) -> None:
         """Compare with what answers are decoded with: a tokenizer's files can say more than llguidance reads."""

@@ -130,7 +130,8 @@ class Sequence:
             self.chooser = Chooser(
                 job.answer.sampling, job.tokens, info.vocab_size, job.answer.top_logprobs, self.loaded.choosable
             )
-            self.text = AnswerText(self.loaded.spelling, job.tokens[-64:], info.eos_token_ids, job.answer.stop)
+            silent = info.eos_token_ids | job.answer.stop_tokens
+            self.text = AnswerText(self.loaded.spelling, job.tokens[-64:], silent, job.answer.stop)
 
     def _room(self) -> int:
         """Tokens to make room for behind a reused prefix: the new prompt and a first stretch of the answer.
@@ -294,7 +295,7 @@ class Sequence:
         finish = None
         if text.matched_stop:
             finish = Finish.STOP_SEQUENCE
-        elif token in self.loaded.info.eos_token_ids and not answer.ignore_eos:
+        elif token in answer.stop_tokens or (token in self.loaded.info.eos_token_ids and not answer.ignore_eos):
             finish = Finish.STOP
         elif (
             len(self.completion) >= answer.max_tokens

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from warmkv_server.contract.names import AGENT_ID
+from warmkv_server.contract.names import AGENT_ID, HIDDEN_ID
 from warmkv_server.kv.blocks.names import EXTRA_KEY_BYTES
 from warmkv_server.kv.index.records import TokenIds
 
@@ -70,7 +70,8 @@ def violation(agent: AgentLike, length: int) -> str | None:
     times = (agent.create_time, agent.update_time, agent.last_used)
     rules = {
         "its tenant is no text": is_text(agent.tenant),
-        "its agent_id can't be one": is_text(agent.agent_id) and AGENT_ID.fullmatch(agent.agent_id),
+        "its agent_id can't be one": is_text(agent.agent_id)
+        and (AGENT_ID.fullmatch(agent.agent_id) or HIDDEN_ID.fullmatch(agent.agent_id)),
         "its fingerprint is none": is_text(agent.fingerprint) and _FINGERPRINT.fullmatch(agent.fingerprint),
         "its revision can't be one": _is_count(agent.revision, 1, _LAST_REVISION),
         "its boundaries are not of this context": all(_is_count(b, 0, length) for b in (*agent.kept, agent.previous)),

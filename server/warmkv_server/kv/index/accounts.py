@@ -6,7 +6,7 @@ Whoever changes a node's files, what of it is in RAM, or who references it, does
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from warmkv_server.contract.kv import KVLayout, PartKind
@@ -33,8 +33,9 @@ class Accounts:
         block_bytes: of all files of the index's nodes.
         disk: the same by tenant.
         going: objects that no node has any more and that are still to be removed, by name, with their bytes.
-        hot_agents: how many agents are in RAM.
-        evictions: agents that have left RAM so far.
+        hot_agents: how many agents are in RAM, hidden ones not counted.
+        evictions: agents that have left RAM so far; of the same.
+        watchers: are told of each agent that comes, changes or goes, or whose KV does.
     """
 
     def __init__(self, index: Index, hot: HotTier, layout: KVLayout, fingerprint: str) -> None:
@@ -53,8 +54,11 @@ class Accounts:
         self.going_bytes = 0
         self.hot_agents = 0
         self.evictions = 0
+        self.watchers: list[Callable[[Agent], object]] = []
         for node in index.nodes.values():
             self._count(node, node.disk_bytes)
+            if node.hidden:
+                self._count_hidden(node, node.disk_bytes, 0)
         for agent in index.agents.values():
             self._assess(agent)
         hot.entered, hot.left = self._entered, self._left
@@ -65,11 +69,15 @@ class Accounts:
         """A node has a file of this kind now."""
         node.parts[kind] = part
         self._resize(node, part.nbytes)
+        if self.watchers and not self._hot.has(node, kind):
+            self._tell(node.agents)
 
     def lost(self, node: Node, kind: PartKind) -> Part:
         """A node hasn't its file of this kind any more."""
         part = node.parts.pop(kind)
         self._resize(node, -part.nbytes)
+        if self.watchers and not self._hot.has(node, kind):
+            self._tell(node.agents)
         return part
 
     def enter(self, node: Node) -> None:
@@ -97,6 +105,8 @@ class Accounts:
         if self._index.nodes.get(node.id) is not node:
             return
         self._count(node, nbytes)
+        if node.hidden:
+            self._count_hidden(node, nbytes, 0)
         shared = nbytes if len(node.agents) > 1 else 0
         for agent in node.agents:
             agent.warm_bytes += nbytes
@@ -108,27 +118,40 @@ class Accounts:
         if not self.disk[node.tenant]:
             del self.disk[node.tenant]
 
+    def _count_hidden(self, node: Node, disk_bytes: int, hot_bytes: int) -> None:
+        """Of a node that hidden agents alone reference, or don't any more."""
+        self._index.hidden.nbytes[node.tenant] += disk_bytes
+        self._hot.hidden_bytes += hot_bytes
+
     # RAM
 
     def _entered(self, node: Node, kind: PartKind, nbytes: int) -> None:
         """A part has come into RAM."""
         node.hot_bytes += nbytes
+        if node.hidden:
+            self._count_hidden(node, 0, nbytes)
         for agent in node.agents:
             agent.hot_bytes += nbytes
             if self._needs(agent, node, kind):
                 agent.cold_parts -= 1
-                self.hot_agents += not agent.cold_parts
+                self.hot_agents += _counts(agent)
+        if self.watchers and kind not in node.parts:
+            self._tell(node.agents)
 
     def _left(self, node: Node, kind: PartKind, nbytes: int) -> None:
         """A part has left RAM."""
         node.hot_bytes -= nbytes
+        if node.hidden:
+            self._count_hidden(node, 0, -nbytes)
         for agent in node.agents:
             agent.hot_bytes -= nbytes
             if self._needs(agent, node, kind):
-                left = not agent.cold_parts
+                left = _counts(agent)
                 agent.cold_parts += 1
                 self.hot_agents -= left
                 self.evictions += left
+        if self.watchers and kind not in node.parts:
+            self._tell(node.agents)
 
     def _needs(self, agent: Agent, node: Node, kind: PartKind) -> bool:
         """Whether the next request can't go on from the head of an agent of `node` without this part."""
@@ -148,29 +171,46 @@ class Accounts:
         for node in set(agent.all_nodes()):
             self._share(node, agent, joined=True)
         self._assess(agent)
+        self._tell([agent])
 
     def remove(self, agent: Agent) -> None:
         self._index.remove_agent(agent)
-        self.hot_agents -= not agent.cold_parts
+        self.hot_agents -= _counts(agent)
         for node in set(agent.all_nodes()):
             self._share(node, agent, joined=False)
+        self._tell([agent])
 
     def take(self, agent: Agent, after: Agent) -> None:
         """An agent of the index becomes what `after` is."""
         old, new = set(agent.all_nodes()), set(after.all_nodes())
-        self.hot_agents -= not agent.cold_parts
+        self.hot_agents -= _counts(agent)
         self._index.take(agent, after)
         for node in new - old:
             self._share(node, agent, joined=True)
         for node in old - new:
             self._share(node, agent, joined=False)
         self._assess(agent)
+        self._tell([agent])
+
+    def _tell(self, agents: Iterable[Agent]) -> None:
+        for watcher in self.watchers:
+            for agent in agents:
+                watcher(agent)
 
     def _share(self, node: Node, agent: Agent, *, joined: bool) -> None:
         """What the only other agent of a node has of it is shared from now on, or not any more."""
         if len(node.agents) == 1 + joined:
             (other,) = node.agents - {agent}
             other.shared_bytes += node.disk_bytes if joined else -node.disk_bytes
+        # Hidden agents alone have a node from their first on to their last, or to the first that is named.
+        sign = 0
+        if agent.hidden:
+            if not node.named_refs and len(node.agents) == joined:
+                sign = 1 if joined else -1
+        elif node.named_refs == joined and len(node.agents) > joined:
+            sign = -1 if joined else 1
+        if sign:
+            self._count_hidden(node, sign * node.disk_bytes, sign * node.hot_bytes)
 
     def sized(self, agent: Agent) -> Agent:
         """An agent that is not in the index, with the sizes that it would have there."""
@@ -181,7 +221,7 @@ class Accounts:
 
     def _assess(self, agent: Agent) -> None:
         self.sized(agent)
-        self.hot_agents += not agent.cold_parts
+        self.hot_agents += _counts(agent)
 
     def measure(self, agent: Agent) -> Sizes:
         """The sizes of an agent as it is, or as it would be in the index: summed, which takes a while."""
@@ -203,3 +243,8 @@ class Accounts:
                 yield from ((node, policy.kind) for node in needed(policy, self._layout, agent.nodes, head))
             elif head in agent.snapshots:
                 yield agent.snapshots[head], policy.kind
+
+
+def _counts(agent: Agent) -> bool:
+    """Whether it is one of the agents in RAM."""
+    return not agent.cold_parts and not agent.hidden

@@ -42,6 +42,7 @@ class HotTier:
         limit: bytes. Nothing but unsaved parts may exceed it, and those only until whoever adds them has looked.
 
     Attributes:
+        hidden_bytes: of parts that hidden agents alone have; `Accounts` keeps it.
         entered, left: are told of each part that comes and goes: its node, its kind, its bytes.
     """
 
@@ -49,6 +50,7 @@ class HotTier:
         self.limit = limit
         self.nbytes = 0
         self.unsaved_bytes = 0
+        self.hidden_bytes = 0
         self.entered: Callable[[Node, PartKind, int], None] = _nobody
         self.left: Callable[[Node, PartKind, int], None] = _nobody
         self._lines: defaultdict[str, _Line] = defaultdict(_Line)
@@ -119,23 +121,27 @@ class HotTier:
     def shrink(self, limit: int | None = None, *, pinned_too: bool = True) -> None:
         """Evict down to the limit, or to another one this once.
 
-        What goes is of the tenants that have more than their equal share, of the one with the most first. Pinned agents
-        go when nothing else does: a pin promises the copy on disk, and RAM only as far as it reaches.
+        What goes is of the tenants that have more than their equal share, of the one with the most first. What hidden
+        agents alone have goes before anything else, whoever's it is. Pinned agents go when nothing else does: a pin
+        promises the copy on disk, and RAM only as far as it reaches.
         """
         limit = self.limit if limit is None else limit
         share = limit // max(sum(line.nbytes > 0 for line in self._lines.values()), 1)
+        for floor in (share, 0):
+            if self.nbytes > limit and self.hidden_bytes:
+                self._evict(limit, floor, _is_hidden)
         # Whoever has no more than its share loses something only where all that the others have is unsaved.
         for floor in (share, 0):
-            for pinned in (False, True) if pinned_too else (False,):
+            for chosen in (_is_free, _is_pinned) if pinned_too else (_is_free,):
                 if self.nbytes > limit:
-                    self._evict(limit, floor, pinned=pinned)
+                    self._evict(limit, floor, chosen)
 
-    def _evict(self, limit: int, floor: int, *, pinned: bool) -> None:
-        """Evict down to the limit, of tenants that have more than `floor` bytes, what is pinned or what is not."""
+    def _evict(self, limit: int, floor: int, chosen: Callable[[Node], bool]) -> None:
+        """Evict down to the limit, of tenants that have more than `floor` bytes, what is chosen."""
         excess = self.nbytes - limit
         victims: list[HotPart] = []
         tenants = [
-            (-line.nbytes, number, _evictable(line, pinned=pinned))
+            (-line.nbytes, number, _evictable(line, chosen))
             for number, line in enumerate(self._lines.values())
             if line.nbytes > floor
         ]
@@ -151,8 +157,20 @@ class HotTier:
             self.drop(part.node, part.kind)
 
 
-def _evictable(line: _Line, *, pinned: bool) -> Iterator[HotPart]:
-    return (part for part in line.parts.values() if not part.unsaved and bool(part.node.pinned_refs) == pinned)
+def _evictable(line: _Line, chosen: Callable[[Node], bool]) -> Iterator[HotPart]:
+    return (part for part in line.parts.values() if not part.unsaved and chosen(part.node))
+
+
+def _is_hidden(node: Node) -> bool:
+    return node.hidden
+
+
+def _is_free(node: Node) -> bool:
+    return not node.pinned_refs
+
+
+def _is_pinned(node: Node) -> bool:
+    return bool(node.pinned_refs)
 
 
 def _nobody(node: Node, kind: PartKind, nbytes: int) -> None:

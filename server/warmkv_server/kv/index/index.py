@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from warmkv_server.contract.kv import BLOCK_TOKENS, Fallback, PartKind, policy_of
-from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.names import AgentKey, is_hidden
 from warmkv_server.kv.blocks.blockfile import BlockInfo, Part
 from warmkv_server.kv.blocks.names import TOKEN_BYTES, block_of, object_name
+from warmkv_server.kv.index.hidden import HiddenAgents
 from warmkv_server.kv.index.records import TokenIds
 
 PartOf = tuple["Node", PartKind]
@@ -40,7 +41,7 @@ class Node:
         agents: that reference it. Without any it is never reused, only collected.
         pins: leases and commits that are working with it, and manifests on disk that alone refer to it still.
         part_refs: agents that need its part of a kind that not every node has, by kind; 0 where it can be evicted.
-        pinned_refs: pinned agents that reference it.
+        pinned_refs, named_refs: pinned agents that reference it, and agents that are not hidden.
         hot_bytes: its parts in RAM.
         last_used: of the store's time (see clock.py).
     """
@@ -60,6 +61,7 @@ class Node:
     pins: int = 0
     part_refs: Counter[PartKind] = field(default_factory=Counter)
     pinned_refs: int = 0
+    named_refs: int = 0
     hot_bytes: int = 0
     last_used: float = 0.0
     extra_key: bytes = b""
@@ -112,6 +114,11 @@ class Node:
     @property
     def full(self) -> bool:
         return self.count == BLOCK_TOKENS
+
+    @property
+    def hidden(self) -> bool:
+        """Whether hidden agents reference it, and no others."""
+        return not self.named_refs and bool(self.agents)
 
 
 @dataclass(eq=False, slots=True)
@@ -166,6 +173,11 @@ class Agent:
         return AgentKey(self.tenant, self.agent_id)
 
     @property
+    def hidden(self) -> bool:
+        """Whether no client can name it."""
+        return is_hidden(self.agent_id)
+
+    @property
     def extra_key(self) -> bytes:
         """What its KV is a function of besides the tokens."""
         return self.nodes[0].extra_key if self.nodes else b""
@@ -194,6 +206,7 @@ class Index:
         self.agents: dict[AgentKey, Agent] = {}
         self.implausible: list[tuple[Agent, str]] = []
         """Agents of the journal with values that can't be, and what; they are not among `agents`."""
+        self.hidden = HiddenAgents()
         self.next_row = 1
         self.next_incarnation = 1
         self._names: defaultdict[str, list[str]] = defaultdict(list)
@@ -205,7 +218,10 @@ class Index:
 
     def add_agent(self, agent: Agent) -> None:
         self.agents[agent.key] = agent
-        insort(self._names[agent.tenant], agent.agent_id)
+        if agent.hidden:
+            self.hidden.add(agent)
+        else:
+            insort(self._names[agent.tenant], agent.agent_id)
         self._reference(set(agent.all_nodes()), agent)
         for node, kind in agent.partial:
             node.part_refs[kind] += 1
@@ -213,8 +229,11 @@ class Index:
     def remove_agent(self, agent: Agent) -> None:
         """Forget it. Its nodes stay until they are collected."""
         del self.agents[agent.key]
-        names = self._names[agent.tenant]
-        del names[bisect_left(names, agent.agent_id)]
+        if agent.hidden:
+            self.hidden.remove(agent)
+        else:
+            names = self._names[agent.tenant]
+            del names[bisect_left(names, agent.agent_id)]
         self._dereference(set(agent.all_nodes()), agent)
         for node, kind in agent.partial:
             node.part_refs[kind] -= 1
@@ -238,7 +257,7 @@ class Index:
         self.set_pinned(agent, after.pinned)
 
     def names(self, tenant: str, after: str) -> list[str]:
-        """The tenant's agent ids behind `after`, sorted."""
+        """The tenant's agent ids behind `after`, sorted, but for hidden ones."""
         names = self._names.get(tenant, [])
         return names[bisect_right(names, after) if after else 0 :]
 
@@ -253,8 +272,10 @@ class Index:
         return self.next_row - 1
 
     def _reference(self, nodes: Iterable[Node], agent: Agent) -> None:
+        named = not agent.hidden
         for node in nodes:
             node.pinned_refs += agent.pinned
+            node.named_refs += named
             node.agents.add(agent)
             if len(node.agents) > 1:
                 continue
@@ -264,8 +285,10 @@ class Index:
                 insort(self._families[node.family], (node.block_tokens, node.start, node.id))
 
     def _dereference(self, nodes: Iterable[Node], agent: Agent) -> None:
+        named = not agent.hidden
         for node in nodes:
             node.pinned_refs -= agent.pinned
+            node.named_refs -= named
             node.agents.remove(agent)
             if node.agents:
                 continue
@@ -287,6 +310,11 @@ class Index:
     def snapshots_after(self, parent: bytes, extra_key: bytes) -> list[Node]:
         """Referenced snapshots taken in the block that follows `parent`."""
         return self._snapshots.get(parent + extra_key, [])
+
+    def family(self, parent: bytes, extra_key: bytes = b"") -> Sequence[tuple[bytes, int, bytes]]:
+        """The nodes that continue `parent`, sorted by tokens: each one's tokens from where its block begins, its first
+        token's place, and its id."""
+        return self._families.get(parent + extra_key, ())
 
     def tail_like(self, parent: bytes, wanted: bytes, extra_key: bytes) -> list[Node]:
         """The nodes after `parent` that cover the longest common prefix of `wanted` with any context kept there.

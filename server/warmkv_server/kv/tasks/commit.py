@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from warmkv_server.contract.kv import all_kinds
-from warmkv_server.contract.names import AgentKey
-from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget
+from warmkv_server.contract.names import AgentKey, is_hidden
+from warmkv_server.errors import AgentDeleted, AgentExists, MemoryBudget, StorageUnavailable
 from warmkv_server.kv.blocks.writer import RequestKV
 from warmkv_server.kv.catalog import rows
 from warmkv_server.kv.catalog.commit_log import lives
@@ -80,7 +80,8 @@ class Committer:
     async def commit(self, commit: Commit) -> Committed:
         """See `Store.commit`. The caller keeps the lease's nodes pinned for as long as this runs."""
         began = time.perf_counter()
-        ticket = await self._take_ticket(AgentKey(commit.tenant, commit.agent_id))
+        key = AgentKey(commit.tenant, commit.agent_id)
+        ticket = await self._take_ticket(key)
         try:
             agent = self._agent(commit, ticket)
             _check(commit)
@@ -88,13 +89,13 @@ class Committer:
             nodes = plan.all_nodes()
             self._adopt(nodes)
             try:
-                result = await self._writer.write(commit.tenant, plan.parts, RequestKV(commit.reuse, commit.growth))
-                async with self._core.last_step(AgentKey(commit.tenant, commit.agent_id)):
+                result = await self._writer.write(key, plan.parts, RequestKV(commit.reuse, commit.growth))
+                async with self._core.last_step(key):
                     return await self._finish(commit, self._agent(commit, ticket), plan, result, began)
             finally:
                 self._let_go(nodes)
         finally:
-            self._return_ticket(AgentKey(commit.tenant, commit.agent_id), ticket)
+            self._return_ticket(key, ticket)
 
     async def _retry(self, agent: Agent) -> bool:
         """Try to make the last commit of an agent durable after all."""
@@ -105,7 +106,7 @@ class Committer:
             node.pins += 1
         try:
             unsaved = ((node, kind) for node in nodes for kind in all_kinds())
-            result = await self._writer.write_unsaved(agent.tenant, unsaved)
+            result = await self._writer.write_unsaved(agent.key, unsaved)
             async with core.last_step(agent.key):
                 if result.refusal is not None or core.index.agents.get(agent.key) is not agent:
                     return False
@@ -211,6 +212,8 @@ class Committer:
             self._note_not_durable(agent, before)
             self._collector.suspect(before.all_nodes())
             raise
+        if not durable and after.hidden:
+            raise self._not_kept()
         self._put_into_index(agent, after)
         if durable:
             self._note_durable(agent, before.all_nodes())
@@ -249,7 +252,9 @@ class Committer:
             self._core.hot.touch(node)
 
     def _bear(self, commit: Commit, refusal: OSError) -> None:
-        """Go on in RAM, if it has room."""
+        """Go on in RAM, if it has room. A hidden agent isn't worth any."""
+        if is_hidden(commit.agent_id):
+            raise self._not_kept() from refusal
         hot, outcomes = self._core.hot, self._core.outcomes
         # It can't be taken from anybody, so each tenant has its share from the start.
         alone = hot.unsaved_of(commit.tenant) > hot.limit // self._core.tenants.number
@@ -262,6 +267,12 @@ class Committer:
                 unit="bytes",
             )
         log.warning("the last commit of agent %r stays in RAM: %s", commit.agent_id, refusal)
+
+    def _not_kept(self) -> StorageUnavailable:
+        return StorageUnavailable(
+            "the disk refuses writes, so that nothing is kept for whoever goes on with this",
+            retry_after=self._core.tuning.retry_seconds,
+        )
 
     def _note_durable(self, agent: Agent, replaced: Iterable[Node]) -> None:
         """

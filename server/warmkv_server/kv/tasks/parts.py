@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from warmkv_server.contract.kv import PartKind, Tensors
+from warmkv_server.contract.names import AgentKey, is_hidden
 from warmkv_server.kv.blocks.blockfile import BadFile, header_bytes, payload_size
 from warmkv_server.kv.blocks.writer import RequestKV, write_part
 from warmkv_server.kv.index.hot import PartKey
@@ -44,12 +45,12 @@ class PartWriter:
         self._large: set[asyncio.Task[None]] = set()
         """Files in work of commits that have many."""
 
-    async def write(self, tenant: str, parts: Iterable[tuple[Node, PartKind]], kv: RequestKV) -> WriteResult:
+    async def write(self, key: AgentKey, parts: Iterable[tuple[Node, PartKind]], kv: RequestKV) -> WriteResult:
         """Make every part exist on disk and in RAM; where the disk refuses, in RAM alone."""
         parts = list(parts)
         result = WriteResult(self._perhaps_not_synced(parts))
         wanted = [(node, kind) for node, kind in parts if self._is_wanted(node, kind, kv.reuse.length)]
-        async with self._room(tenant, wanted, result):
+        async with self._room(key, wanted, result):
             await self._write_all(wanted, kv, result)
             await self._sync(result)
         return result
@@ -76,13 +77,13 @@ class PartWriter:
         """Large commits' files in work before one begins with another; enough for all threads where nobody decodes."""
         return 1 if self._core.files.busy() else 2 * self._core.tuning.io_threads
 
-    async def write_unsaved(self, tenant: str, parts: Iterable[tuple[Node, PartKind]]) -> WriteResult:
+    async def write_unsaved(self, key: AgentKey, parts: Iterable[tuple[Node, PartKind]]) -> WriteResult:
         """Try once more what the disk has refused."""
         parts = list(parts)
         result = WriteResult(self._perhaps_not_synced(parts))
         hot = self._core.hot
         wanted = [(node, kind) for node, kind in parts if kind not in node.parts and hot.has(node, kind)]
-        async with self._room(tenant, wanted, result):
+        async with self._room(key, wanted, result):
             for node, kind in wanted:
                 async with self._alone(node, kind):
                     tensors = hot.get(node, kind)
@@ -98,7 +99,9 @@ class PartWriter:
         return {node.object_name(kind, node.parts[kind]) for node, kind in known}
 
     @contextlib.asynccontextmanager
-    async def _room(self, tenant: str, parts: list[tuple[Node, PartKind]], result: WriteResult) -> AsyncIterator[None]:
+    async def _room(
+        self, key: AgentKey, parts: list[tuple[Node, PartKind]], result: WriteResult
+    ) -> AsyncIterator[None]:
         """Room in the quota for files that don't exist yet; without it, nothing is written."""
         new = [(node, kind) for node, kind in parts if kind not in node.parts]
         size = sum(
@@ -106,7 +109,9 @@ class PartWriter:
         )
         async with contextlib.AsyncExitStack() as stack:
             try:
-                result.room = await stack.enter_async_context(self._quota.room(tenant, size))
+                result.room = await stack.enter_async_context(
+                    self._quota.room(key.tenant, size, hidden=is_hidden(key.agent_id))
+                )
             except OSError as error:
                 result.refusal = error
             yield

@@ -1,10 +1,11 @@
 """The disk quota: which blocks are evicted from disk when the directory is full.
 
-Everything under the data directory counts. Tenants share it: what goes is of those that have more than their equal
-share, of the one with the most first. Of a tenant, least recently used blocks go first, the end of a context before its
-start (using a block uses all before it, so a start is never older than what follows it); never what a request is
-working with. What a pinned agent references stays, unless its tenant has more than its share, and another, which has
-less than its own, needs room. An agent keeps its tokens: what is gone is computed anew when needed.
+Everything under the data directory counts. Hidden agents go before anybody else loses something. Tenants share it: what
+goes is of those that have more than their equal share, of the one with the most first. Of a tenant, least recently used
+blocks go first, the end of a context before its start (using a block uses all before it, so a start is never older than
+what follows it); never what a request is working with. What a pinned agent references stays, unless its tenant has more
+than its share, and another, which has less than its own, needs room. An agent keeps its tokens: what is gone is
+computed anew when needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import errno
 import logging
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from heapq import heapify, heappop
 
 from warmkv_server.contract.kv import Fallback
@@ -51,16 +52,26 @@ class Room:
 
 
 class Quota:
-    def __init__(self, core: Core, collector: Collector, manifests: Manifests) -> None:
+    def __init__(
+        self, core: Core, collector: Collector, manifests: Manifests, shed: Callable[[int], Awaitable[bool]]
+    ) -> None:
+        """
+        Args:
+            shed: deletes hidden agents that have as many bytes, as far as there are any. Whether one went.
+        """
         self._core = core
+        self._shed = shed
         self._collector = collector
         self._manifests = manifests
         self._reserved: Counter[str] = Counter()
         self._freeing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
-    async def room(self, tenant: str, nbytes: int) -> AsyncIterator[Room]:
+    async def room(self, tenant: str, nbytes: int, *, hidden: bool = False) -> AsyncIterator[Room]:
         """Have so many bytes of the quota for the block.
+
+        Args:
+            hidden: whether a hidden agent asks, for whom others lose nothing.
 
         Raises:
             OSError: they can't be had.
@@ -68,7 +79,12 @@ class Quota:
         if self._excess(nbytes) > 0:
             async with self._freeing:  # One after another: what one is freeing, the next need not free again.
                 while (excess := self._excess(nbytes)) > 0:
-                    await self._free(tenant, nbytes, excess)
+                    if await self._shed(excess):
+                        await self._collector.idle()
+                    elif hidden:
+                        raise OSError(errno.EDQUOT, "the disk quota has no room for a hidden agent")
+                    else:
+                        await self._free(tenant, nbytes, excess)
         room = Room(self._reserved, tenant, nbytes)
         try:
             yield room
