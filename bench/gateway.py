@@ -102,9 +102,9 @@ def main() -> None:
                         for side, figures in pair.items() if number >= 0 else ():
                             found.setdefault((words, side), []).append(figures)
     report = (
-        f"# What a gateway costs\n\n{options.rounds} pairs, turn about, on one server with the built-in model: a chat of "
-        f"so many words, nothing of which is reused, and {TOKENS} tokens of answer. Medians; a ratio is that of the pairs' "
-        f"ratios.\n\n{table(found)}\n"
+        f"# What a gateway costs\n\n{options.rounds} pairs, turn about, on one server with the built-in model: a chat "
+        f"of so many words, nothing of which is reused, and {TOKENS} tokens of answer. Medians; a ratio is that of the "
+        f"pairs' ratios.\n\n{table(found)}\n"
     )
     (options.out / "report.md").write_text(report)
     print(report)
