@@ -26,7 +26,7 @@ from warmkv_server.engine.model.load_progress import LoadProgress, untold
 from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.output.compiler import Compiler
 from warmkv_server.engine.output.constraint import Constraint, Vocabulary
-from warmkv_server.engine.output.same_text import SameText, TokenIds, may_say_the_same
+from warmkv_server.engine.output.same_text import SameText, Tokens, may_say_the_same
 from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
 from warmkv_server.engine.steps.running_set import EventTo
@@ -198,7 +198,7 @@ class Engine:
         """Of text that a context can hold at most; None if the tokenizer doesn't tell."""
         return self.text.bytes_per_token * self.info.context_limit or None
 
-    def may_say_the_same(self, held: TokenIds, wanted: TokenIds, common: int) -> bool:
+    def may_say_the_same(self, held: Tokens, wanted: Tokens, common: int) -> bool:
         """Whether more than the first `common` tokens may say the same; `same_text` knows. At once."""
         assert self._loop.loaded is not None
         return may_say_the_same(self._loop.loaded.spelling, held, wanted, common)
