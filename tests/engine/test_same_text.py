@@ -163,3 +163,18 @@ def test_it_takes_time_in_proportion() -> None:
 
     seconds(10)
     assert min(seconds(4000) for _ in range(3)) < 30 * max(seconds(400) for _ in range(3)) + 0.5
+
+
+def test_many_cuts_take_no_more_for_each() -> None:
+    """Answers that were all cut within a character, and come back with the sign for what is broken."""
+    cut, sign = ids(built_in(), "🙃")[:-1], ids(built_in(), built_in().decode(ids(built_in(), "🙃")[:-1]))
+
+    def seconds(answers: int) -> float:
+        held, wanted = array([ASSISTANT, *cut, END] * answers), array([ASSISTANT, *sign, END] * answers)
+        began = time.perf_counter()
+        found = same().alike(held, wanted)
+        assert (found.held, found.wanted) == (len(held), len(wanted))
+        return time.perf_counter() - began
+
+    seconds(2)
+    assert min(seconds(1000) for _ in range(2)) < 100 * max(seconds(100) for _ in range(3)) + 0.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import secrets
@@ -146,6 +145,7 @@ class Engine:
         )
         self._compiler = Compiler(self._vocabulary, self.text.try_grammar)
         self._same_text: SameText | None = None
+        self._bytes_known = True
         self.lost: asyncio.Future[str] = self._asyncio.create_future()
         """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
@@ -205,10 +205,12 @@ class Engine:
 
     async def same_text(self) -> SameText | None:
         """What tells which tokens say the same; None for a model whose tokens' bytes aren't known."""
-        if self._same_text is None:
+        if self._same_text is None and self._bytes_known:
             assert self._loop.loaded is not None
-            with contextlib.suppress(Unsupported):
+            try:
                 self._same_text = SameText(await self._compiler.vocabulary(), self._loop.loaded.spelling)
+            except Unsupported:
+                self._bytes_known = False
         return self._same_text
 
     async def constrain(self, grammar: Grammar, tenant: str) -> Constraint:

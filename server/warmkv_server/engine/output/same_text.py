@@ -24,6 +24,8 @@ _NUMBER = 4
 _FIRST_WIDTH = 64
 _LAST_WIDTH = 1 << 16
 """Tokens of either side that are spelled at a time: few, since most that differ say something else."""
+_STEPS = 4096
+"""Places where the two differ, at most: what follows is left as it is."""
 _BEFORE = 8
 """Tokens that others are decoded behind."""
 _CUT = 4096
@@ -83,7 +85,7 @@ class SameText:
         """How much of both says the same, from the first token on. Takes time in proportion to their lengths."""
         a = b = changed = 0
         width = _FIRST_WIDTH
-        while True:
+        for _ in range(_STEPS):
             run = common_length(held[a:], wanted[b:])
             a, b = a + run, b + run
             if a == len(held) or b == len(wanted):
@@ -97,7 +99,7 @@ class SameText:
                 if not step.held:
                     break
             a, b, changed = a + step.held, b + step.wanted, changed + step.changed
-            width = min(2 * width, _LAST_WIDTH)
+            width = min(2 * width, _LAST_WIDTH) if more else _FIRST_WIDTH
         return Alike(a, b, changed)
 
     def _step(self, held: Tokens, wanted: Tokens) -> tuple[Alike, bool]:
