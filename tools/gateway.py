@@ -94,7 +94,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, too, nothing is left behind
     worker, metrics = free_port(), free_port()
     # Clients that bring no identity send everything anew each time: what was said before is kept for them.
-    serve = [WARMKV, "serve", "--port", "0", "--gateway-port", str(worker), "--keep-anonymous", "2h", *more]
+    serve: list[str | Path] = [
+        WARMKV,
+        "serve",
+        "--port",
+        "0",
+        "--gateway-port",
+        str(worker),
+        "--keep-anonymous",
+        "2h",
+        *more,
+    ]
     with (
         LOG.open("wb") as log,
         started(serve) as server,

@@ -27,7 +27,7 @@ class Engine:
 
     def __init__(self, port: int) -> None:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
-        self.stub = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)
+        self.stub: Any = vllm_engine_pb2_grpc.VllmEngineStub(self.channel)  # type: ignore[no-untyped-call]
 
     def stream(self, ids: list[int], request_id: str = "x", *, stream: bool = True, **params: Any) -> Any:
         asked = vllm_engine_pb2.GenerateRequest(

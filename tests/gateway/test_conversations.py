@@ -164,7 +164,8 @@ def test_however_many_come_they_take_no_more_than_their_bytes(tmp_path: Path) ->
     worker = Worker(tmp_path / "data", "--keep-anonymous", "1h", "--anonymous-bytes", str(bound))
     try:
         worker.own.generate("named", token_ids(some_tokens(300)))
-        engine = vllm_engine_pb2_grpc.VllmEngineStub(grpc.insecure_channel(f"127.0.0.1:{worker.port}"))
+        channel = grpc.insecure_channel(f"127.0.0.1:{worker.port}")
+        engine: Any = vllm_engine_pb2_grpc.VllmEngineStub(channel)  # type: ignore[no-untyped-call]
         most = 0
         for number in range(MANY):
             params = vllm_engine_pb2.SamplingParams(max_tokens=1, temperature=0)
