@@ -160,8 +160,12 @@ def _check_gateway(settings: Settings) -> None:
             f"--gateway-host {settings.gateway_host} would serve other machines, and a gateway brings neither TLS nor "
             "tokens: keep it on this machine, or say --insecure-bind"
         )
-    if (settings.gateway_tenant is None) != (settings.token_file is None):
-        raise OperatorError("--gateway-port beside --token-file needs --gateway-tenant, and no other has it")
+    if settings.token_file is not None and settings.gateway_tenant is None:
+        raise OperatorError("--gateway-port beside --token-file needs --gateway-tenant: whose agents its clients see")
+    if settings.token_file is None and settings.gateway_tenant is not None:
+        raise OperatorError(
+            "--gateway-tenant needs --token-file: without tokens there is one tenant, which has no name"
+        )
 
 
 def _refuse_misspelt(known: Mapping[str, Option]) -> None:

@@ -197,12 +197,15 @@ def test_a_gateway_knows_which_prefixes_are_held(tmp_path: Path, seed: int) -> N
             again.take()
         stream.cancel()
         number = again.number
-    with serving(data, "--gateway-port", str(port)):
+    with serving(data, "--gateway-port", str(port)) as (server, _):
         fresh = Known(Engine(port).events(number), number)
         while fresh.has(other) < 5:
             fresh.take()
         assert len(fresh.blocks) == 5
-        assert next(Engine(port).events()).sequence_number > number
+        left = Engine(port).events()
+        assert next(left).sequence_number > number
+        assert server.terminate() == 0
+        list(left)  # it ends, and not with an error
 
 
 def test_a_gateway_serves_the_tenant_that_the_operator_names(tmp_path: Path) -> None:

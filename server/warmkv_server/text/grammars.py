@@ -116,7 +116,7 @@ def source(grammar: Grammar) -> str:
         case GrammarKind.GBNF:
             try:
                 return LLMatcher.grammar_from_lark(any_to_lark(grammar.texts[0]))
-            except Exception as error:  # which it raises as such, too
+            except Exception as error:  # nothing less is what it raises where there is no rule to begin with
                 raise InvalidField.of(grammar.field, f"can't be read: {_short(str(error))}") from error
         case GrammarKind.CHOICES:
             return LLMatcher.grammar_from_regex(
