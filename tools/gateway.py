@@ -50,7 +50,8 @@ Ctrl-C ends both. The gateway's log is {log}; docs/gateway.md says the rest.
 def command(port: int, metrics_port: int, workers: Sequence[int], *more: str) -> list[str | Path]:
     """How the gateway is started, with so many servers behind it."""
     urls = [f"grpc://127.0.0.1:{worker}" for worker in workers]
-    own = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)]
+    own = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
+    own += ["--prometheus-port", str(metrics_port)]
     return [SMG, "launch", *own, "--worker-urls", *urls, *FLAGS, *more]
 
 
@@ -91,10 +92,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A server behind a gateway.")
     parser.add_argument("--port", type=int, default=8080, help="of the gateway")
     options, more = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, too, nothing is left behind
+    for each in (signal.SIGINT, signal.SIGTERM):  # while it starts, too, nothing is left behind
+        signal.signal(each, signal.default_int_handler)
     worker, metrics = free_port(), free_port()
     # Clients that bring no identity send everything anew each time: what was said before is kept for them.
-    serve = [WARMKV, "serve", "--port", "0", "--gateway-port", str(worker), "--keep-anonymous", "2h", *more]
+    serve: list[str | Path] = [
+        WARMKV,
+        "serve",
+        "--port",
+        "0",
+        "--gateway-port",
+        str(worker),
+        "--keep-anonymous",
+        "2h",
+        *more,
+    ]
     with (
         LOG.open("wb") as log,
         started(serve) as server,

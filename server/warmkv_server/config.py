@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
-from warmkv_server.contract.settings import LOOPBACK, Settings
+from warmkv_server.contract.settings import LOOPBACK, Duration, Settings
 from warmkv_server.errors import OperatorError
 from warmkv_server.platform import memory, places
 
@@ -43,12 +43,14 @@ class Option:
 
     Attributes:
         default: "" if there is none, or if the help text says what it is.
+        metavar: what stands for the value in a help text.
     """
 
     name: str
     help: str
     default: str
     is_switch: bool
+    metavar: str
 
     @property
     def flag(self) -> str:
@@ -76,7 +78,9 @@ def options() -> Iterator[Option]:
     for field in fields(Settings):
         is_told = field.default is None or field.name in {**_of_this_machine(), **_of_this_platform()}
         text = FieldInfo.from_annotation(_HINTS[field.name]).description or ""
-        yield Option(field.name, text, "" if is_told else str(field.default), _TYPES[field.name] is bool)
+        is_duration = get_args(_HINTS[field.name])[0] == (Duration | None)
+        metavar = "DURATION" if is_duration else field.name.rpartition("_")[2].upper()
+        yield Option(field.name, text, "" if is_told else str(field.default), _TYPES[field.name] is bool, metavar)
 
 
 def read(flags: Mapping[str, object], file: Path | None = None) -> Settings:
@@ -156,8 +160,12 @@ def _check_gateway(settings: Settings) -> None:
             f"--gateway-host {settings.gateway_host} would serve other machines, and a gateway brings neither TLS nor "
             "tokens: keep it on this machine, or say --insecure-bind"
         )
-    if (settings.gateway_tenant is None) != (settings.token_file is None):
-        raise OperatorError("--gateway-port beside --token-file needs --gateway-tenant, and no other has it")
+    if settings.token_file is not None and settings.gateway_tenant is None:
+        raise OperatorError("--gateway-port beside --token-file needs --gateway-tenant: whose agents its clients see")
+    if settings.token_file is None and settings.gateway_tenant is not None:
+        raise OperatorError(
+            "--gateway-tenant needs --token-file: without tokens there is one tenant, which has no name"
+        )
 
 
 def _refuse_misspelt(known: Mapping[str, Option]) -> None:

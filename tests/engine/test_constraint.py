@@ -246,3 +246,20 @@ def test_where_the_library_gives_up_its_makers_words_stay_here() -> None:
     assert isinstance(found, ConstraintTooComplex)
     assert "panic" not in str(found)
     assert "response_format.regex" in str(found)
+
+
+@pytest.mark.parametrize(
+    "written", ['root ::= "yes" | "no" number\nnumber ::= [0-9]+', 'start: "yes" | "no" NUMBER\nNUMBER: /[0-9]+/']
+)
+def test_a_grammar_as_other_servers_take_it(written: str) -> None:
+    grammar = Grammar(GrammarKind.GBNF, (written,))
+    Trial(grammar).run()
+    made = Constraint.compile(grammar, vocabulary(built_in()))
+    starts = {built_in().decode([token])[:1] for token in allowed(made) - {END}}
+    assert starts == {"y", "n"}
+
+
+@pytest.mark.parametrize("written", ["root ::= ((((", "", 'root ::= "a" other'])
+def test_a_grammar_that_is_none(written: str) -> None:
+    with pytest.raises(InvalidField, match="grammar"):
+        Trial(Grammar(GrammarKind.GBNF, (written,), place="grammar")).run()

@@ -18,7 +18,7 @@ from tests.engine.trained import TRAINED, write
 from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.engine.output.answer_text import Spelling
 from warmkv_server.engine.output.constraint import Vocabulary
-from warmkv_server.engine.output.same_text import Alike, SameText, TokenIds, common_length, may_say_the_same
+from warmkv_server.engine.output.same_text import Alike, SameText, Tokens, common_length, may_say_the_same
 from warmkv_server.errors import Unsupported
 
 END, ASSISTANT = 1, 5
@@ -37,7 +37,7 @@ def same() -> SameText:
     return SameText(Vocabulary(built_in(), SPELLING, len(built_in().get_vocab()), {END}), SPELLING)
 
 
-def array(tokens: Sequence[int]) -> TokenIds:
+def array(tokens: Sequence[int]) -> Tokens:
     return np.array(tokens, np.int32)
 
 
@@ -149,10 +149,12 @@ def test_other_texts_are_not_worth_a_look() -> None:
 def test_it_takes_time_in_proportion() -> None:
     """Also where every word is tokenised in another way, and where the last token differs."""
 
+    letters = {letter: ids(built_in(), letter) for letter in "another word of it "}
+
     def seconds(words: int) -> float:
         text = "another word of it " * words
         wanted = array(ids(built_in(), text))
-        held = array([token for letter in text for token in ids(built_in(), letter)])
+        held = array([token for letter in text for token in letters[letter]])
         began = time.perf_counter()
         found = same().alike(held, wanted)
         assert found.wanted == len(wanted)
@@ -161,3 +163,18 @@ def test_it_takes_time_in_proportion() -> None:
 
     seconds(10)
     assert min(seconds(4000) for _ in range(3)) < 30 * max(seconds(400) for _ in range(3)) + 0.5
+
+
+def test_many_cuts_take_no_more_for_each() -> None:
+    """Answers that were all cut within a character, and come back with the sign for what is broken."""
+    cut, sign = ids(built_in(), "🙃")[:-1], ids(built_in(), built_in().decode(ids(built_in(), "🙃")[:-1]))
+
+    def seconds(answers: int) -> float:
+        held, wanted = array([ASSISTANT, *cut, END] * answers), array([ASSISTANT, *sign, END] * answers)
+        began = time.perf_counter()
+        found = same().alike(held, wanted)
+        assert (found.held, found.wanted) == (len(held), len(wanted))
+        return time.perf_counter() - began
+
+    seconds(2)
+    assert min(seconds(1000) for _ in range(2)) < 100 * max(seconds(100) for _ in range(3)) + 0.5

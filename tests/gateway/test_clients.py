@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.e2e.harness import chat, text
 from tests.gateway.harness import MODEL, Gateway, Worker, user
 
 SEA = "Tell me about the sea."
@@ -35,8 +36,6 @@ def test_the_model_has_a_name(front: Gateway) -> None:
 
 
 def test_a_chat_says_the_same_in_pieces_and_as_our_own_api(front: Gateway, worker: Worker) -> None:
-    from tests.e2e.harness import chat
-
     whole = front.chat(user(SEA))
     assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (16, "length")
     pieces = list(front.chat(user(SEA), stream=True, stream_options={"include_usage": True}))
@@ -88,8 +87,6 @@ def test_several_answers(front: Gateway) -> None:
 
 
 def test_what_ends_an_answer(front: Gateway, worker: Worker) -> None:
-    from tests.e2e.harness import text
-
     (choice,) = front.chat(user(SEA), stop=["sea", "nowhere"]).choices
     assert (choice.message.content, choice.finish_reason) == ("The ", "stop")
     (sea,) = worker.own.count(text(" sea")).token_ids[-1:]

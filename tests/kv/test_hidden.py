@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,21 @@ async def test_they_are_there_after_a_restart_until_their_time_is_up(tmp_path: P
 
 
 async def test_a_start_deletes_what_a_crash_has_left(tmp_path: Path) -> None:
-    """Between a commit and the deletion of what it goes on with; and with a smaller limit than before."""
+    """Between a commit and the deletion of what it goes on with."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    driver = await Driver.open(before)
+    await keep(driver, turns(1, 1))
+    await keep(driver, turns(1, 2))
+    shutil.copytree(before, after)  # as it is now: nothing else has its turn meanwhile
+    await driver.close()
+    crashed = await Driver.open(after)
+    assert hidden(crashed) == 2
+    await eventually(lambda: hidden(crashed) == 1)
+    assert (await crashed.reuse("", turns(1, 2))).length == 300
+    await crashed.close()
+
+
+async def test_a_start_with_a_smaller_limit_keeps_it(tmp_path: Path) -> None:
     driver = await Driver.open(tmp_path)
     for number in (1, 2, 3, 4):
         await keep(driver, turns(1, number))

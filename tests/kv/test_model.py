@@ -22,6 +22,7 @@ from tests.kv.disk import RefusingFiles, make_index_refuse
 from tests.kv.driver import FINGERPRINT, OTHER_MODEL, TENANT, Driver
 from tests.kv.words import LAYOUTS, context
 from warmkv_server.contract.kv import KVLayout, PartKind
+from warmkv_server.contract.names import hidden_id
 from warmkv_server.errors import MemoryBudget, NotDurable, OperatorError, StorageUnavailable
 from warmkv_server.kv.blocks import reader
 from warmkv_server.kv.blocks.disk import object_path
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 AGENTS = st.sampled_from(["a", "b", "c", "d"])
 RAM_DISK = Path("/dev/shm")
+HIDDEN_BYTES = 400_000
 # Contexts that have long prefixes in common: each piece is the beginning of one of three streams of tokens.
 PIECES = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 400)), min_size=1, max_size=3)
 
@@ -83,7 +85,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.files = RefusingFiles()
         self.index_refuses = self.refused = False
         self.agents = {agent: replace(known) for agent, known in self.durable.items()}
-        changes: dict[str, Any] = {"hot_bytes": 400_000, "retry_seconds": 3600.0}
+        changes: dict[str, Any] = {"hot_bytes": 400_000, "retry_seconds": 3600.0, "anonymous_bytes": HIDDEN_BYTES}
         opening = Driver.open(self.data, self.layout, self.fingerprint, files=self.files, tier=self.tier(), **changes)
         self.driver = self.run(opening)
 
@@ -160,6 +162,24 @@ class StoreMachine(RuleBasedStateMachine):
         self.agents[agent] = Known(tokens, revision, labels=labels, durable=committed.persisted)
         if committed.persisted:
             self.durable[agent] = replace(self.agents[agent])
+
+    @rule(pieces=PIECES, more=PIECES)
+    def keep_without_an_agent(self, pieces: list[tuple[int, int]], more: list[tuple[int, int]]) -> None:
+        """A request that names no agent, and one that goes on with it."""
+        first = tokens_of(pieces)
+        for tokens in (first, context(first.tolist(), tokens_of(more).tolist())):
+            try:
+                _, committed = self.run(self.d.put("", tokens, kept_as=hidden_id(), ttl=3600.0, answer=True))
+            except StorageUnavailable:
+                assert self.refusing
+                return
+            assert committed.persisted
+            self.run(self.d.store.settled())
+            if not self.refusing:
+                core = self.d.store.core
+                there = [a for a in core.index.agents.values() if a.hidden and a.fingerprint == core.fingerprint]
+                begin = [a for a in there if np.array_equal(a.tokens, tokens[: len(a.tokens)])]
+                assert len(begin) <= 1  # itself, unless it is too large
 
     @property
     def refusing(self) -> bool:
@@ -371,6 +391,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.run(self.d.store.settled())
         check_sums(self.d.store)
+        assert self.refusing or self.refused or self.d.store.stats().hidden_bytes <= HIDDEN_BYTES
         if not self.damaged:
             check_directory(self.d.store, self.data)
         if not self.settled:

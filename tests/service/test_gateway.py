@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
@@ -25,9 +27,10 @@ from warmkv_server.contract.generation import Delta, Finish, Logprobs, Sampling
 from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.contract.kv import Source
 from warmkv_server.contract.names import AgentKey
+from warmkv_server.contract.store import HeldChange, HeldSnapshot
 from warmkv_server.errors import ContextTooLong, InvalidField
 from warmkv_server.service import wire
-from warmkv_server.service.gateway import asked, bundle
+from warmkv_server.service.gateway import asked, bundle, kv_events
 from warmkv_server.service.gateway.answered import Answered
 from warmkv_server.service.validate import Model
 
@@ -60,6 +63,7 @@ def test_what_is_unset_is_off_and_the_temperature_the_models() -> None:
     assert found.whole
     assert not found.told_apart
     assert found.candidates == 0
+    assert found.splice
     assert found.answer.sampling == Sampling(temperature=0.7)
     assert found.answer.max_tokens == MODEL.context_limit  # and the engine stops where the context is full
     assert found.answer.grammar is None
@@ -259,3 +263,37 @@ def test_many_ids_and_the_text_they_are_of_are_no_long_string() -> None:
     assert "sampling_params.regex" in str(wire.refusal(regex.SerializeToString(), vllm.GenerateRequest))
     flood = vllm.GenerateRequest(tokenized=vllm.TokenizedInput(input_ids=[1] * 2_200_000))
     assert "tokenized.input_ids" in str(wire.refusal(flood.SerializeToString(), vllm.GenerateRequest))
+
+
+def tokens(*ids: int) -> Any:
+    return np.array(ids, np.int32)
+
+
+def told(events: Any) -> list[tuple[str, int]]:
+    """What kinds of events there are, and of how many blocks."""
+    sizes = {"stored": "blocks", "removed": "block_hashes", "cleared": "DESCRIPTOR"}
+    found = [(kind := event.WhichOneof("data"), getattr(getattr(event, kind), sizes[kind])) for event in events]
+    return [(kind, 0 if kind == "cleared" else len(each)) for kind, each in found]
+
+
+def test_blocks_are_there_as_long_as_a_context_has_them() -> None:
+    long, branch = tokens(*range(200)), tokens(*range(130), *range(500, 570))
+    blocks = kv_events.Blocks()
+    assert told(blocks.snapshot(HeldSnapshot({1: long}))) == [("cleared", 0), ("stored", 3)]
+    assert told(blocks.change(HeldChange(2, tokens(), branch))) == [("stored", 1)]
+    assert told(blocks.change(HeldChange(3, tokens(), long))) == []
+    assert told(blocks.change(HeldChange(1, long, long[:100]))) == []
+    assert told(blocks.change(HeldChange(3, long, tokens()))) == [("removed", 1)]
+    assert told(blocks.change(HeldChange(2, branch, tokens(*range(900, 1000))))) == [("stored", 1), ("removed", 2)]
+    assert told(blocks.change(HeldChange(1, long[:100], long))) == [("stored", 2)]
+    assert told(blocks.change(HeldChange(4, tokens(), tokens(*range(63))))) == []
+
+
+def test_a_long_context_is_told_in_events_of_few_blocks_each_behind_its_parent() -> None:
+    long = tokens(*range(64 * 600))
+    stored = [event.stored for event in kv_events.Blocks().change(HeldChange(1, tokens(), long))]
+    assert [len(each.blocks) for each in stored] == [256, 256, 88]
+    assert not stored[0].HasField("parent_block_hash")
+    for before, after in pairwise(stored):
+        assert after.parent_block_hash == before.blocks[-1].block_hash
+    assert [token for each in stored for block in each.blocks for token in block.token_ids] == long.tolist()

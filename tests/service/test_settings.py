@@ -95,3 +95,13 @@ def test_every_option_is_declared_once_and_acted_on() -> None:
         taken = re.compile(rf"[Ss]ettings\.{option.name}\b")
         assert any(taken.search(text) for path, text in sources.items() if path != declared), option.name
         assert len(re.findall(rf"^    {option.name}: Annotated", sources[declared], re.MULTILINE)) == 1
+
+
+def test_a_gateway_is_this_machines_and_has_a_tenant_where_there_are_tokens() -> None:
+    assert config.read({"gateway_port": 5, "keep_anonymous": "2h"}).gateway_host == "127.0.0.1"
+    assert config.read({"gateway_port": 5, "token_file": "t", "gateway_tenant": "ours"}).gateway_tenant == "ours"
+    with pytest.raises(OperatorError, match=r"--gateway-host 0\.0\.0\.0 .*--insecure-bind"):
+        config.read({"gateway_port": 5, "gateway_host": "0.0.0.0"})
+    for wrong in ({"token_file": "t"}, {"gateway_tenant": "ours"}):
+        with pytest.raises(OperatorError, match="--gateway-tenant"):
+            config.read({"gateway_port": 5, **wrong})

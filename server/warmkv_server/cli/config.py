@@ -43,7 +43,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
             option.flag,
             help=option.help,
             show_default=option.default if option.default and not option.is_switch else False,
-            metavar=None if option.is_switch else option.name.rpartition("_")[2].upper(),
+            metavar=None if option.is_switch else option.metavar,
         )
         kind: Any = bool | None if option.is_switch else str | None
         parameters.append(_parameter(option.name, Annotated[kind, flag]))

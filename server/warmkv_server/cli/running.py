@@ -126,6 +126,8 @@ def screen(info: v1.GetServerInfoResponse, seen: Seen, before: Seen | None) -> R
     )
     stale = f", {gauges.stale_agents:,} of another model or other settings" if gauges.stale_agents else ""
     tiers.add_row("agents", (agents or "none") + stale)
+    if gauges.hidden_agents:
+        tiers.add_row("without one", f"{gauges.hidden_agents:,} contexts, {size(gauges.hidden_bytes)}")
     parts: list[RenderableType] = [Text(head, style="bold"), tiers, _sources(seen, before), _flow(seen, before)]
     return Group(*parts, *([_busy(seen.busy)] if seen.busy else []))
 

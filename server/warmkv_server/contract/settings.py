@@ -91,8 +91,9 @@ class Settings:
     anonymous_bytes: Annotated[
         Bytes,
         Field(
+            ge=1,
             description="Most of the data folder that such contexts take, such as 8GiB; the least recent go first. "
-            "They give way to agents in any case."
+            "They give way to agents in any case.",
         ),
     ] = 8 << 30
     inflight_bytes: Annotated[

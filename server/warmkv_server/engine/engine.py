@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import secrets
@@ -26,7 +25,7 @@ from warmkv_server.engine.model.load_progress import LoadProgress, untold
 from warmkv_server.engine.model.memory_need import MemoryNeeds
 from warmkv_server.engine.output.compiler import Compiler
 from warmkv_server.engine.output.constraint import Constraint, Vocabulary
-from warmkv_server.engine.output.same_text import SameText, TokenIds, may_say_the_same
+from warmkv_server.engine.output.same_text import SameText, Tokens, may_say_the_same
 from warmkv_server.engine.steps.delivery import Delivery
 from warmkv_server.engine.steps.loop import Cancel, Failed, News, StepLoop, Stop, Submit
 from warmkv_server.engine.steps.running_set import EventTo
@@ -146,6 +145,7 @@ class Engine:
         )
         self._compiler = Compiler(self._vocabulary, self.text.try_grammar)
         self._same_text: SameText | None = None
+        self._bytes_known = True
         self.lost: asyncio.Future[str] = self._asyncio.create_future()
         """Has the id of the log's entry, once the engine has failed for good."""
         self.info: ModelInfo
@@ -198,17 +198,19 @@ class Engine:
         """Of text that a context can hold at most; None if the tokenizer doesn't tell."""
         return self.text.bytes_per_token * self.info.context_limit or None
 
-    def may_say_the_same(self, held: TokenIds, wanted: TokenIds, common: int) -> bool:
+    def may_say_the_same(self, held: Tokens, wanted: Tokens, common: int) -> bool:
         """Whether more than the first `common` tokens may say the same; `same_text` knows. At once."""
         assert self._loop.loaded is not None
         return may_say_the_same(self._loop.loaded.spelling, held, wanted, common)
 
     async def same_text(self) -> SameText | None:
         """What tells which tokens say the same; None for a model whose tokens' bytes aren't known."""
-        if self._same_text is None:
+        if self._same_text is None and self._bytes_known:
             assert self._loop.loaded is not None
-            with contextlib.suppress(Unsupported):
+            try:
                 self._same_text = SameText(await self._compiler.vocabulary(), self._loop.loaded.spelling)
+            except Unsupported:
+                self._bytes_known = False
         return self._same_text
 
     async def constrain(self, grammar: Grammar, tenant: str) -> Constraint:

@@ -361,6 +361,8 @@ class Store:
     def hidden_like(self, tenant: str, tokens: TokenIds, most: int) -> list[TokenIds]:
         """Contexts of hidden agents that begin most like these, the likest first."""
         core = self._core
+        if not core.index.hidden:
+            return []
         agents = alike(core.index, core.root(tenant), tokens.astype("<i4").tobytes(), most)
         return [agent.tokens for agent in agents]
 

@@ -81,11 +81,13 @@ def export(view: View, tenant: str, agent_id: str, target: Path) -> Exported:
 
 def file_names(view: View, folder: Path, tenant: str | None) -> dict[tuple[str, str], Path]:
     """A file in the folder for each agent, by tenant and agent_id; of one tenant's alone, or of all. Makes the folders.
+    Hidden agents have none.
 
     Raises:
         OperatorError: there is no agent, or a folder can't be made.
     """
-    wanted = sorted(key for key in view.index.agents if tenant in (None, key[0]))
+    agents = view.index.agents.items()
+    wanted = sorted(key for key, agent in agents if tenant in (None, key.tenant) and not agent.hidden)
     if not wanted:
         raise OperatorError(f"there is no agent in {view.data_dir}" + (f" of tenant {tenant!r}" if tenant else ""))
     names: dict[tuple[str, str], Path] = {}

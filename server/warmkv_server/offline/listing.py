@@ -62,12 +62,16 @@ class Listing:
     """A data directory; bytes unless named otherwise.
 
     Attributes:
+        hidden_agents, hidden_bytes: contexts of requests without an agent, which are not among the agents, and what the
+            block files take that they alone reference.
         manifest_files: one for each agent, or fewer for a moment after commits.
         aside_bytes: of damaged or replaced indexes that were kept.
     """
 
     data_dir: str
     agents: list[AgentLine]
+    hidden_agents: int
+    hidden_bytes: int
     models: list[ModelLine]
     block_files: int
     block_bytes: int
@@ -92,7 +96,9 @@ def listing(view: View) -> Listing:
     index = _sizes(Path(e.path) for e in entries(view.data_dir) if e.name.startswith(INDEX_FILE))
     return Listing(
         data_dir=str(view.data_dir),
-        agents=[_agent(agent, view.clock) for _, agent in sorted(view.index.agents.items())],
+        agents=[_agent(agent, view.clock) for _, agent in sorted(view.index.agents.items()) if not agent.hidden],
+        hidden_agents=len(view.index.hidden),
+        hidden_bytes=disk_bytes(node for node in nodes if node.hidden),
         models=_models(view),
         block_files=sum(len(node.parts) for node in nodes),
         block_bytes=disk_bytes(nodes),
@@ -124,7 +130,7 @@ def _agent(agent: Agent, clock: Clock) -> AgentLine:
 
 
 def _models(view: View) -> list[ModelLine]:
-    agents = Counter(agent.fingerprint for agent in view.index.agents.values())
+    agents = Counter(agent.fingerprint for agent in view.index.agents.values() if not agent.hidden)
     files: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for node in view.index.nodes.values():

@@ -31,11 +31,14 @@ def listing(console: Console, found: Listing) -> None:
     if found.models:
         console.print(_models(found))
     unreferenced = f", {size(found.unreferenced_bytes)} of them referenced by no agent" * bool(found.unreferenced_bytes)
+    hidden = f"; {found.hidden_agents} contexts of requests without an agent with {size(found.hidden_bytes)}"
+    hidden *= bool(found.hidden_agents)
     aside = f"; indexes that were put aside {size(found.aside_bytes)}" * bool(found.aside_bytes)
     console.print(
         f"{found.data_dir}: {len(found.agents)} agents; {found.block_files} block files with "
-        f"{size(found.block_bytes)}{unreferenced}; quarantine {found.quarantine_files} files with "
-        f"{size(found.quarantine_bytes)}; {found.manifest_files} manifests with {size(found.manifest_bytes)}; "
+        f"{size(found.block_bytes)}{unreferenced}{hidden}; "
+        f"quarantine {found.quarantine_files} files with {size(found.quarantine_bytes)}; "
+        f"{found.manifest_files} manifests with {size(found.manifest_bytes)}; "
         f"index {size(found.index_bytes)}{aside}",
         soft_wrap=True,
     )

@@ -42,6 +42,7 @@ class Call:
 
     Attributes:
         stages: what its request goes through, from when it had come in.
+        closing: set once the server waits for its calls to end.
     """
 
     agents: Agents
@@ -49,6 +50,7 @@ class Call:
     context: RpcContext
     asked: Asked
     stages: Stages = field(default_factory=Stages)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def send(self, message: Message) -> None:
         """Send the next message of a stream."""
@@ -162,7 +164,7 @@ class Endpoints:
         asked.request = request
         with self.gate.enter() as agents:
             _check_routing(request, metadata)
-            call = Call(agents, principal, context, asked)
+            call = Call(agents, principal, context, asked, closing=self.gate.closing)
             asked.stages = call.stages
             response = await behaviour(request, call)
             if response is not None:

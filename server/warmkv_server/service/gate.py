@@ -16,12 +16,13 @@ class Gate:
     Attributes:
         agents: all there are, once it was open.
         text_bytes: of content that a context can hold at most; None if that isn't known, or not yet.
+        closing: set once it is closed for good, for calls that have no end of their own.
     """
 
     def __init__(self) -> None:
         self.text_bytes: int | None = None
         self.agents: Agents | None = None
-        self._closed = False
+        self.closing = asyncio.Event()
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
@@ -31,7 +32,7 @@ class Gate:
 
     def close(self) -> None:
         """Let nobody in any more. Who is inside stays."""
-        self._closed = True
+        self.closing.set()
 
     def check(self) -> Agents:
         """Who would be inside, now.
@@ -39,7 +40,7 @@ class Gate:
         Raises:
             Loading, Draining
         """
-        if self._closed:
+        if self.closing.is_set():
             raise Draining("the server is shutting down; try another, or this one again later", retry_after=5.0)
         if self.agents is None:
             raise Loading("the server is loading its model; try again", retry_after=1.0)

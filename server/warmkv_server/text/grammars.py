@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from warmkv_server.contract.grammar import Grammar, GrammarKind
 from warmkv_server.errors import ConstraintTooComplex, InvalidField, Unsupported, WarmKVError
@@ -116,7 +116,7 @@ def source(grammar: Grammar) -> str:
         case GrammarKind.GBNF:
             try:
                 return LLMatcher.grammar_from_lark(any_to_lark(grammar.texts[0]))
-            except (GbnfToLarkError, RecursionError) as error:
+            except Exception as error:  # nothing less is what it raises where there is no rule to begin with
                 raise InvalidField.of(grammar.field, f"can't be read: {_short(str(error))}") from error
         case GrammarKind.CHOICES:
             return LLMatcher.grammar_from_regex(

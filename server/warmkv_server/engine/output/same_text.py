@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from warmkv_server.engine.output.answer_text import Spelling
 from warmkv_server.engine.output.constraint import Vocabulary
 
-TokenIds = NDArray[np.int32]
+Tokens = NDArray[np.int32]
 
 _MARK = b"\xff"
 """Before the number of a token that says itself. No UTF-8 has this byte."""
@@ -24,6 +24,8 @@ _NUMBER = 4
 _FIRST_WIDTH = 64
 _LAST_WIDTH = 1 << 16
 """Tokens of either side that are spelled at a time: few, since most that differ say something else."""
+_STEPS = 4096
+"""Places where the two differ, at most: what follows is left as it is."""
 _BEFORE = 8
 """Tokens that others are decoded behind."""
 _CUT = 4096
@@ -46,14 +48,14 @@ class Alike:
     changed: int
 
 
-def common_length(a: TokenIds, b: TokenIds) -> int:
+def common_length(a: Tokens, b: Tokens) -> int:
     """How many tokens they begin with alike."""
     size = min(len(a), len(b))
     unlike = np.flatnonzero(a[:size] != b[:size])
     return int(unlike[0]) if unlike.size else size
 
 
-def may_say_the_same(spelling: Spelling, held: TokenIds, wanted: TokenIds, common: int) -> bool:
+def may_say_the_same(spelling: Spelling, held: Tokens, wanted: Tokens, common: int) -> bool:
     """Whether it is worth a look: what follows the tokens that they have in common begins alike. At once.
 
     Args:
@@ -73,17 +75,17 @@ class SameText:
         self._bytes = _Bytes(vocabulary)
         self._spelling = spelling
 
-    def best(self, held: Sequence[TokenIds], wanted: TokenIds) -> tuple[int, Alike]:
+    def best(self, held: Sequence[Tokens], wanted: Tokens) -> tuple[int, Alike]:
         """The first of those that say most of it, by its number."""
         found = [self.alike(each, wanted) for each in held]
         number = max(range(len(found)), key=lambda n: found[n].wanted)
         return number, found[number]
 
-    def alike(self, held: TokenIds, wanted: TokenIds) -> Alike:
+    def alike(self, held: Tokens, wanted: Tokens) -> Alike:
         """How much of both says the same, from the first token on. Takes time in proportion to their lengths."""
         a = b = changed = 0
         width = _FIRST_WIDTH
-        while True:
+        for _ in range(_STEPS):
             run = common_length(held[a:], wanted[b:])
             a, b = a + run, b + run
             if a == len(held) or b == len(wanted):
@@ -97,10 +99,10 @@ class SameText:
                 if not step.held:
                     break
             a, b, changed = a + step.held, b + step.wanted, changed + step.changed
-            width = min(2 * width, _LAST_WIDTH)
+            width = min(2 * width, _LAST_WIDTH) if more else _FIRST_WIDTH
         return Alike(a, b, changed)
 
-    def _step(self, held: TokenIds, wanted: TokenIds) -> tuple[Alike, bool]:
+    def _step(self, held: Tokens, wanted: Tokens) -> tuple[Alike, bool]:
         """The longest beginnings of the same bytes, and whether one of the two is such a beginning as a whole."""
         ones, others = self._bytes.of(held), self._bytes.of(wanted)
         one, other = b"".join(ones), b"".join(others)
@@ -115,7 +117,7 @@ class SameText:
         kept = np.intersect1d(_places(held[:a], ends[:a]), _places(wanted[:b], other_ends[:b]), assume_unique=True)
         return Alike(a, b, a - len(kept)), same == size
 
-    def _cut(self, held: TokenIds, wanted: TokenIds, a: int, b: int) -> Alike:
+    def _cut(self, held: Tokens, wanted: Tokens, a: int, b: int) -> Alike:
         """All up to the next mark, if it was cut within a character and says the same but for its bytes."""
         one, other = self._bytes.before_mark(held[a : a + _CUT]), self._bytes.before_mark(wanted[b : b + _CUT])
         ends = len(one) < len(held[a : a + _CUT]) or a + len(one) == len(held)
@@ -134,10 +136,10 @@ class _Bytes(dict[int, bytes]):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
 
-    def of(self, tokens: TokenIds) -> list[bytes]:
+    def of(self, tokens: Tokens) -> list[bytes]:
         return [self[token] for token in tokens.tolist()]
 
-    def before_mark(self, tokens: TokenIds) -> TokenIds:
+    def before_mark(self, tokens: Tokens) -> Tokens:
         """Those before the first that says itself; all, if none does."""
         end = next((n for n, token in enumerate(tokens.tolist()) if self[token].startswith(_MARK)), len(tokens))
         return tokens[:end]
@@ -152,6 +154,6 @@ def _ends(pieces: Sequence[bytes]) -> NDArray[np.int64]:
     return np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
 
 
-def _places(tokens: TokenIds, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+def _places(tokens: Tokens, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """A number for each token and where it ends."""
     return (ends << 32) | tokens.astype(np.int64)

@@ -23,7 +23,7 @@ _EVENT_BLOCKS = 256
 """Of one event, some hundred kilobytes."""
 
 Hashes = npt.NDArray[np.int64]
-TokenIds = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int32]
 
 
 async def batches(held: AsyncIterable[HeldSnapshot | HeldChange], cursor: int) -> AsyncIterator[common.KvEventBatch]:
@@ -71,7 +71,7 @@ class Blocks:
         if gone:
             yield common.KvCacheEvent(removed=common.KvBlocksRemoved(block_hashes=gone))
 
-    def _grow(self, tokens: TokenIds, hashes: Hashes, first: int) -> Iterator[common.KvCacheEvent]:
+    def _grow(self, tokens: Ids, hashes: Hashes, first: int) -> Iterator[common.KvCacheEvent]:
         """One context more has the blocks from `first` on; those that nobody had are told, each behind its parent."""
         listed = hashes.tolist()
         new = next((n for n in range(first, len(listed)) if not self._holders[listed[n]]), len(listed))
@@ -84,7 +84,7 @@ class Blocks:
             yield common.KvCacheEvent(stored=common.KvBlocksStored(blocks=blocks, parent_block_hash=parent))
 
 
-def hashes_of(tokens: TokenIds) -> Hashes:
+def hashes_of(tokens: Ids) -> Hashes:
     """Of each whole block, with all that is before it."""
     data = np.ascontiguousarray(tokens, np.int32).tobytes()
     size, before = BLOCK_TOKENS * 4, b""
@@ -102,6 +102,6 @@ def _alike(first: Hashes, second: Hashes) -> int:
     return int(unlike[0]) if unlike.size else length
 
 
-def _block(tokens: TokenIds, hashes: Sequence[int], number: int) -> common.KvBlock:
+def _block(tokens: Ids, hashes: Sequence[int], number: int) -> common.KvBlock:
     ids = tokens[number * BLOCK_TOKENS : (number + 1) * BLOCK_TOKENS].tolist()
     return common.KvBlock(block_hash=hashes[number], token_ids=ids, block_size=BLOCK_TOKENS)

@@ -125,8 +125,17 @@ class VllmServicer:
 
     async def subscribe_kv_events(self, request: common.SubscribeKvEventsRequest, call: Call) -> None:
         async with call.agents.held(call.principal.tenant) as held:
-            async for batch in kv_events.batches(held, request.start_sequence_number):
-                await call.send(batch)
+
+            async def end() -> None:
+                await call.closing.wait()
+                await held.aclose()
+
+            ending = asyncio.create_task(end())
+            try:
+                async for batch in kv_events.batches(held, request.start_sequence_number):
+                    await call.send(batch)
+            finally:
+                ending.cancel()
 
     async def embed(self, _: vllm.EmbedRequest, __: Call) -> vllm.EmbedResponse:
         raise Unsupported(f"Embed {_NOT_SERVED}: its model generates text")
