@@ -10,7 +10,7 @@ from warmkv_server.engine.cache.codecs.transform import Basis, Floats, Transform
 from warmkv_server.engine.model.basis import calibrated, hadamard
 from warmkv_server.engine.model.statistics import StreamSample
 
-HEADS, TOKENS = 2, 600
+HEADS, TOKENS = 2, 400
 BITS = 4
 
 
@@ -30,15 +30,15 @@ def lost(basis: Basis, spread: Floats, group_size: int) -> float:
     return float(mx.square(codec.decode(codec.encode(x, 1), mx.float32, 1) - x).mean())
 
 
-@pytest.mark.parametrize(("dims", "group_size"), [(64, 64), (128, 64), (96, 96), (256, 32)])
+@pytest.mark.parametrize(("dims", "group_size"), [(64, 64), (128, 64), (96, 96), (64, 32)])
 def test_what_varies_more_has_longer_words_and_less_is_lost(dims: int, group_size: int) -> None:
     steep = np.logspace(0, -2, dims)
     found = calibrated(sample(steep), None, BITS)
     assert found.bits.sum(axis=1).tolist() == [dims * (BITS + 0.25)] * HEADS
     assert (np.diff(found.bits, axis=1) <= 0).all()
     assert found.bits[0, 0] > BITS > found.bits[0, -1]
-    # With words of one length it was 0.42 of it.
-    assert lost(found, steep, group_size) < 0.3 * lost(hadamard(sample(steep), None, BITS), steep, group_size)
+    # With words of one length it was 0.40 of it.
+    assert lost(found, steep, group_size) < 0.25 * lost(hadamard(sample(steep), None, BITS), steep, group_size)
 
 
 @pytest.mark.parametrize(("dims", "bits"), [(80, 4), (64, 8)])

@@ -70,7 +70,7 @@ def hadamard(sample: StreamSample, rotation: Rotation | None, bits: int) -> Basi
     mean, spread, first = _centre(sample, rotation)
     size = np.sqrt(np.maximum(np.einsum("hdd->h", spread) / spread.shape[-1], 1e-12))
     mixed = _mixing(spread.shape[-1])
-    return Basis.of(np.full(len(mixed), bits), size[:, None, None] * mixed.T, mean, first)
+    return Basis.of(np.full(len(mixed), float(bits)), size[:, None, None] * mixed.T, mean, first)
 
 
 def calibrated(sample: StreamSample, rotation: Rotation | None, bits: int) -> Basis:

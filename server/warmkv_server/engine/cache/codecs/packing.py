@@ -22,7 +22,7 @@ class Run(NamedTuple):
     """Numbers of one width, behind each other."""
 
     width: int
-    count: int
+    values: int
 
 
 Widths = tuple[tuple[int, tuple[Run, ...]], ...]
@@ -49,7 +49,7 @@ def unpacked(octets: mx.array, own: Widths) -> mx.array:
 
 def _packed(numbers: mx.array, runs: tuple[Run, ...]) -> mx.array:
     octets = []
-    for run, those in zip(runs, mx.split(numbers, _borders(run.count for run in runs), axis=-1), strict=True):
+    for run, those in zip(runs, mx.split(numbers, _borders(run.values for run in runs), axis=-1), strict=True):
         for size, shift in _pieces(run.width):
             piece = (those >> shift) & ((1 << size) - 1) if size < EIGHT else those
             octet = piece[..., :: EIGHT // size]
@@ -61,7 +61,7 @@ def _packed(numbers: mx.array, runs: tuple[Run, ...]) -> mx.array:
 
 def _unpacked(octets: mx.array, runs: tuple[Run, ...]) -> mx.array:
     found = []
-    sizes = [run.count * size // EIGHT for run in runs for size, _ in _pieces(run.width)]
+    sizes = [run.values * size // EIGHT for run in runs for size, _ in _pieces(run.width)]
     pieces = iter(mx.split(octets, _borders(sizes), axis=-1))
     for run in runs:
         numbers = None
