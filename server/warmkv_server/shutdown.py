@@ -39,17 +39,25 @@ _NAMES = 20
 
 
 class Shutdown:
-    """`--drain-seconds` are from the first signal on, for requests to end by themselves and then for a disk that
+    """`--drain-seconds` are from the end of the notice on, for requests to end by themselves and then for a disk that
     refuses."""
 
     def __init__(self, store: Store, signals: StopSignals, settings: Settings) -> None:
         self._store = store
         self._signals = signals
+        self._notice = settings.drain_notice_seconds
         self._seconds = settings.drain_seconds
         self._patience = min(max(self._seconds, _LEAST_DEAD_SECONDS), _DEAD_SECONDS)
 
+    async def notice(self) -> None:
+        """Health says NOT_SERVING: let routers see it while calls are still let in. A second signal cuts it short, and
+        nobody is given notice of a server that has lost its engine or its port."""
+        if self._notice and self._signals.first.done():
+            log.info("taking calls for %g more seconds, so that routers see that this server stops", self._notice)
+            await asyncio.wait([self._signals.second], timeout=self._notice)
+
     async def drain(self, agents: Agents, gate: Gate) -> int:
-        """The first signal has come, and nobody is let in any more: end what is at work. Returns the exit status."""
+        """The notice is over, and nobody is let in any more: end what is at work. Returns the exit status."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._seconds
         await first_of(agents.idle(), self._signals.second, self._seconds)

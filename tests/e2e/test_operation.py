@@ -207,6 +207,16 @@ def test_draining_ends_and_what_was_sampled_is_committed_and_sent(tmp_path: Path
         assert (client.get("a").token_count, client.get("a").revision) == (51 + len(head), 2)
 
 
+def test_routers_are_given_notice_of_a_stop(tmp_path: Path) -> None:
+    """A router that asks for health sees that the server stops before the server refuses a call."""
+    with serving(tmp_path / "data", "--drain-notice-seconds", "600") as (server, client):
+        server.signal(signal.SIGTERM)
+        await_that(lambda: client.health_of() == "NOT_SERVING")
+        assert client.generate("a", token_ids(some_tokens(20))).finished.persisted
+        server.signal(signal.SIGTERM)  # which ends the notice
+        assert server.wait() == 0
+
+
 def test_an_idle_server_stops_at_once_even_if_its_health_is_watched(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "--drain-seconds", "600") as (server, client):
         seen: list[Any] = []

@@ -17,6 +17,7 @@ from warmkv_server.cli.chat.command import chat
 from warmkv_server.cli.config import settings as config
 from warmkv_server.cli.config import told_by, with_flags
 from warmkv_server.cli.data import DataDir, store
+from warmkv_server.cli.fleet import fleet
 from warmkv_server.cli.health import health
 from warmkv_server.cli.models import models
 from warmkv_server.cli.running import ps, top
@@ -114,7 +115,7 @@ def version() -> None:
 
 for _command in (chat, ps, top, health):
     app.command()(_command)
-for _name, _group in {"agents": agents, "store": store, "models": models, "config": config}.items():
+for _name, _group in {"agents": agents, "store": store, "models": models, "config": config, "fleet": fleet}.items():
     app.add_typer(_group, name=_name)
 
 

@@ -178,6 +178,14 @@ class Settings:
         float,
         Field(ge=0, description="Time for requests at work to end after SIGTERM, before they are cut short."),
     ] = 30.0
+    drain_notice_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Time after SIGTERM in which health says NOT_SERVING and calls are still let in, so that a "
+            "router has seen it before the first is refused. --drain-seconds begin behind it.",
+        ),
+    ] = 0.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="What is logged, on stderr.")
     ] = "info"

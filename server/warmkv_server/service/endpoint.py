@@ -15,6 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from warmkv import ROUTING_KEY
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
 from warmkv_server.agents.stages import Stages
@@ -33,8 +34,6 @@ from warmkv_server.service.wire import refusal
 
 if TYPE_CHECKING:
     from warmkv_server.service.tracing import Tracing  # which needs packages that need not be there
-
-ROUTING_KEY = "warmkv-agent-id"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import grpc
 from warmkv import v1
 from warmkv.client import content as said
 from warmkv.client.answer import Answer
-from warmkv.client.channel import Target
+from warmkv.client.channel import Target, routed
 from warmkv.client.errors import WarmKVError, raising
 from warmkv.client.synchronous import PAGE, READY_PAUSE, OnProgress
 
@@ -49,6 +49,10 @@ class AsyncClient:
     async def close(self) -> None:
         await self.channel.close()
 
+    def _about(self, request: Any) -> dict[str, Any]:
+        """How a call with this request is made."""
+        return {"timeout": self.timeout, "metadata": routed(self.metadata, request)}
+
     # Answers
 
     def stream(
@@ -57,7 +61,9 @@ class AsyncClient:
         return self.send(said.generation(agent_id, content, fields), timeout=timeout)
 
     def send(self, request: v1.GenerateRequest, *, timeout: float | None = None) -> AsyncStream:
-        call = self.agent_service.Generate(request, timeout=timeout or self.timeout, metadata=self.metadata)
+        call = self.agent_service.Generate(
+            request, timeout=timeout or self.timeout, metadata=routed(self.metadata, request)
+        )
         return AsyncStream(call)
 
     async def chat(
@@ -93,30 +99,30 @@ class AsyncClient:
         name = rpc if on_progress is None else f"{rpc}Stream"
         said.identify(request)
         with raising(name):
-            call = getattr(self.agent_service, name)(request, timeout=self.timeout, metadata=self.metadata)
+            call = getattr(self.agent_service, name)(request, **self._about(request))
             return await call if on_progress is None else (await _followed(call, on_progress)).response
 
     async def fork(self, source: str, agent_id: str) -> v1.Agent:
         request = v1.ForkAgentRequest(source_agent_id=source, agent_id=agent_id)
         said.identify(request)
         with raising("ForkAgent"):
-            return (await self.agent_service.ForkAgent(request, timeout=self.timeout, metadata=self.metadata)).agent
+            return (await self.agent_service.ForkAgent(request, **self._about(request))).agent
 
     async def evict(self, agent_id: str, *, drop_page_cache: bool = False) -> v1.EvictAgentResponse:
         request = v1.EvictAgentRequest(agent_id=agent_id, drop_page_cache=drop_page_cache)
         with raising("EvictAgent"):
-            return await self.agent_service.EvictAgent(request, timeout=self.timeout, metadata=self.metadata)
+            return await self.agent_service.EvictAgent(request, **self._about(request))
 
     async def get(self, agent_id: str) -> v1.Agent:
         request = v1.GetAgentRequest(agent_id=agent_id)
         with raising("GetAgent"):
-            return (await self.agent_service.GetAgent(request, timeout=self.timeout, metadata=self.metadata)).agent
+            return (await self.agent_service.GetAgent(request, **self._about(request))).agent
 
     async def agents(self, **fields: Any) -> AsyncIterator[v1.Agent]:
         request = v1.ListAgentsRequest(**{"page_size": PAGE, **fields})
         while True:
             with raising("ListAgents"):
-                page = await self.agent_service.ListAgents(request, timeout=self.timeout, metadata=self.metadata)
+                page = await self.agent_service.ListAgents(request, **self._about(request))
             for agent in page.agents:
                 yield agent
             if not page.next_page_token:
@@ -127,12 +133,12 @@ class AsyncClient:
         request = v1.UpdateAgentRequest(agent=agent)
         request.update_mask.paths.extend(paths)
         with raising("UpdateAgent"):
-            return (await self.agent_service.UpdateAgent(request, timeout=self.timeout, metadata=self.metadata)).agent
+            return (await self.agent_service.UpdateAgent(request, **self._about(request))).agent
 
     async def delete(self, agent_id: str, *, allow_missing: bool = False) -> None:
         request = v1.DeleteAgentRequest(agent_id=agent_id, allow_missing=allow_missing)
         with raising("DeleteAgent"):
-            await self.agent_service.DeleteAgent(request, timeout=self.timeout, metadata=self.metadata)
+            await self.agent_service.DeleteAgent(request, **self._about(request))
 
     # The server
 
@@ -151,7 +157,7 @@ class AsyncClient:
     async def count_tokens(self, content: v1.Content, **fields: Any) -> int:
         request = v1.CountTokensRequest(content=content, **fields)
         with raising("CountTokens"):
-            counted = await self.server_service.CountTokens(request, timeout=self.timeout, metadata=self.metadata)
+            counted = await self.server_service.CountTokens(request, **self._about(request))
             return counted.token_count
 
     async def wait_until_ready(self, seconds: float) -> v1.GetServerInfoResponse:

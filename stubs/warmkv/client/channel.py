@@ -11,6 +11,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from warmkv import ROUTING_KEY
+
+Metadata = tuple[tuple[str, str], ...]
+
 SERVICE_CONFIG: dict[str, Any] = {
     "methodConfig": [
         {
@@ -42,6 +46,13 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
+def routed(metadata: Metadata, request: Any) -> Metadata:
+    """A call's metadata, with the agent that the request is about, if it is about one."""
+    about = request.agent if "agent" in request.DESCRIPTOR.fields_by_name else request
+    agent_id = about.agent_id if "agent_id" in about.DESCRIPTOR.fields_by_name else ""
+    return (*metadata, (ROUTING_KEY, agent_id)) if agent_id else metadata
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a server is, and how it is spoken to.
@@ -61,7 +72,7 @@ class Target:
     options: Sequence[tuple[str, Any]] = ()
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
+    def metadata(self) -> Metadata:
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     def channel(self) -> grpc.Channel:

@@ -71,7 +71,12 @@ class WarmKVError(Exception):
 
     @property
     def is_unavailable(self) -> bool:
-        """Whether there is no server now, or one that loads or stops; the same request may succeed later."""
+        """Whether there is no server now, or one that loads or stops; the same request may succeed later.
+
+        INTERNAL without a reason is what a router says of a server that died in the middle of a call.
+        """
+        if self.code is grpc.StatusCode.INTERNAL:
+            return not self.reason
         return self.code is grpc.StatusCode.UNAVAILABLE and self.reason != "STORAGE_UNAVAILABLE"
 
 

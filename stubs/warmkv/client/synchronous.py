@@ -13,7 +13,7 @@ import grpc
 from warmkv import v1
 from warmkv.client import content as said
 from warmkv.client.answer import Answer
-from warmkv.client.channel import Target
+from warmkv.client.channel import Target, routed
 from warmkv.client.errors import WarmKVError, raising
 
 READY_PAUSE = 0.2
@@ -68,6 +68,10 @@ class Client:
     def close(self) -> None:
         self.channel.close()
 
+    def _about(self, request: Any) -> dict[str, Any]:
+        """How a call with this request is made."""
+        return {"timeout": self.timeout, "metadata": routed(self.metadata, request)}
+
     # Answers
 
     def stream(
@@ -84,7 +88,9 @@ class Client:
 
     def send(self, request: v1.GenerateRequest, *, timeout: float | None = None) -> Stream:
         """A Generate as it is. The same one sent again gives the same answer, if it has a request_id."""
-        call = self.agent_service.Generate(request, timeout=timeout or self.timeout, metadata=self.metadata)
+        call = self.agent_service.Generate(
+            request, timeout=timeout or self.timeout, metadata=routed(self.metadata, request)
+        )
         return Stream(call)
 
     def chat(
@@ -123,31 +129,31 @@ class Client:
         name = rpc if on_progress is None else f"{rpc}Stream"
         said.identify(request)
         with raising(name):
-            call = getattr(self.agent_service, name)(request, timeout=self.timeout, metadata=self.metadata)
+            call = getattr(self.agent_service, name)(request, **self._about(request))
             return call if on_progress is None else _followed(call, on_progress).response
 
     def fork(self, source: str, agent_id: str) -> v1.Agent:
         request = v1.ForkAgentRequest(source_agent_id=source, agent_id=agent_id)
         said.identify(request)
         with raising("ForkAgent"):
-            return self.agent_service.ForkAgent(request, timeout=self.timeout, metadata=self.metadata).agent
+            return self.agent_service.ForkAgent(request, **self._about(request)).agent
 
     def evict(self, agent_id: str, *, drop_page_cache: bool = False) -> v1.EvictAgentResponse:
         request = v1.EvictAgentRequest(agent_id=agent_id, drop_page_cache=drop_page_cache)
         with raising("EvictAgent"):
-            return self.agent_service.EvictAgent(request, timeout=self.timeout, metadata=self.metadata)
+            return self.agent_service.EvictAgent(request, **self._about(request))
 
     def get(self, agent_id: str) -> v1.Agent:
         request = v1.GetAgentRequest(agent_id=agent_id)
         with raising("GetAgent"):
-            return self.agent_service.GetAgent(request, timeout=self.timeout, metadata=self.metadata).agent
+            return self.agent_service.GetAgent(request, **self._about(request)).agent
 
     def agents(self, **fields: Any) -> Iterator[v1.Agent]:
         """All of them by agent_id, a page at a time. `fields` are v1.ListAgentsRequest's."""
         request = v1.ListAgentsRequest(**{"page_size": PAGE, **fields})
         while True:
             with raising("ListAgents"):
-                page = self.agent_service.ListAgents(request, timeout=self.timeout, metadata=self.metadata)
+                page = self.agent_service.ListAgents(request, **self._about(request))
             yield from page.agents
             if not page.next_page_token:
                 return
@@ -158,12 +164,12 @@ class Client:
         request = v1.UpdateAgentRequest(agent=agent)
         request.update_mask.paths.extend(paths)
         with raising("UpdateAgent"):
-            return self.agent_service.UpdateAgent(request, timeout=self.timeout, metadata=self.metadata).agent
+            return self.agent_service.UpdateAgent(request, **self._about(request)).agent
 
     def delete(self, agent_id: str, *, allow_missing: bool = False) -> None:
         request = v1.DeleteAgentRequest(agent_id=agent_id, allow_missing=allow_missing)
         with raising("DeleteAgent"):
-            self.agent_service.DeleteAgent(request, timeout=self.timeout, metadata=self.metadata)
+            self.agent_service.DeleteAgent(request, **self._about(request))
 
     # The server
 
@@ -183,7 +189,7 @@ class Client:
         """`fields` are v1.CountTokensRequest's."""
         request = v1.CountTokensRequest(content=content, **fields)
         with raising("CountTokens"):
-            return self.server_service.CountTokens(request, timeout=self.timeout, metadata=self.metadata).token_count
+            return self.server_service.CountTokens(request, **self._about(request)).token_count
 
     def wait_until_ready(self, seconds: float) -> v1.GetServerInfoResponse:
         """Wait for a server that isn't there yet, or that loads.

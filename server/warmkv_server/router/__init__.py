@@ -1,0 +1,1 @@
+"""The configuration of Envoy, which leads every agent to its server."""
