@@ -18,39 +18,41 @@ EIGHT = 8
 """Of one width must as many be, or a multiple: they fill whole bytes, however wide they are."""
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """Numbers of one width, behind each other."""
 
     width: int
     values: int
 
 
-Widths = tuple[tuple[int, tuple[Run, ...]], ...]
-"""Of heads, so many with these runs, behind each other."""
+Widths = tuple[tuple[int, tuple[Stretch, ...]], ...]
+"""Of heads, so many with these stretches, behind each other."""
 
 
 def widths(bits: NDArray[Any]) -> Widths:
     """Of numbers of these widths, (heads, values)."""
-    heads = [tuple(Run(int(width), len(list(same))) for width, same in groupby(head)) for head in bits]
-    return tuple((len(list(same)), runs) for runs, same in groupby(heads))
+    heads = [tuple(Stretch(int(width), len(list(same))) for width, same in groupby(head)) for head in bits]
+    return tuple((len(list(same)), stretches) for stretches, same in groupby(heads))
 
 
 def packed(numbers: mx.array, own: Widths) -> mx.array:
     """Numbers of type uint8, (rows, heads, tokens, values), in bytes."""
     heads = mx.split(numbers, _borders(count for count, _ in own), axis=1)
-    return _joined([_packed(head, runs) for head, (_, runs) in zip(heads, own, strict=True)], 1)
+    return _joined([_packed(head, stretches) for head, (_, stretches) in zip(heads, own, strict=True)], 1)
 
 
 def unpacked(octets: mx.array, own: Widths) -> mx.array:
     """The numbers, of type uint8."""
     heads = mx.split(octets, _borders(count for count, _ in own), axis=1)
-    return _joined([_unpacked(head, runs) for head, (_, runs) in zip(heads, own, strict=True)], 1)
+    return _joined([_unpacked(head, stretches) for head, (_, stretches) in zip(heads, own, strict=True)], 1)
 
 
-def _packed(numbers: mx.array, runs: tuple[Run, ...]) -> mx.array:
+def _packed(numbers: mx.array, stretches: tuple[Stretch, ...]) -> mx.array:
     octets = []
-    for run, those in zip(runs, mx.split(numbers, _borders(run.values for run in runs), axis=-1), strict=True):
-        for size, shift in _pieces(run.width):
+    for stretch, those in zip(
+        stretches, mx.split(numbers, _borders(stretch.values for stretch in stretches), axis=-1), strict=True
+    ):
+        for size, shift in _pieces(stretch.width):
             piece = (those >> shift) & ((1 << size) - 1) if size < EIGHT else those
             octet = piece[..., :: EIGHT // size]
             for place in range(1, EIGHT // size):
@@ -59,13 +61,13 @@ def _packed(numbers: mx.array, runs: tuple[Run, ...]) -> mx.array:
     return _joined(octets, -1)
 
 
-def _unpacked(octets: mx.array, runs: tuple[Run, ...]) -> mx.array:
+def _unpacked(octets: mx.array, stretches: tuple[Stretch, ...]) -> mx.array:
     found = []
-    sizes = [run.values * size // EIGHT for run in runs for size, _ in _pieces(run.width)]
+    sizes = [stretch.values * size // EIGHT for stretch in stretches for size, _ in _pieces(stretch.width)]
     pieces = iter(mx.split(octets, _borders(sizes), axis=-1))
-    for run in runs:
+    for stretch in stretches:
         numbers = None
-        for size, shift in _pieces(run.width):
+        for size, shift in _pieces(stretch.width):
             octet = next(pieces)
             if size < EIGHT:
                 places = [(octet >> (place * size)) & ((1 << size) - 1) for place in range(EIGHT // size)]
