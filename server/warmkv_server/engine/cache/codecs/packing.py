@@ -49,9 +49,8 @@ def unpacked(octets: mx.array, own: Widths) -> mx.array:
 
 def _packed(numbers: mx.array, stretches: tuple[Stretch, ...]) -> mx.array:
     octets = []
-    for stretch, those in zip(
-        stretches, mx.split(numbers, _borders(stretch.values for stretch in stretches), axis=-1), strict=True
-    ):
+    parts = mx.split(numbers, _borders(stretch.values for stretch in stretches), axis=-1)
+    for stretch, those in zip(stretches, parts, strict=True):
         for size, shift in _pieces(stretch.width):
             piece = (those >> shift) & ((1 << size) - 1) if size < EIGHT else those
             octet = piece[..., :: EIGHT // size]
