@@ -63,7 +63,7 @@ class Quality:
         divergence: mean KL divergence of the next-token distribution from the reference's, in nats.
         median_divergence, p99_divergence: over all scored tokens, in nats.
         agreement: share of positions where both would choose the same token greedily.
-        recalled: of what unquantised KV recalls right, the share that this does; None if nothing was asked.
+        recalled: right answers, as a share of those of unquantised KV; None if that has none.
         asked, right_unquantised: questions, and those that unquantised KV answers right.
         loaded_bytes: read back from the store's files.
     """
@@ -229,7 +229,6 @@ def _compare(
     every = np.concatenate(divergence)
     change = Estimate.of(difference)
     values = len(texts) * context * _values_of_a_token(loaded)
-    held = sum(now for before, now in zip(known, right, strict=True) if before)
     return Quality(
         context=context,
         kv=kv,
@@ -242,7 +241,7 @@ def _compare(
         median_divergence=float(np.median(every)),
         p99_divergence=float(np.percentile(every, 99)),
         agreement=Estimate.of(agreement),
-        recalled=held / sum(known) if sum(known) else None,
+        recalled=sum(right) / sum(known) if sum(known) else None,
         asked=len(known),
         right_unquantised=sum(known),
         loaded_bytes=coded.bytes_loaded,

@@ -59,8 +59,10 @@ def draw(model: str, results: Sequence[Quality], path: Path) -> None:
             ]
             bits = [each.bits for each in those]
             axes.errorbar(bits, values, error, fmt="o", capsize=2, label=f"{context:,} tokens of context")
-            for each in those:
-                axes.annotate(each.kv, (each.bits, each.divergence.value), (4, 4), textcoords="offset points")
+        for kv in dict.fromkeys(each.kv for each in results):
+            highest = max((each for each in results if each.kv == kv), key=lambda each: each.divergence.high)
+            axes.annotate(kv, (highest.bits, highest.divergence.high), (0, 4), textcoords="offset points", ha="center")
+        axes.margins(x=0.12)
         axes.set_yscale("log")
         axes.set_xlabel("bits a value, all in")
         axes.set_ylabel("KL divergence from unquantised KV, nats")

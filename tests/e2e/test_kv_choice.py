@@ -32,7 +32,7 @@ def test_hot_warm_restarted_and_imported_are_one(tmp_path: Path) -> None:
             for stream in (layer.keys, layer.values):
                 assert (stream.codec, stream.bits, stream.group_size, stream.reason) == ("o4", 4, 64, "")
                 assert 0 < stream.loss < 0.05
-        assert client.info().kv_bytes_per_token == 4 * 2 * 2 * (64 // 2 + 2 + 1)
+        assert client.info().kv_bytes_per_token == 4 * 2 * 2 * (64 * 17 // 4 // 8 + 2)
         done = run_warmkv("agents", "export", "a", "-o", file, "--data-dir", server.data_dir)
         assert done.returncode == 0, done.stderr
         server.kill()

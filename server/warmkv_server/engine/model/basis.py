@@ -2,15 +2,19 @@
 
 With S the covariance of what is coded and M what an error costs, R the square root of M, and U e U' = R S R, the vector
 x R U has uncorrelated values of variance e, errors of which all cost the same. Dividing each by the fourth root of its
-variance balances errors against spread, and a Hadamard matrix behind it makes all values equally wide, so that one
-scale does for all. Without S and M a Hadamard matrix alone is left.
+variance balances errors against spread. In the order of their variance the values are cut into parts, whose words get
+the lengths with which errors cost least, and a matrix that mixes them makes all values of a part equally wide: a step
+is the same in all parts, so that one scale does for all. Without S and M the mixing alone is left.
 """
 
 from __future__ import annotations
 
+from itertools import combinations_with_replacement, pairwise
+
 import mlx.core as mx
 import numpy as np
 
+from warmkv_server.engine.cache.codecs.packing import EIGHT
 from warmkv_server.engine.cache.codecs.rotation import Rotation
 from warmkv_server.engine.cache.codecs.transform import Basis, Floats
 from warmkv_server.engine.model.statistics import StreamSample
@@ -18,11 +22,17 @@ from warmkv_server.engine.model.statistics import StreamSample
 _SKIPPED = 8
 """Tokens in the beginning that are unlike those that follow: attention that looks for nothing looks there."""
 
-_FLOOR = 1e-4
+_FLOOR = 1e-2
 """Of the largest, what an error costs at least in any direction: a text is too short to say that it costs nothing."""
 
 _SHRUNK = 0.02
 """By how much correlations are taken to be smaller than in the sample, for the same reason."""
+
+_PARTS = 4
+"""Of a head's values, in each of which all words have the same length."""
+
+_APART = 2
+"""Bits by which the length of a part's words differs at most from the one that is asked for."""
 
 _DISTANCES = np.unique(np.concatenate([np.arange(16), np.logspace(1.3, 3.6, 32).astype(np.int64)]))
 """Between a query and a key, in tokens: over these the cost of an error is averaged."""
@@ -55,15 +65,15 @@ def cost(sample: StreamSample, rotation: Rotation | None) -> Floats:
     return sum((turn.T @ moment @ turn for turn in turns), np.zeros_like(moment)) / len(turns)
 
 
-def hadamard(sample: StreamSample, rotation: Rotation | None) -> Basis:
+def hadamard(sample: StreamSample, rotation: Rotation | None, bits: int) -> Basis:
     """Mean removed, and values mixed evenly."""
     mean, spread, first = _centre(sample, rotation)
     size = np.sqrt(np.maximum(np.einsum("hdd->h", spread) / spread.shape[-1], 1e-12))
     mixed = _mixing(spread.shape[-1])
-    return Basis.of(size[:, None, None] * mixed.T, mean, first)
+    return Basis.of(np.full(len(mixed), float(bits)), size[:, None, None] * mixed.T, mean, first)
 
 
-def calibrated(sample: StreamSample, rotation: Rotation | None) -> Basis:
+def calibrated(sample: StreamSample, rotation: Rotation | None, bits: int) -> Basis:
     """The whole of it."""
     mean, spread, first = _centre(sample, rotation)
     dims = spread.shape[-1]
@@ -74,10 +84,39 @@ def calibrated(sample: StreamSample, rotation: Rotation | None) -> Basis:
     unroot = (axes / np.sqrt(weights)[:, None]) @ axes.swapaxes(1, 2)
     variance, axes = np.linalg.eigh(root @ spread @ root)
     variance = np.maximum(variance, np.maximum(variance.max(axis=-1, keepdims=True) * 1e-7, 1e-30))
-    # Back from values of variance about one: scaled to it, unmixed, unbalanced, turned back, and no longer weighed.
-    width = np.sqrt(np.sqrt(variance).mean(axis=-1))
-    back = width[:, None, None] * (_mixing(dims).T @ (variance[:, :, None] ** 0.25 * (axes.swapaxes(1, 2) @ unroot)))
-    return Basis.of(back, mean, first)
+    variance, axes = variance[:, ::-1], axes[..., ::-1]
+    words = _words(variance, bits)
+    # Back from values as wide as their words are long: scaled to it, unmixed, unbalanced, turned back, and no longer
+    # weighed.
+    balanced = variance[:, :, None] ** 0.25 * (axes.swapaxes(1, 2) @ unroot)
+    parts = [
+        np.sqrt(np.sqrt(variance[:, part]).mean(axis=-1))[:, None, None]
+        * (_mixing(part.stop - part.start).T @ balanced[:, part])
+        * 2.0 ** (bits - words[part.start])
+        for part in _parts(words)
+    ]
+    return Basis.of(words, np.concatenate(parts, axis=1), mean, first)
+
+
+def _parts(words: Floats) -> list[slice]:
+    edges = [0, *(np.flatnonzero(np.diff(words)) + 1).tolist(), len(words)]
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
+def _words(variance: Floats, bits: int) -> Floats:
+    """Lengths of the words of values that have these variances, (heads, head_dim), the largest first: on average a
+    quarter of a bit more than is asked for, where heads can be cut into parts."""
+    heads, dims = variance.shape
+    if dims % (_PARTS * EIGHT) or bits == EIGHT:
+        return np.full(dims, float(bits))
+    # Of each part, what errors cost with words of no length.
+    costs = np.square(np.sqrt(variance).reshape(heads, _PARTS, -1).mean(axis=-1))
+    costs = (costs / costs.sum(axis=-1, keepdims=True)).mean(axis=0)
+    lengths = range(max(1, bits - _APART), min(EIGHT, bits + _APART) + 1)
+    choices = combinations_with_replacement(reversed(lengths), _PARTS)
+    fitting = [np.array(choice, dtype=np.float64) for choice in choices if sum(choice) == _PARTS * bits + 1]
+    best = min(fitting, key=lambda choice: float((costs * 4.0**-choice).sum()))
+    return np.repeat(best, dims // _PARTS)
 
 
 def _centre(sample: StreamSample, rotation: Rotation | None) -> tuple[Floats, Floats, Floats]:
@@ -96,10 +135,12 @@ def _centre(sample: StreamSample, rotation: Rotation | None) -> tuple[Floats, Fl
 def _mixing(dims: int) -> Floats:
     """An orthogonal matrix that mixes values evenly, with random signs, so that no single one of them, nor any
     direction that a model would have, comes out the same everywhere. (dims, dims)"""
-    block = dims & -dims
-    mixed = np.ones((1, 1))
-    while len(mixed) < block:
-        mixed = np.block([[mixed, mixed], [mixed, -mixed]])
-    whole = np.kron(np.eye(dims // block), mixed / np.sqrt(block))
+    if dims & (dims - 1):
+        angles = 2 * np.pi / dims * np.outer(np.arange(dims), np.arange(dims))
+        mixed = (np.cos(angles) + np.sin(angles)) / np.sqrt(dims)  # Hartley's
+    else:
+        mixed = np.ones((1, 1))
+        while len(mixed) < dims:
+            mixed = np.block([[mixed, mixed], [mixed, -mixed]]) / np.sqrt(2)
     signs = np.where(np.random.default_rng(1).random(dims) < 0.5, -1.0, 1.0)
-    return signs[:, None] * whole
+    return signs[:, None] * mixed

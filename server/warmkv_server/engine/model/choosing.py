@@ -19,6 +19,7 @@ import numpy as np
 from warmkv_server.contract.kv_choice import AFFINE, CALIBRATED, EXACT, HADAMARD, CodecName, KvChoice
 from warmkv_server.engine.cache.codecs.affine import AffineCodec
 from warmkv_server.engine.cache.codecs.codec import KEYS, Codec, CodecPlan, Finding, Stream
+from warmkv_server.engine.cache.codecs.packing import EIGHT
 from warmkv_server.engine.cache.codecs.rotation import Rotation, UnknownRotationError, signature_of
 from warmkv_server.engine.cache.codecs.transform import Floats, TransformCodec
 from warmkv_server.engine.model import basis, statistics
@@ -149,7 +150,7 @@ class _Stream:
     def _best(self, bits: int) -> StreamConstants:
         best: StreamConstants | None = None
         plain = self._plain(bits)
-        for kind in self._kinds(bits):
+        for kind in self._kinds():
             best = self._transformed(kind, bits)
             if plain is None or best.finding.loss < _WORTH * plain.finding.loss:
                 break
@@ -166,9 +167,9 @@ class _Stream:
         )
         return dataclasses.replace(best, finding=Finding(best.finding.loss, reason))
 
-    def _kinds(self, bits: int) -> tuple[str, ...]:
+    def _kinds(self) -> tuple[str, ...]:
         """Of changes of basis, those that can be had in place of what was asked for."""
-        if self.asked.kind == AFFINE or self._groups is None or self.dims * bits % 32:
+        if self.asked.kind == AFFINE or self._groups is None or self.dims % EIGHT:
             return ()
         return (CALIBRATED, HADAMARD) if self.asked.kind == CALIBRATED else (HADAMARD,)
 
@@ -185,7 +186,7 @@ class _Stream:
     def _transformed(self, kind: str, bits: int) -> StreamConstants:
         group_size = self._groups
         assert group_size is not None
-        own = (basis.calibrated if kind == CALIBRATED else basis.hadamard)(self.learned, self.rotation)
+        own = (basis.calibrated if kind == CALIBRATED else basis.hadamard)(self.learned, self.rotation, bits)
         lost = self._lost(TransformCodec(kind, bits, group_size, own, "", self.rotation))
         return StreamConstants(CodecName(kind, bits), group_size, Finding(lost), own, self.sample.rotated_by)
 

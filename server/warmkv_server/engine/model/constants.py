@@ -7,6 +7,7 @@ they follow from; a digest of the constants themselves is part of each codec's i
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -32,7 +33,10 @@ from warmkv_server.errors import OperatorError
 
 log = logging.getLogger(__name__)
 
-_HEAD = b"warmkv-constants 1 "
+VERSION = 2
+"""Of such files; constants of another one are found out anew."""
+
+_HEAD = b"warmkv-constants %d " % VERSION
 _DIGEST_HEX = 32
 
 
@@ -125,7 +129,8 @@ class Constants:
             leaf, side, kind, bits, group_size, loss, reason, rotated_by, changes = told
             basis = None
             if changes:
-                basis = Basis(*(arrays[f"{number}.{name}"].astype(np.float64) for name in ("back", "mean", "first")))
+                names = (field.name for field in dataclasses.fields(Basis))
+                basis = Basis(*(arrays[f"{number}.{name}"].astype(np.float64) for name in names))
             codec = CodecName(kind, bits)
             streams[leaf, side] = StreamConstants(codec, group_size, Finding(loss, reason), basis, rotated_by)
         return cls(streams)

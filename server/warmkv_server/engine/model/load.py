@@ -34,7 +34,7 @@ from warmkv_server.engine.model import tokenizer as tokenizers
 from warmkv_server.engine.model.calibration import TEXT, TOKENS, refined
 from warmkv_server.engine.model.checkpoint import Checkpoint
 from warmkv_server.engine.model.choosing import choose, plan_of, say
-from warmkv_server.engine.model.constants import keep, kept
+from warmkv_server.engine.model.constants import VERSION, keep, kept
 from warmkv_server.engine.model.cpu_modules import exchange_modules
 from warmkv_server.engine.model.digests import digest_files, digest_json
 from warmkv_server.engine.model.discover import discover
@@ -235,7 +235,7 @@ def _made(
     """The codecs that were asked for, as the model needs them: as they were made before, or new."""
     asked, group_size = codecs.asked, codecs.group_size
     assert asked is not None
-    key = digest_json([fields, str(asked), group_size, calibration_text.TEXT])
+    key = digest_json([fields, str(asked), group_size, calibration_text.TEXT, VERSION])
     found = kept(folder, key) if folder is not None else None
     if found is None:
         log.info("looking at what the model computes of a text, to code its KV as %s", asked)

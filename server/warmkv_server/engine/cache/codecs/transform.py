@@ -4,15 +4,20 @@ A token's vector is turned back to where it was before its position rotated it, 
 multiplied by a matrix after which all values are about equally large, and an error of each costs about the same. Then
 it is quantised in groups. The matrices and means are constants of the model: see `engine/model/constants.py`.
 
+A head's values come in the order of how much they vary, and those that vary more have longer words: so all have the
+same step, and one scale does for a group. The mean being gone, numbers are as often below zero as above it, and nothing
+is kept to say where they begin.
+
 What is read must not depend on how many tokens are read at once, and products do: BLAS sums in another order for one
-row than for many. So words are small whole numbers, and the matrix that they are multiplied by when they are read has
-whole numbers too, but for a power of two for each column: then every partial sum is exact in 32 bits, and the order of
-summing doesn't matter. Nor does the device, or whether it rounds factors to eleven bits. All else is done value by
-value.
+row than for many. So what is multiplied are small numbers, whole ones and a half, and the matrix that they are
+multiplied by when they are read has whole numbers, but for a power of two for each column: then every partial sum is
+exact in 32 bits, and the order of summing doesn't matter. Nor does the device, or whether it rounds factors to eleven
+bits. All else is done value by value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,12 +34,12 @@ from warmkv_server.errors import OperatorError
 Floats = NDArray[np.float64]
 
 WHOLE = 511
-"""Largest whole number in the matrix that words are multiplied by. With words of 8 bits and groups of 128 the largest
-sum is just below 2 to the 24th: what 32-bit numbers count to without a gap."""
+"""Largest whole number in the matrix that numbers are multiplied by. With words of 8 bits and groups of 128 the largest
+sum is below 2 to the 24th halves: what 32-bit numbers count to without a gap."""
 
 _RANGES = (1.0, 0.94, 0.88)
-"""Of the range of a group, the parts that are tried for words of 4 bits or fewer: what lies outside is rounded farther,
-and all else less far."""
+"""Of the range of a group, the parts that are tried for words of some 4 bits or fewer: what lies outside is rounded
+farther, and all else less far."""
 
 _SMALLEST = 2.0**-14
 """Scale, of values whose variance is about one: below, 16 bits have fewer digits."""
@@ -45,20 +50,26 @@ class Basis:
     """Constants of one stream, for heads that each have their own.
 
     Attributes:
+        bits: of the word of each value that is quantised, (heads, head_dim); of every head as many in all.
         back: whole numbers times powers of two, (heads, head_dim, head_dim): from what is quantised to values.
         mean: (heads, head_dim), of values that aren't rotated.
         first: the same of what stands at position 0, which is unlike all others: attention that looks for nothing looks
             there.
     """
 
+    bits: Floats
     back: Floats
     mean: Floats
     first: Floats
 
     @classmethod
-    def of(cls, back: Floats, mean: Floats, first: Floats) -> Basis:
-        """Of any matrix that can be inverted; the nearest one of the form that it has to have."""
-        return cls(whole(back), _single(mean), _single(first))
+    def of(cls, bits: Floats, back: Floats, mean: Floats, first: Floats) -> Basis:
+        """Of any matrix that can be inverted; the nearest one of the form that it has to have.
+
+        Args:
+            bits: of all heads, (head_dim,).
+        """
+        return cls(np.tile(bits, (len(back), 1)), whole(back), _single(mean), _single(first))
 
 
 def _single(values: Floats) -> Floats:
@@ -77,10 +88,11 @@ def whole(matrix: Floats) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class TransformCodec:
-    """Words of `bits`, with a scale of 16 bits and a zero of 8 for each group.
+    """Words of about `bits`, with a scale of 16 for each group.
 
     Attributes:
         name: of the kind of transform.
+        bits: as they are asked for.
         group_size: values that share a scale; divides the width of a head.
         basis: of each head.
         digest: of the constants of all streams of the model.
@@ -105,40 +117,39 @@ class TransformCodec:
             raise OperatorError(f"keys or values of dimension {head_dim}, for which the constants were not made")
         groups = head_dim // self.group_size
         return (
-            Component("words", head_dim * self.bits // 32, mx.uint32),
+            Component("words", round(self.basis.bits[0].sum()) // 8, mx.uint8),
             Component("scales", groups, mx.float16),
-            Component("zeros", groups, mx.uint8),
         )
 
     def encode(self, x: mx.array, start: Position = 0) -> Words:
-        return self._packed(*_fitted(self._grouped(self._into(x, start)), self.bits))
+        ranges = _RANGES if self.bits <= 4 else _RANGES[:1]
+        return self._packed(*_fitted(self._grouped(self._into(x, start)), self._grouped(self._arrays.half), ranges))
 
     def decode(self, words: Words, dtype: mx.Dtype, start: Position = 0) -> mx.array:
-        packed, scales, zeros = words
-        numbers = packing.unpacked(packed, self.bits).reshape(*scales.shape, self.group_size)
-        numbers = numbers.astype(mx.float32) - zeros.astype(mx.float32)[..., None]
+        packed, scales = words
+        numbers = packing.unpacked(packed, self._widths) + (0.5 - self._arrays.half)
         if len(self._arrays.back) == 1:
-            return self._back(numbers[..., 0, :], scales.astype(mx.float32), start).astype(dtype)
-        return self._back(numbers, scales.astype(mx.float32)[..., None], start).astype(dtype)
+            return self._back(numbers, scales.astype(mx.float32), start).astype(dtype)
+        return self._back(self._grouped(numbers), scales.astype(mx.float32)[..., None], start).astype(dtype)
 
     def step(self, x: mx.array, start: Position) -> tuple[Words, mx.array]:
         y = self._into(x, start)
         if len(self._arrays.back) == 1:
-            numbers, scales = _quick(y, self.bits)
+            numbers, scales = _quick(y, self._arrays.half)
             return (numbers, scales), self._back(numbers, scales, start).astype(x.dtype)
-        numbers, scales = _quick(self._grouped(y), self.bits)
+        numbers, scales = _quick(self._grouped(y), self._grouped(self._arrays.half))
         read = self._back(numbers, scales, start).astype(x.dtype)
         return (numbers.flatten(-2), scales[..., 0]), read
 
     def words_of(self, stepped: Words, _: Position) -> Words:
-        numbers, scales = self._grouped(stepped[0]), stepped[1][..., None]
-        return self._packed(numbers, scales, mx.minimum(numbers.min(axis=-1, keepdims=True), 0))
+        return self._packed(self._grouped(stepped[0]), stepped[1][..., None])
 
     def beside(self, other: object) -> TransformCodec | None:
         alike = (
             isinstance(other, TransformCodec)
-            and (self.name, self.bits, self.group_size) == (other.name, other.bits, other.group_size)
+            and (self.bits, self.group_size) == (other.bits, other.group_size)
             and self.basis.back.shape == other.basis.back.shape
+            and self.basis.bits[0].sum() == other.basis.bits[0].sum()
             and other.rotation is None
         )
         if not alike:
@@ -155,10 +166,13 @@ class TransformCodec:
         heads = keys.shape[1]
         return (stepped,), read[:, :heads], read[:, heads:]
 
-    def _packed(self, numbers: mx.array, scales: mx.array, zeros: mx.array) -> Words:
-        words = (numbers - zeros).astype(mx.uint8).flatten(-2)
-        # A group's numbers begin at or below zero, so that it has one, and end at or above it.
-        return packing.packed(words, self.bits), scales[..., 0].astype(mx.float16), (-zeros[..., 0]).astype(mx.uint8)
+    def _packed(self, numbers: mx.array, scales: mx.array) -> Words:
+        words = numbers.flatten(-2) + (self._arrays.half - 0.5)
+        return packing.packed(words.astype(mx.uint8), self._widths), scales[..., 0].astype(mx.float16)
+
+    @cached_property
+    def _widths(self) -> packing.Widths:
+        return packing.widths(self.basis.bits)
 
     def _grouped(self, y: mx.array) -> mx.array:
         """(rows, heads, tokens, groups, group size)"""
@@ -211,11 +225,13 @@ class _Arrays:
     """What is multiplied and added, rotated keys' with both halves of a rotation.
 
     Attributes:
+        half: of the numbers that each word can be, (heads, 1, head_dim).
         into: (heads, head_dim or twice that, head_dim).
         back: of each group, (heads, group size, head_dim or twice that).
         mean, first: (heads, 1, head_dim or twice that).
     """
 
+    half: mx.array
     into: mx.array
     back: tuple[mx.array, ...]
     mean: mx.array
@@ -243,6 +259,7 @@ class _Arrays:
             return mx.array(np.ascontiguousarray(values + 0.0, dtype=np.float32))
 
         made = cls(
+            array(2.0 ** (basis.bits[:, None] - 1)),
             array(into),
             tuple(array(groups[:, group]) for group in range(groups.shape[1])),
             array(mean),
@@ -264,39 +281,36 @@ def _at(start: Position, tokens: int, mean: mx.array, first: mx.array) -> mx.arr
     return mx.concatenate([first, mx.broadcast_to(mean, (heads, tokens - 1, width))], axis=-2)
 
 
-def _quick(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """Whole numbers and scales: a value is number x scale. In few operations: what a step of decoding costs is their
-    count."""
-    most = (1 << bits) - 1
-    high = mx.maximum(y.max(axis=-1, keepdims=True), _SMALLEST * most)
-    low = mx.minimum(y.min(axis=-1, keepdims=True), 0)
+def _quick(y: mx.array, half: mx.array) -> tuple[mx.array, mx.array]:
+    """Numbers, whole ones and a half, and scales: a value is number x scale. In few operations: what a step of decoding
+    costs is their count."""
     # A little more than the range needs: no more numbers come out than there are, also after the scale is rounded.
-    scales = _stored((high - low) * ((1 + 2**-9) / most))
-    return mx.round(y / scales), scales
+    scales = _stored(_largest(y, half) * (1 + 2**-9))
+    return mx.floor(y / scales) + 0.5, scales
 
 
-def _fitted(y: mx.array, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The same with less error, and the zeros at which numbers begin: of some ranges the best, with the scale of least
-    squares."""
-    most = (1 << bits) - 1
-    high = mx.maximum(y.max(axis=-1, keepdims=True), _SMALLEST * most)
-    low = mx.minimum(y.min(axis=-1, keepdims=True), 0)
+def _fitted(y: mx.array, half: mx.array, ranges: Sequence[float]) -> tuple[mx.array, mx.array]:
+    """The same with less error: of some ranges the best, with the scale of least squares."""
+    largest = _largest(y, half)
     best: tuple[mx.array, ...] = ()
-    for part in _RANGES if bits <= 4 else _RANGES[:1]:
-        scales = (high - low) * (part / most)
-        zeros = mx.clip(mx.round(low / scales + (1 - part) / 2 * most / part), -most, 0)
-        numbers = mx.clip(mx.round(y / scales), zeros, zeros + most)
+    for part in ranges:
+        numbers = mx.clip(mx.floor(y / (largest * part)), -half, half - 1) + 0.5
         along = (y * numbers).sum(axis=-1, keepdims=True)
-        squares = mx.maximum(mx.square(numbers).sum(axis=-1, keepdims=True), 1)
+        squares = mx.square(numbers).sum(axis=-1, keepdims=True)
         # What the scale of least squares leaves of the error is less by this.
-        found = mx.square(along) / squares, numbers, along / squares, zeros
+        found = mx.square(along) / squares, numbers, along / squares
         if not best:
             best = found
         else:
             better = found[0] > best[0]
             best = tuple(mx.where(better, *pair) for pair in zip(found, best, strict=True))
-    _, numbers, scales, zeros = best
-    return numbers, _stored(mx.maximum(scales, _SMALLEST)), zeros
+    _, numbers, scales = best
+    return numbers, _stored(mx.maximum(scales, _SMALLEST))
+
+
+def _largest(y: mx.array, half: mx.array) -> mx.array:
+    """The scale with which every value of a group has a number."""
+    return mx.maximum((mx.abs(y) / half).max(axis=-1, keepdims=True), _SMALLEST)
 
 
 def _stored(scales: mx.array) -> mx.array:
