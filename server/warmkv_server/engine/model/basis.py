@@ -135,6 +135,7 @@ def _centre(sample: StreamSample, rotation: Rotation | None) -> tuple[Floats, Fl
 def _mixing(dims: int) -> Floats:
     """An orthogonal matrix that mixes values evenly, with random signs, so that no single one of them, nor any
     direction that a model would have, comes out the same everywhere. (dims, dims)"""
+    mixed: Floats
     if dims & (dims - 1):
         angles = 2 * np.pi / dims * np.outer(np.arange(dims), np.arange(dims))
         mixed = (np.cos(angles) + np.sin(angles)) / np.sqrt(dims)  # Hartley's
@@ -143,4 +144,5 @@ def _mixing(dims: int) -> Floats:
         while len(mixed) < dims:
             mixed = np.block([[mixed, mixed], [mixed, -mixed]]) / np.sqrt(2)
     signs = np.where(np.random.default_rng(1).random(dims) < 0.5, -1.0, 1.0)
-    return signs[:, None] * mixed
+    turned: Floats = signs[:, None] * mixed
+    return turned
