@@ -10,11 +10,11 @@ from warmkv_server.agents.anonymous import keep_anonymous
 from warmkv_server.agents.answer_log import AnswerLog
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, turns
-from warmkv_server.agents.context import assemble, check_revision
+from warmkv_server.agents.context import assemble, check_revision, may_splice
 from warmkv_server.agents.generate import CUT_SHORT, fitting, raise_why
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.splice import is_wanted, spliced
+from warmkv_server.agents.splice import spliced
 from warmkv_server.agents.stages import Stage
 from warmkv_server.agents.types import (
     AgentView,
@@ -89,7 +89,7 @@ async def generate_candidates(tools: Tools, request: GenerateRequest, run: Run[G
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
-        if is_wanted(request.content, whole=request.replace or not key.agent_id, said=request.splice):
+        if may_splice(request.content, whole=request.replace or not key.agent_id, said=request.splice):
             context = await spliced(tools, key, context)
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         if answer is None:

@@ -289,3 +289,13 @@ def _require_vocabulary(agent: AgentRecord, held: TokenIds, vocab_size: int) -> 
             "the agent's context was made with another model and has tokens that this one doesn't know; "
             "replace the context, or serve the other model"
         )
+
+
+def may_splice(content: Content | None, *, whole: bool, said: bool | None) -> bool:
+    """Whether held tokens may take the place of those that say the same; see splice.py.
+
+    Args:
+        whole: whether the content is the whole context.
+        said: by the request; None where it says nothing.
+    """
+    return whole and (said if said is not None else isinstance(content, Chat))

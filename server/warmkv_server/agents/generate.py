@@ -8,11 +8,11 @@ from warmkv_server.agents.anonymous import keep_anonymous
 from warmkv_server.agents.answer_log import AnswerEvents
 from warmkv_server.agents.answer_stream import AnswerStream
 from warmkv_server.agents.compute import Computation, Tools, turns
-from warmkv_server.agents.context import assemble, check_revision
+from warmkv_server.agents.context import assemble, check_revision, may_splice
 from warmkv_server.agents.held import held_to
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.splice import is_wanted, spliced
+from warmkv_server.agents.splice import spliced
 from warmkv_server.agents.types import AgentView, GenerateEvent, GenerateFinished, GenerateRequest
 from warmkv_server.contract.conversation import kept
 from warmkv_server.contract.generation import Answer, Finish, Finished
@@ -43,7 +43,7 @@ async def generate(
         context = await assemble(
             tools.engine, tools.store, key, request.content, append=not request.replace, answer=True
         )
-        if is_wanted(request.content, whole=request.replace or not key.agent_id, said=request.splice):
+        if may_splice(request.content, whole=request.replace or not key.agent_id, said=request.splice):
             context = await spliced(tools, key, context)
         answer = fitting(request.answer, tools.engine.info.context_limit - len(context.tokens))
         grammar = held_to(request, context, tools.engine.text.traits)

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from warmkv_server.agents.compute import Computation, Tools, turns
-from warmkv_server.agents.context import assemble, check_revision
+from warmkv_server.agents.context import assemble, check_revision, may_splice
 from warmkv_server.agents.idempotency import RecordedResult, ResponseCodec
 from warmkv_server.agents.run import Run
-from warmkv_server.agents.splice import is_wanted, spliced
+from warmkv_server.agents.splice import spliced
 from warmkv_server.agents.types import AgentView, PrimeRequest, PrimeResult
 from warmkv_server.contract.generation import Event
 from warmkv_server.errors import AgentNotFound
@@ -34,7 +34,7 @@ async def prime(tools: Tools, request: PrimeRequest, codec: ResponseCodec[PrimeR
             answer=False,
             generation_prompt=request.generation_prompt,
         )
-        if is_wanted(request.content, whole=not request.append, said=None):
+        if may_splice(request.content, whole=not request.append, said=None):
             context = await spliced(tools, key, context)
         with tools.store.resolve(key.tenant, key.agent_id, context.tokens, len(context.tokens)) as lease:
             work = Computation(tools, key, run, context, timings, request.stages, lease)

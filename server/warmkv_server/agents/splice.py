@@ -15,22 +15,12 @@ import numpy as np
 
 from warmkv_server.agents.compute import Tools
 from warmkv_server.agents.context import Context
-from warmkv_server.contract.content import Chat, Content
 from warmkv_server.contract.names import AgentKey
 from warmkv_server.engine.output.same_text import common_length
 from warmkv_server.kv.store import TokenIds
 
 _LOOKED_AT = 16
 """Contexts of requests without an agent that may be the one that is gone on with."""
-
-
-def is_wanted(content: Content | None, *, whole: bool, said: bool | None) -> bool:
-    """
-    Args:
-        whole: whether the content is the whole context.
-        said: by the request; None where it says nothing.
-    """
-    return whole and (said if said is not None else isinstance(content, Chat))
 
 
 async def spliced(tools: Tools, key: AgentKey, context: Context) -> Context:

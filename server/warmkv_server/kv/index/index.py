@@ -138,6 +138,7 @@ class Agent:
         leases: requests that work on it now; it doesn't expire meanwhile.
         hot_bytes, warm_bytes, shared_bytes: as in `AgentRecord`. These and the next are `Accounts`' to change.
         cold_parts: that have to be read, or computed anew, before a request can go on from the head; 0 is hot.
+        hidden: whether no client can name it.
     """
 
     tenant: str
@@ -167,15 +168,14 @@ class Agent:
     warm_bytes: int = 0
     shared_bytes: int = 0
     cold_parts: int = 0
+    hidden: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hidden = is_hidden(self.agent_id)
 
     @property
     def key(self) -> AgentKey:
         return AgentKey(self.tenant, self.agent_id)
-
-    @property
-    def hidden(self) -> bool:
-        """Whether no client can name it."""
-        return is_hidden(self.agent_id)
 
     @property
     def extra_key(self) -> bytes:
