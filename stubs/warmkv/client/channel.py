@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ import grpc.aio
 from warmkv import ROUTING_KEY
 
 Metadata = tuple[tuple[str, str], ...]
+
+_AGENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 SERVICE_CONFIG: dict[str, Any] = {
     "methodConfig": [
@@ -47,10 +50,11 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 
 
 def routed(metadata: Metadata, request: Any) -> Metadata:
-    """A call's metadata, with the agent that the request is about, if it is about one."""
+    """A call's metadata, with the agent that the request is about, if it is about one. What is no agent_id is left to
+    the server to refuse: metadata can't have it."""
     about = request.agent if "agent" in request.DESCRIPTOR.fields_by_name else request
     agent_id = about.agent_id if "agent_id" in about.DESCRIPTOR.fields_by_name else ""
-    return (*metadata, (ROUTING_KEY, agent_id)) if agent_id else metadata
+    return (*metadata, (ROUTING_KEY, agent_id)) if _AGENT_ID.fullmatch(agent_id) else metadata
 
 
 @dataclass(frozen=True)
