@@ -48,9 +48,10 @@ class Worker:
         self.own.channel.close()
         self.server.kill()
 
-    def generates(self) -> int:
-        """How many answers it was asked for since its folder was made."""
-        return self.server.log_text().count("rpc=Generate ")
+    def chats(self) -> int:
+        """How many chats it has answered since its folder was made; not what the gateway's start is tried with."""
+        log = self.server.log_text()
+        return log.count("rpc=Generate ") - log.count("rpc=Generate id=cmpl-")
 
 
 class Gateway:

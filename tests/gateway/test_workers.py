@@ -23,9 +23,9 @@ def opening(number: int) -> Said:
 
 def go_on(front: Gateway, workers: Sequence[Worker], said: Said, agent_id: str = "") -> tuple[int, int, int]:
     """The next turn: which worker answered, the tokens that it had, and those that there were before."""
-    held = [worker.generates() for worker in workers]
+    held = [worker.chats() for worker in workers]
     answer = front.chat(said, agent_id, max_tokens=12)
-    (number,) = eventually(lambda: [n for n, worker in enumerate(workers) if worker.generates() > held[n]])
+    (number,) = eventually(lambda: [n for n, worker in enumerate(workers) if worker.chats() > held[n]])
     said.append({"role": "assistant", "content": answer.choices[0].message.content})
     said += user("And then what came of it?")
     cached = answer.usage.prompt_tokens_details.cached_tokens
