@@ -83,7 +83,7 @@ def test_wheel_without_extras_requires_grpc_and_protobuf_alone(wheel: Path) -> N
     fields = Parser().parsestr(metadata.read_text())
     base = [value for value in fields.get_all("Requires-Dist", []) if "extra ==" not in value]
     assert sorted(re.split(r"[<>=]", value)[0] for value in base) == ["grpcio", "grpcio-status", "protobuf"]
-    assert set(fields.get_all("Provides-Extra", [])) == {"server", "cpu", "cuda13", "otel", "bench", "dev"}
+    assert set(fields.get_all("Provides-Extra", [])) == {"server", "cpu", "cuda13", "otel", "smg", "bench", "dev"}
 
 
 def test_stubs_need_grpcio_and_protobuf_alone(client_only: list[str]) -> None:
