@@ -90,9 +90,11 @@ def main() -> None:
         ports = ["--port", str(own), "--gateway-port", str(worker)]
         serve: list[str | Path] = [gateway.WARMKV, "serve", *ports, "--data-dir", data]
         front = gateway.command(port, gateway.free_port(), [worker])
-        with gateway.started(serve, stdout=log, stderr=log), gateway.started(front, stdout=log, stderr=log):
-            while not (model := gateway.ready(port)):
-                time.sleep(0.5)
+        with (
+            gateway.started(serve, stdout=log, stderr=log) as server,
+            gateway.started(front, stdout=log, stderr=log) as through,
+        ):
+            model = gateway.served(port, server, through, options.out / "log")
             with Client(f"127.0.0.1:{own}", timeout=600) as client:
                 for number in range(-1, options.rounds):  # the first one warms up
                     for words in LENGTHS:

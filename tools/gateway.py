@@ -88,6 +88,18 @@ def started(what: Sequence[str | Path], **options: object) -> Iterator[subproces
             process.kill()
 
 
+def served(port: int, server: subprocess.Popen[bytes], gateway: subprocess.Popen[bytes], log: Path) -> str:
+    """Wait until the gateway, whose log this is, serves; the model that it does."""
+    give_up = time.monotonic() + _START_SECONDS
+    while not (model := ready(port)):
+        ended = server.poll() is not None or gateway.poll() is not None
+        if ended or time.monotonic() > give_up:
+            what = "gateway" if server.poll() is None else "server"
+            raise SystemExit(f"the {what} doesn't serve; the gateway's log is {log}")
+        time.sleep(0.5)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A server behind a gateway.")
     parser.add_argument("--port", type=int, default=8080, help="of the gateway")
@@ -96,29 +108,14 @@ def main() -> None:
         signal.signal(each, signal.default_int_handler)
     worker, metrics = free_port(), free_port()
     # Clients that bring no identity send everything anew each time: what was said before is kept for them.
-    serve: list[str | Path] = [
-        WARMKV,
-        "serve",
-        "--port",
-        "0",
-        "--gateway-port",
-        str(worker),
-        "--keep-anonymous",
-        "2h",
-        *more,
-    ]
+    ports = ["--port", "0", "--gateway-port", str(worker)]
+    serve: list[str | Path] = [WARMKV, "serve", *ports, "--keep-anonymous", "2h", *more]
     with (
         LOG.open("wb") as log,
         started(serve) as server,
         started(command(options.port, metrics, [worker]), stdout=log, stderr=log) as gateway,
     ):
-        give_up = time.monotonic() + _START_SECONDS
-        while not (model := ready(options.port)):
-            ended = server.poll() is not None or gateway.poll() is not None
-            if ended or time.monotonic() > give_up:
-                what = "gateway" if server.poll() is None else "server"
-                raise SystemExit(f"the {what} doesn't serve; the gateway's log is {LOG}")
-            time.sleep(0.5)
+        model = served(options.port, server, gateway, LOG)
         print(TRY.format(port=options.port, model=model, python=PYTHON, log=LOG), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
