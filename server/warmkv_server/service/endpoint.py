@@ -15,7 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from warmkv import ROUTING_KEY
+from warmkv import ROUTING_KEY, agent_of
 from warmkv_server.agents.agents import Agents
 from warmkv_server.agents.run import internal_error
 from warmkv_server.agents.stages import Stages
@@ -180,10 +180,7 @@ def _is_cancelled() -> bool:
 def _check_routing(request: Any, metadata: Metadata) -> None:
     """A router that hashes this metadata must have hashed the agent that the request is about."""
     routed = {value for key, value in metadata if key == ROUTING_KEY}
-    if not routed:
-        return
-    named = request.agent if "agent" in request.DESCRIPTOR.fields_by_name else request
-    if "agent_id" in named.DESCRIPTOR.fields_by_name and routed != {named.agent_id}:
+    if routed and (agent_id := agent_of(request)) is not None and routed != {agent_id}:
         raise InvalidField.of("agent_id", f"is not what the metadata {ROUTING_KEY} says; the two have to be equal")
 
 

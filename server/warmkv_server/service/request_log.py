@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from warmkv import agent_of
 from warmkv.v1 import agent_service_pb2 as pb
 from warmkv_server.agents.stages import Stages
 from warmkv_server.contract.names import AGENT_ID
@@ -151,8 +152,7 @@ def _cost(done: pb.PrimeResponse | pb.ExtendResponse | pb.GenerateFinished) -> I
 
 def _agent_id(request: Any) -> str:
     """Of the agent that a request names; nothing of what is no agent_id, which could be anything."""
-    named = getattr(request, "agent", request)
-    given = getattr(named, "agent_id", "")
+    given = agent_of(request) or ""
     return given if AGENT_ID.fullmatch(given) else ""
 
 

@@ -49,9 +49,9 @@ class AsyncClient:
     async def close(self) -> None:
         await self.channel.close()
 
-    def _about(self, request: Any) -> dict[str, Any]:
+    def _about(self, request: Any, timeout: float | None = None) -> dict[str, Any]:
         """How a call with this request is made."""
-        return {"timeout": self.timeout, "metadata": routed(self.metadata, request)}
+        return {"timeout": timeout or self.timeout, "metadata": routed(self.metadata, request)}
 
     # Answers
 
@@ -61,9 +61,7 @@ class AsyncClient:
         return self.send(said.generation(agent_id, content, fields), timeout=timeout)
 
     def send(self, request: v1.GenerateRequest, *, timeout: float | None = None) -> AsyncStream:
-        call = self.agent_service.Generate(
-            request, timeout=timeout or self.timeout, metadata=routed(self.metadata, request)
-        )
+        call = self.agent_service.Generate(request, **self._about(request, timeout))
         return AsyncStream(call)
 
     async def chat(

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from warmkv import ROUTING_KEY
+from warmkv import ROUTING_KEY, agent_of
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -52,8 +52,7 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 def routed(metadata: Metadata, request: Any) -> Metadata:
     """A call's metadata, with the agent that the request is about, if it is about one. What is no agent_id is left to
     the server to refuse: metadata can't have it."""
-    about = request.agent if "agent" in request.DESCRIPTOR.fields_by_name else request
-    agent_id = about.agent_id if "agent_id" in about.DESCRIPTOR.fields_by_name else ""
+    agent_id = agent_of(request) or ""
     return (*metadata, (ROUTING_KEY, agent_id)) if _AGENT_ID.fullmatch(agent_id) else metadata
 
 

@@ -68,9 +68,9 @@ class Client:
     def close(self) -> None:
         self.channel.close()
 
-    def _about(self, request: Any) -> dict[str, Any]:
+    def _about(self, request: Any, timeout: float | None = None) -> dict[str, Any]:
         """How a call with this request is made."""
-        return {"timeout": self.timeout, "metadata": routed(self.metadata, request)}
+        return {"timeout": timeout or self.timeout, "metadata": routed(self.metadata, request)}
 
     # Answers
 
@@ -88,9 +88,7 @@ class Client:
 
     def send(self, request: v1.GenerateRequest, *, timeout: float | None = None) -> Stream:
         """A Generate as it is. The same one sent again gives the same answer, if it has a request_id."""
-        call = self.agent_service.Generate(
-            request, timeout=timeout or self.timeout, metadata=routed(self.metadata, request)
-        )
+        call = self.agent_service.Generate(request, **self._about(request, timeout))
         return Stream(call)
 
     def chat(
